@@ -1,0 +1,528 @@
+"""The command line. Every mistake of a user ends in one sentence and status 2, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sphere_edit._version import __version__
+from sphere_edit.errors import SphereEditError
+
+if TYPE_CHECKING:
+    from sphere_edit.editor import Editor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Change facts inside an open-weight language model, batch after batch, and keep the model.\n\n"
+    "A first look: [bold]sphere-edit demo[/bold]. Your own facts: a JSONL file with one object a line,\n\n"
+    '[dim]{"subject": "Big Ben", "prompt": "{} stands in the city of", "target_new": "Vienna"}[/dim]\n\n'
+    "then: check what would happen, edit, look, and ship or go back:\n\n"
+    "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first --dry-run[/bold]\n\n"
+    "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first[/bold]\n\n"
+    "  [bold]sphere-edit show runs/first[/bold]\n\n"
+    "  [bold]sphere-edit export runs/first -o edited-model[/bold]\n\n"
+    "  [bold]sphere-edit rollback runs/first --to 0[/bold]",
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class MethodName(str, Enum):
+    """Names of the editing methods; a test keeps them equal to the METHODS table, which takes seconds to import."""
+
+    alphaedit = "alphaedit"
+    memit = "memit"
+
+
+class Basis(str, Enum):
+    """Which weights SPHERE takes its directions from."""
+
+    current = "current"
+    pretrained = "pretrained"
+
+
+class Project(str, Enum):
+    """When SPHERE is applied."""
+
+    per_layer = "per_layer"
+    after_all = "after_all"
+
+
+class Dtype(str, Enum):
+    """Numbers the model computes with; edits are made on float32 masters in any case."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Run the command line; turn mistakes into sentences."""
+    try:
+        app()
+    except SphereEditError as error:
+        err.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"sphere-edit {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Run folder; by default runs/demo-TIME.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=6, max=60, help="How many of the 60 demo facts.")] = 60,
+) -> None:
+    """Edit the embedded SmolLM2-135M with 60 demo facts in three batches, and show what it says before and after."""
+    import time
+
+    from sphere_edit.editor import Editor
+    from sphere_edit.facts.readers import read_facts
+    from sphere_edit.reporting.results import metrics_table
+
+    folder = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    given = read_facts("demo", limit=limit)
+    editor = Editor.from_pretrained("smollm2", run=folder, reporter=_reporter(), batch_size=-(-limit // 3))
+    shown = given.facts[:: limit // 6][:6]
+    before = [editor.generate(fact.filled_prompt, 6) for fact in shown]
+    metrics = _work(editor, lambda: editor.edit(given))
+    table = Table(title="What the model says", title_justify="left", pad_edge=False, show_lines=True)
+    for name in ("prompt", "new answer", "before", "after"):
+        table.add_column(name)
+    for fact, said in zip(shown, before, strict=True):
+        now = editor.generate(fact.filled_prompt, 6)
+        took = now.strip().startswith(fact.target_new.strip())
+        colour = "green" if took else "red"
+        table.add_row(
+            fact.filled_prompt, fact.target_new, _escape(_line(said)), f"[{colour}]{_escape(_line(now))}[/{colour}]"
+        )
+    out.print(table)
+    out.print(
+        metrics_table(metrics["unedited"], metrics["edited"], f"All {metrics['facts']} facts, after the last batch")
+    )
+    _say_where(folder)
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'smollm2', or a RUN to continue.")],
+    facts: Annotated[
+        str | None,
+        typer.Argument(help="JSON, JSONL or CSV file, 'demo', or a data set (owner/name[:split], folder)."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
+    method: Annotated[MethodName | None, typer.Option(help="Editing method. [default: alphaedit]")] = None,
+    sphere: Annotated[
+        bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE projection. [default: on]")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of the spectrum that is principal. [default: 0.5]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="How much of the update along it is taken away. [default: the method's]")
+    ] = None,
+    basis: Annotated[Basis | None, typer.Option(help="Weights the directions come from. [default: current]")] = None,
+    project: Annotated[Project | None, typer.Option(help="When to project. [default: the method's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. [default: 100]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Edited layers, '4-8' or '4,6'. [default: five from 13 %]")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. [default: the model's own]"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: what is there]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. [default: its own]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. [default: 0]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only the first N facts.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any setting of the API; the command line wins.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show settings and costs, edit nothing.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Edit MODEL with FACTS into a new run folder; or continue a finished RUN with more FACTS."""
+    given: dict[str, Any] = {
+        "method": method and method.value,
+        "sphere": {
+            "enabled": sphere,
+            "eta": eta,
+            "alpha": alpha,
+            "basis": basis and basis.value,
+            "project": project and project.value,
+        },
+        "batch_size": batch_size,
+        "layers": None if layers is None else _layers(layers),
+        "moments": {"corpus": corpus},
+        "device": device,
+        "dtype": dtype and dtype.value,
+        "seed": seed,
+        "eval_every": eval_every,
+    }
+    options = _given(given)
+    from sphere_edit.editing.journal import RunFolder
+
+    if RunFolder.exists(model):
+        if output is not None and output != Path(model):
+            raise SphereEditError(f"{model} is a run, which continues in its own folder; leave out -o {output}")
+        _edit_more(None, facts, Path(model), options, config, limit, skip_bad, resume, dry_run, trust_remote_code)
+    elif output is None:
+        raise SphereEditError("where should the run go? Give a folder: -o runs/NAME")
+    elif RunFolder.exists(output):
+        if not resume:
+            raise SphereEditError(
+                f"{output} holds a run already; add --resume to go on with it, or choose another folder"
+            )
+        _edit_more(model, None, output, options, config, limit, skip_bad, resume, dry_run, trust_remote_code)
+    else:
+        _edit_new(model, facts, output, options, config, limit, skip_bad, dry_run, trust_remote_code)
+
+
+def _edit_new(
+    model: str,
+    facts: str | None,
+    folder: Path,
+    options: dict[str, Any],
+    config: Path | None,
+    limit: int | None,
+    skip_bad: bool,
+    dry_run: bool,
+    trust_remote_code: bool,
+) -> None:
+    if facts is None:
+        raise SphereEditError("which facts? Give a file, a data set, or 'demo'")
+    from sphere_edit.editing.settings import make_settings, read_settings_file
+    from sphere_edit.facts.readers import read_facts
+
+    settings = make_settings(read_settings_file(config) if config else {}, options)
+    given = read_facts(facts, limit=limit, skip_bad=skip_bad)
+    if settings.moments.corpus is not None:
+        from sphere_edit.editing.moments import read_passages
+
+        read_passages(settings.moments.corpus)
+    from sphere_edit.editor import Editor
+    from sphere_edit.planning import check_room, estimate
+
+    check_room(folder, 0)
+    editor = Editor.from_pretrained(model, folder, settings, _reporter(), trust_remote_code)
+    if dry_run:
+        planned, _ = editor.check(given, skip_bad)
+        cost = estimate(editor, planned)
+        _show_plan(editor, len(planned), cost)
+        check_room(folder, cost.disk)
+        return
+    _finish(editor, lambda: editor.edit(given, skip_bad))
+
+
+def _edit_more(
+    model: str | None,
+    facts: str | None,
+    folder: Path,
+    options: dict[str, Any],
+    config: Path | None,
+    limit: int | None,
+    skip_bad: bool,
+    resume: bool,
+    dry_run: bool,
+    trust_remote_code: bool,
+) -> None:
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.editing.settings import make_settings, read_settings_file
+    from sphere_edit.facts.readers import read_facts
+
+    run = RunFolder.open(folder)
+    history = run.history
+    if model is not None and model != run.config["model"]["source"]:
+        raise SphereEditError(f"{folder} edits '{run.config['model']['source']}', not '{model}'")
+    saved = make_settings(run.config["settings"])
+    wanted = make_settings(run.config["settings"], read_settings_file(config) if config else {}, options)
+    changed = [name for name in type(saved).model_fields if getattr(wanted, name) != getattr(saved, name)]
+    if set(changed) - {"device"}:
+        raise SphereEditError(
+            f"a run keeps its settings; these would change: {', '.join(changed)}. Start a new run instead"
+        )
+    if dry_run:
+        raise SphereEditError(
+            "--dry-run is for a new run; this one's settings and timings are in: sphere-edit show RUN"
+        )
+    if not resume and facts is None:
+        raise SphereEditError(f"which facts? {folder} is a run: give it more facts, or --resume what was interrupted")
+    if not resume and not history.finished:
+        raise SphereEditError(
+            f"{folder} was interrupted with {len(history.pending)} facts waiting; finish it first: --resume"
+        )
+    if resume and facts is not None:
+        raise SphereEditError(f"--resume goes on with the facts {folder} already has; give it more once it is finished")
+    if resume and history.finished:
+        out.print(f"{folder} is finished: {history.head} batches, nothing to resume.", highlight=False)
+        return
+    given = None if facts is None else read_facts(facts, limit=limit, skip_bad=skip_bad)
+    from sphere_edit.editor import Editor
+
+    editor = Editor.open(folder, _reporter(), options.get("device"), trust_remote_code)
+    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, skip_bad))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")],
+    facts: Annotated[str, typer.Argument(help="Facts to ask for, as for edit.")],
+    limit: Annotated[int | None, typer.Option(help="Take only the first N facts.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers a model computes with.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores of every fact to this file.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Score facts on a model, or on the edited model of a run beside the unedited one."""
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.facts.readers import read_facts
+    from sphere_edit.files import write_json
+
+    given = read_facts(facts, limit=limit, skip_bad=skip_bad)
+    from sphere_edit.editor import Editor
+    from sphere_edit.reporting.results import metrics_table, single_table
+
+    is_run = RunFolder.exists(model)
+    if is_run:
+        editor = Editor.open(model, _reporter(), device, trust_remote_code)
+    else:
+        options = _given({"device": device, "dtype": dtype and dtype.value})
+        editor = Editor.from_pretrained(model, None, None, _reporter(), trust_remote_code, **options)
+    result = editor.evaluate(given)
+    summary = result.summary()
+    if json_file is not None:
+        scores = zip(result.facts, result.unedited, result.edited, strict=True)
+        rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
+        write_json(json_file, {**summary, "facts": rows} if is_run else {"model": summary["edited"], "facts": rows})
+    title = f"{model}, {len(result.facts)} facts"
+    out.print(
+        metrics_table(summary["unedited"], summary["edited"], title)
+        if is_run
+        else single_table(summary["edited"], title)
+    )
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """What a run's journal says: settings, batches, facts, metrics, timings."""
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.reporting.results import batches_table, metrics_table, percent
+
+    folder = RunFolder.open(run)
+    history, config = folder.history, folder.config
+    sphere = config["sphere"]
+    projection = (
+        f"SPHERE η {sphere['eta']:g}, α {sphere['alpha']:g}, {sphere['basis']}, {sphere['project']}"
+        if sphere
+        else "no SPHERE"
+    )
+    state = "finished" if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
+    out.print(
+        f"[bold]{run}[/bold]: {config['model']['source']}, {config['settings']['method']}, {projection}",
+        highlight=False,
+    )
+    out.print(
+        f"started {config['created']}, layers {config['layers']}, {config['corpus']['origin']}; "
+        f"{history.head} batches, {len(history.edited)} facts edited, {len(history.superseded)} superseded, "
+        f"{len(history.withdrawn)} withdrawn; {state}",
+        highlight=False,
+    )
+    if history.batches:
+        out.print(batches_table(history.batches))
+    if history.evaluations:
+        table = Table(title="Evaluations of all facts known by then", title_justify="left", pad_edge=False)
+        for name in (
+            "after batch",
+            "efficacy",
+            "strict",
+            "generalization",
+            "strict",
+            "specificity",
+            "strict",
+            "perplexity",
+        ):
+            table.add_column(name, justify="right")
+        for entry in history.evaluations:
+            cells = [
+                percent(entry["summary"][f"{name}{kind}"])
+                for name in ("efficacy", "generalization", "specificity")
+                for kind in ("", "_strict")
+            ]
+            table.add_row(str(entry["after"]), *cells, f"{entry['perplexity']:.2f}")
+        out.print(table)
+    metrics = run / "metrics.json"
+    if metrics.is_file():
+        content = json.loads(metrics.read_text("utf-8"))
+        out.print(metrics_table(content["unedited"], content["edited"], f"After batch {content['after']}"))
+
+
+@app.command()
+def rollback(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[int, typer.Option("--to", min=0, help="The batch to go back to; 0 is the original model.")],
+) -> None:
+    """Put a run's weights back to exactly what they were after batch N."""
+    from sphere_edit.editor import opened
+
+    with opened(run, _reporter()) as editor:
+        editor.rollback(to)
+    state = "the original model, bit for bit" if to == 0 else f"the weights as after batch {to}"
+    out.print(f"{run} now stands at batch {to}: {state}. Export it, or edit on from here.", highlight=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
+) -> None:
+    """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
+    from sphere_edit.editor import opened
+
+    with opened(run, _reporter()) as editor:
+        editor.save_pretrained(output)
+    out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.", highlight=False)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _reporter() -> Any:
+    from sphere_edit.progress import RichReporter
+
+    return RichReporter(err)
+
+
+def _work(editor: Editor, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do long work; an interruption says what is kept and how to go on."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        if editor.run is None:
+            raise SphereEditError("interrupted before the first batch; nothing was edited") from None
+        head = editor.run.history.head
+        raise SphereEditError(
+            f"interrupted; {head} batches are committed and kept. Go on with: sphere-edit edit {editor.folder} --resume"
+        ) from None
+
+
+def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
+    from sphere_edit.reporting.results import metrics_table
+
+    metrics = _work(editor, work)
+    out.print(
+        metrics_table(
+            metrics["unedited"], metrics["edited"], f"All {metrics['facts']} facts, after batch {metrics['after']}"
+        )
+    )
+    editor.close()
+    _say_where(editor.folder)
+
+
+def _say_where(folder: Path) -> None:
+    out.print(
+        f"Run folder: [bold]{folder}[/bold]\n"
+        f"  sphere-edit show {folder}\n  sphere-edit export {folder} -o DIR\n  sphere-edit rollback {folder} --to 0",
+        highlight=False,
+    )
+
+
+def _show_plan(editor: Editor, facts: int, cost: Any) -> None:
+    settings = editor.settings
+    table = Table(title="Settings", title_justify="left", pad_edge=False, show_header=False)
+    table.add_column("")
+    table.add_column("")
+    rows = {
+        "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
+        "facts": f"{facts} in batches of {settings.batch_size}",
+        "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
+        "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
+        "matrices": ", ".join(editor.weights.names),
+        "targets": str(settings.targets.model_dump()),
+        "second moments": str(settings.moments.model_dump()),
+        "seed": str(settings.seed),
+        "run folder": str(editor.folder),
+    }
+    for name, value in rows.items():
+        table.add_row(name, _escape(value))
+    out.print(table)
+    costs = Table(
+        title="Estimate, from short trials on this machine", title_justify="left", pad_edge=False, show_header=False
+    )
+    costs.add_column("")
+    costs.add_column("", justify="right")
+    for stage, seconds in cost.seconds.items():
+        costs.add_row(stage, _duration(seconds))
+    costs.add_row("[bold]time, all[/bold]", f"[bold]{_duration(sum(cost.seconds.values()))}[/bold]")
+    costs.add_row("memory", f"{cost.memory / 1e9:.1f} GB")
+    costs.add_row("disk", f"{cost.disk / 1e9:.2f} GB")
+    out.print(costs)
+    out.print("Nothing was edited.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _layers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise SphereEditError(f"--layers takes numbers such as 4-8 or 4,6,8, not '{text}'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1)
+    return found
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What the user said; the rest is left to the settings' own defaults."""
+    found = {name: _given(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return {name: value for name, value in found.items() if value is not None and value != {}}
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

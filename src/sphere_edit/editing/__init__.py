@@ -1,0 +1,1 @@
+"""Editing: statistics, targets, keys, methods, the journal and the sequential loop."""

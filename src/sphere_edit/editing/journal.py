@@ -1,0 +1,296 @@
+"""The run folder: settings, facts, an append-only journal, updates, checkpoints. Everything that survives a crash.
+
+A line in ``journal.jsonl`` is the commit: what it names was written and flushed before it. Whatever is on disk beyond
+the last line belongs to work that did not finish, and is done again.
+
+    config.json                 settings, model identity, versions, context templates
+    facts/0001.jsonl            the facts of each call of edit, as understood
+    statistics/…safetensors     second moments or null spaces, as used
+    journal.jsonl               start, facts, evaluation, batch, rollback, finished
+    updates/batch-0001.…        each batch's ΔW (factors) and keys
+    checkpoints/batch-0003.…    working weights and method state: the newest, and every tenth
+    evaluations/…json           per-fact results
+    metrics.json                the latest summary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from sphere_edit.editing.methods.base import State
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import Fact
+from sphere_edit.files import (
+    plain_errors,
+    read_tensors,
+    remove_stale_temporaries,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from sphere_edit.numerics.update import Update, update_from
+
+SCHEMA = 1
+KEEP_EVERY = 10  # checkpoints kept besides the newest; the rest is replayed from updates
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class History:
+    """What the journal says, folded: which batches stand, which facts wait, which are out."""
+
+    total: int = 0  # facts accepted so far
+    sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
+    batches: list[Entry] = field(default_factory=list)  # batch entries that stand, first to last
+    withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback
+    evaluations: list[Entry] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def head(self) -> int:
+        """Number of the last batch that stands; 0 is the unedited model."""
+        return len(self.batches)
+
+    @property
+    def edited(self) -> list[int]:
+        """Indices of the facts that were edited and stand, in order."""
+        return [index for batch in self.batches for index in batch["facts"]]
+
+    @property
+    def superseded(self) -> set[int]:
+        """Facts that a later one contradicted; they leave retention."""
+        return {index for batch in self.batches for index in batch["superseded"]}
+
+    @property
+    def retained(self) -> list[int]:
+        """Facts the model should know now."""
+        return [index for index in self.edited if index not in self.superseded]
+
+    @property
+    def pending(self) -> list[int]:
+        """Facts accepted and not yet edited."""
+        gone = set(self.edited) | self.withdrawn
+        return [index for index in range(self.total) if index not in gone]
+
+    def take(self, entry: Entry) -> None:
+        """Fold in one more entry."""
+        kind = entry["event"]
+        if kind == "facts":
+            self.sessions.append(entry["count"])
+            self.total += entry["count"]
+            self.finished = False
+        elif kind == "batch":
+            self.batches.append(entry)
+        elif kind == "evaluation":
+            self.evaluations.append(entry)
+        elif kind == "rollback":
+            kept = self.batches[: entry["to"]]
+            self.batches = kept
+            self.withdrawn = set(range(self.total)) - set(self.edited)
+            self.evaluations = [e for e in self.evaluations if e["after"] <= entry["to"]]
+            self.finished = True
+        elif kind == "finished":
+            self.finished = True
+
+
+class RunFolder:
+    """One run on disk. Open it to read; take the lock to write."""
+
+    def __init__(self, path: Path, config: dict[str, Any], entries: list[Entry]):
+        self.path, self.config, self.entries = path, config, entries
+        self._lock = FileLock(str(path / ".lock"))
+
+    @classmethod
+    def exists(cls, path: str | Path) -> bool:
+        """Whether a run was started there (its journal has a line)."""
+        journal = Path(path) / "journal.jsonl"
+        try:
+            return journal.is_file() and journal.stat().st_size > 0
+        except OSError:
+            return False
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any]) -> RunFolder:
+        """Start a run, with the lock taken.
+
+        Raises:
+            SphereEditError: the folder holds something else, or cannot be written.
+        """
+        if cls.exists(path):
+            raise SphereEditError(
+                f"{path} holds a run already; add --resume to go on with it, or choose another folder"
+            )
+        known = {"config.json", "journal.jsonl", ".lock", "statistics", "heldout.json"}
+        with plain_errors(path):
+            if path.exists() and (not path.is_dir() or {item.name for item in path.iterdir()} - known):
+                raise SphereEditError(f"{path} exists and is not a run folder; choose another")
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "journal.jsonl").touch()
+        run = cls(path, config, [])
+        run.lock()
+        write_json(path / "config.json", config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Read a run. A half-written last line (the process died while writing it) does not count.
+
+        Raises:
+            SphereEditError: no run there, or a journal that is damaged or of a newer version.
+        """
+        path = Path(path)
+        if not cls.exists(path):
+            raise SphereEditError(f"{path} is not a run folder (it has no journal)")
+        with plain_errors(path, "read"):
+            config = json.loads((path / "config.json").read_text("utf-8"))
+            lines = (path / "journal.jsonl").read_bytes().split(b"\n")
+        if config["schema"] > SCHEMA:
+            raise SphereEditError(f"{path} was written by a newer sphere-edit (schema {config['schema']}); upgrade")
+        entries = []
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                raise SphereEditError(
+                    f"{path / 'journal.jsonl'}, line {number} is damaged; restore it from a backup"
+                ) from None
+        return cls(path, config, entries)
+
+    def lock(self) -> None:
+        """Keep every other process off this run until this one ends or calls `unlock`.
+
+        Raises:
+            SphereEditError: another process is at work in it.
+        """
+        with plain_errors(self.path):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise SphereEditError(
+                    f"another process is working in {self.path}; wait for it, or stop it first"
+                ) from None
+        remove_stale_temporaries(self.path)
+        journal = self.path / "journal.jsonl"
+        with plain_errors(journal):
+            content = journal.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(journal, whole)
+        self.entries = [json.loads(line) for line in content[:whole].splitlines()]
+
+    def unlock(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    @property
+    def history(self) -> History:
+        """The journal, folded."""
+        history = History()
+        for entry in self.entries:
+            history.take(entry)
+        return history
+
+    def append(self, event: str, **content: Any) -> Entry:
+        """Commit one entry: written and flushed to disk before this returns."""
+        entry = {"event": event, **content}
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        journal = self.path / "journal.jsonl"
+        with plain_errors(journal):
+            size = journal.stat().st_size
+            with journal.open("ab") as file:
+                try:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(journal, size)
+                    raise
+        self.entries.append(entry)
+        return entry
+
+    # --- facts ----------------------------------------------------------------------------------------------------
+
+    def add_facts(self, facts: Sequence[Fact], **about: Any) -> None:
+        """Accept the facts of one call of edit."""
+        session = len(self.history.sessions) + 1
+        text = "".join(json.dumps(fact.as_dict(), ensure_ascii=False) + "\n" for fact in facts)
+        write_atomically(self.path / "facts" / f"{session:04d}.jsonl", lambda file: file.write_text(text, "utf-8"))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.append("facts", session=session, count=len(facts), sha256=sha256, **about)
+
+    def facts(self) -> list[Fact]:
+        """All facts accepted so far, by index."""
+        facts: list[Fact] = []
+        for session in range(1, len(self.history.sessions) + 1):
+            path = self.path / "facts" / f"{session:04d}.jsonl"
+            with plain_errors(path, "read"):
+                facts += [Fact.from_dict(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
+        return facts
+
+    # --- updates and checkpoints ----------------------------------------------------------------------------------
+
+    def write_update(self, batch: int, updates: Mapping[str, Update], keys: Mapping[str, Tensor]) -> None:
+        """Store a batch's ΔW and its keys as measured after it."""
+        tensors = {
+            f"{name}/{part}": value for name, update in updates.items() for part, value in update.tensors().items()
+        }
+        tensors |= {f"{name}/keys": value for name, value in keys.items()}
+        write_tensors(self._update(batch), tensors)
+
+    def read_update(self, batch: int) -> tuple[dict[str, Update], dict[str, Tensor]]:
+        """A batch's ΔW by matrix, and its keys."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in read_tensors(self._update(batch)).items():
+            matrix, part = name.rsplit("/", 1)
+            parts.setdefault(matrix, {})[part] = value
+        keys = {matrix: tensors.pop("keys") for matrix, tensors in parts.items()}
+        return {matrix: update_from(tensors) for matrix, tensors in parts.items()}, keys
+
+    def write_checkpoint(self, batch: int, weights: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
+        """Store working weights and method state after a batch, together."""
+        tensors = {f"weight/{name}": value for name, value in weights.items()}
+        tensors |= {f"state/{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+        write_tensors(self._checkpoint(batch), tensors)
+
+    def read_checkpoint(self, batch: int) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """Working weights and method state after a batch."""
+        weights: dict[str, Tensor] = {}
+        states: dict[str, State] = {}
+        for name, value in read_tensors(self._checkpoint(batch)).items():
+            kind, rest = name.split("/", 1)
+            if kind == "weight":
+                weights[rest] = value
+            else:
+                matrix, key = rest.rsplit("/", 1)
+                states.setdefault(matrix, {})[key] = value
+        return weights, states
+
+    def nearest_checkpoint(self, batch: int) -> int:
+        """The last batch up to ``batch`` whose checkpoint is there; 0 where only the original weights remain."""
+        return next((number for number in range(batch, 0, -1) if self._checkpoint(number).is_file()), 0)
+
+    def thin(self, head: int) -> None:
+        """Drop checkpoints that are neither the newest nor a multiple of `KEEP_EVERY`, and all files beyond the head."""
+        for path in (self.path / "checkpoints").glob("batch-*.safetensors"):
+            number = int(path.stem.split("-")[1])
+            if number > head or (number < head and number % KEEP_EVERY):
+                path.unlink(missing_ok=True)
+        for path in (self.path / "updates").glob("batch-*.safetensors"):
+            if int(path.stem.split("-")[1]) > head:
+                path.unlink(missing_ok=True)
+
+    def _update(self, batch: int) -> Path:
+        return self.path / "updates" / f"batch-{batch:04d}.safetensors"
+
+    def _checkpoint(self, batch: int) -> Path:
+        return self.path / "checkpoints" / f"batch-{batch:04d}.safetensors"

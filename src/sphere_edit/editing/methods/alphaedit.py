@@ -1,0 +1,57 @@
+"""AlphaEdit: null-space constrained sequential editing (Fang et al. 2025, arXiv:2410.02355, eq. 14)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, eye, float64
+
+from sphere_edit.editing.methods.base import LayerProblem, Method, Needs, State, Statistics
+from sphere_edit.numerics.linalg import NullSpaceRule, spd_solve
+from sphere_edit.numerics.projection import Sphere
+from sphere_edit.numerics.update import LowRankUpdate
+
+
+class AlphaEdit(Method):
+    """``ΔW = R Kᵀ P (Kp Kpᵀ P + K Kᵀ P + L2·I)⁻¹`` with ``P = V Vᵀ`` and all earlier keys ``Kp``.
+
+    Solved in the r coordinates of the null space: since ``P (A P + cI)⁻¹ = V (Vᵀ A V + cI)⁻¹ Vᵀ``, with k̃ = Vᵀk,
+
+        ΔW = R K̃ᵀ (K̃p K̃pᵀ + K̃ K̃ᵀ + L2·I)⁻¹ Vᵀ,
+
+    a symmetric positive definite system that keeps ΔW in the null space exactly. State: ``K̃p K̃pᵀ [r, r]``.
+    """
+
+    name: ClassVar[str] = "alphaedit"
+    paper: ClassVar[str] = "Fang et al. 2025, arXiv:2410.02355"
+    needs: ClassVar[Needs] = Needs(statistics="null_space")
+    sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="per_layer")
+
+    l2: float = Field(10.0, gt=0, description="L2, the ridge of the solve")
+    null_space: NullSpaceRule = Field(NullSpaceRule.MEAN, description="how the null space of C0 is chosen")
+    null_space_threshold: float = Field(1.0, gt=0, description="its threshold; absolute with 0.02 is published")
+
+    def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
+        """ΔW as ``R`` times a right factor in the null space, solved in float64."""
+        basis = _basis(problem.statistics)
+        keys = basis.T @ problem.keys.double()
+        gram = keys @ keys.T + self.l2 * eye(len(keys), dtype=float64, device=keys.device)
+        if state:
+            gram += state["previous"].to(gram.device)
+        return LowRankUpdate(problem.residual.double(), spd_solve(gram, keys).T @ basis.T)
+
+    def after_batch(self, state: State, keys: Tensor, statistics: Statistics) -> State:
+        """Add the batch's keys to those that later batches must leave alone."""
+        inside = _basis(statistics).T @ keys.double()
+        added = inside @ inside.T
+        return {"previous": state["previous"].to(added.device) + added if state else added}
+
+    def null_space_rule(self) -> tuple[NullSpaceRule, float]:
+        """The rule and its threshold."""
+        return self.null_space, self.null_space_threshold
+
+
+def _basis(statistics: Statistics) -> Tensor:
+    assert statistics.null_space is not None
+    return statistics.null_space.double()

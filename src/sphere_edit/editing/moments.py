@@ -1,0 +1,203 @@
+"""Second moments C0 = E[k kᵀ] of the edited matrices' inputs, and the text they are measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.files import cache_dir, write_json
+from sphere_edit.models.forward import TokenBatch, activations, batches_by_length
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.progress import Reporter
+
+_MAX_PASSAGES = 100_000
+_SAMPLE_LENGTH = 128
+_SAMPLE_ROWS = 64
+
+
+class MomentSettings(BaseModel):
+    """What text the second moments come from, and how much of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    corpus: str | None = Field(
+        None,
+        description="text (.txt, a passage a paragraph), .jsonl with a 'text' field, or a hub data set; "
+        "without one the model samples its own text",
+    )
+    tokens: int = Field(100_000, ge=100, description="tokens of a corpus that are looked at")
+    sampled_tokens: int = Field(32_768, ge=100, description="tokens that are sampled where no corpus is given")
+    max_length: int = Field(512, ge=8, description="tokens of one passage; the rest of a longer one is left out")
+    heldout: int = Field(300, ge=1, description="passages at the corpus's end kept for perplexity (a fifth at most)")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of the passages for the statistics, and of those held out for perplexity."""
+
+    passages: list[list[int]]
+    heldout: list[list[int]]
+    origin: str
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the text the statistics see."""
+        return hashlib.sha256(json.dumps(self.passages).encode()).hexdigest()
+
+
+def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, reporter: Reporter) -> Corpus:
+    """The corpus of ``settings``, tokenised; sampled from the model where none is named."""
+    if settings.corpus is None:
+        sampled = _sampled_once(loaded, settings.sampled_tokens, seed, reporter)
+        cut = len(sampled) - max(1, len(sampled) // 8)
+        return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
+    texts = read_passages(settings.corpus)
+    count = min(settings.heldout, max(1, len(texts) // 5))
+    encoder = Encoder(loaded.tokenizer)
+    heldout = [encoder.encode(text).ids[: settings.max_length] for text in texts[-count:]]
+    passages: list[list[int]] = []
+    room = settings.tokens
+    for text in texts[:-count]:
+        if room <= 0:
+            break
+        passages.append(encoder.encode(text).ids[: settings.max_length])
+        room -= len(passages[-1])
+    return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
+
+
+def read_passages(source: str) -> list[str]:
+    """Passages of a ``.txt`` or ``.jsonl`` file or of a hub data set with a ``text`` field.
+
+    Raises:
+        SphereEditError: it cannot be read, or holds fewer than two passages.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SphereEditError(f"corpus {source} is not valid UTF-8 text (byte {error.start})") from None
+        if path.suffix == ".jsonl":
+            passages = [
+                _text_of(line, number, source) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+            ]
+        elif path.suffix in (".txt", ".md"):
+            passages = [" ".join(part.split()) for part in text.split("\n\n")]
+        else:
+            raise SphereEditError(f"corpus {source}: expected a .txt or .jsonl file, or a hub data set")
+    elif path.suffix in (".txt", ".jsonl", ".md") or source.count("/") > 1:
+        raise SphereEditError(f"there is no corpus file '{source}'")
+    else:
+        passages = _hub_passages(source)
+    passages = [passage for passage in passages if passage.strip()]
+    if len(passages) < 2:
+        raise SphereEditError(
+            f"corpus {source} holds {len(passages)} passages; at least 2 are needed, hundreds are better"
+        )
+    return passages
+
+
+def _text_of(line: str, number: int, source: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise SphereEditError(f"corpus {source}, line {number}: expected a JSON object with a 'text' field")
+    return text
+
+
+def _hub_passages(name: str) -> list[str]:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        stream = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        return [str(row["text"]) for row in itertools.islice(stream, _MAX_PASSAGES)]
+    except Exception as error:  # the library raises whatever its storage raised
+        reason = " ".join(str(error).split())[:300]
+        raise SphereEditError(
+            f"corpus '{name}' is neither a file nor a data set with a 'text' field: {reason}"
+        ) from None
+
+
+def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
+    """Sampled text, from the cache where this very model sampled it before."""
+    file = cache_dir() / "samples" / f"{loaded.fingerprint[:32]}-{tokens}-seed-{seed}.json"
+    if not file.is_file():
+        write_json(file, sample_text(loaded, tokens, seed, reporter))
+    return json.loads(file.read_text("utf-8"))
+
+
+@torch.no_grad()
+def sample_text(
+    loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter, length: int = _SAMPLE_LENGTH
+) -> list[list[int]]:
+    """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
+    from transformers import LogitsProcessorList
+
+    encoder = Encoder(loaded.tokenizer)
+    first = (encoder.document_start() or encoder.encode("The").ids)[0]
+    length = min(length, getattr(loaded.model.config, "max_position_embeddings", length) - 1)
+    count = max(2, math.ceil(tokens / length))
+    rows: list[list[int]] = []
+    devices = [] if loaded.device.type == "cpu" else [loaded.device]
+    with torch.random.fork_rng(devices=devices), reporter.bar("sampling text", count * length, "tokens") as advance:
+        torch.manual_seed(seed)
+        while len(rows) < count:
+            ids = torch.full((min(_SAMPLE_ROWS, count - len(rows)), 1), first, device=loaded.device)
+            drawn = loaded.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                logits_processor=LogitsProcessorList([_gumbel]),
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=0,
+            )
+            rows.extend(drawn.tolist())
+            advance(len(ids) * length)
+    return rows
+
+
+def _gumbel(ids: Tensor, scores: Tensor) -> Tensor:
+    """Gumbel noise: the argmax of the sum is a sample of softmax(scores), several times as fast as multinomial on a CPU."""
+    return scores.float() - torch.empty_like(scores, dtype=torch.float32).exponential_().log()
+
+
+@torch.no_grad()
+def second_moments(
+    loaded: LoadedModel, passages: Sequence[Sequence[int]], names: Sequence[str], max_tokens: int, reporter: Reporter
+) -> dict[str, Tensor]:
+    """``C0 = E[k kᵀ]`` (float32 ``[d_in, d_in]``, summed in float64) of the inputs of the named matrices, in one pass.
+
+    Args:
+        passages: token ids; every token counts once.
+        names: full module names, from the lowest layer up.
+        max_tokens: tokens in one padded batch.
+    """
+    modules = [loaded.model.get_submodule(name) for name in names]
+    sums: dict[str, Tensor] = {}
+    count = sum(len(passage) for passage in passages)
+    with reporter.bar("second moments", count, "tokens") as advance:
+        for chunk in batches_by_length([len(passage) for passage in passages], max_tokens):
+            batch = TokenBatch.of([passages[index] for index in chunk], loaded.device)
+            inputs, _ = activations(loaded, batch, inputs_of=modules)
+            real = batch.mask.bool()
+            for name, hidden in zip(names, inputs, strict=True):
+                keys = hidden[real].float()
+                product = (keys.T @ keys).double()
+                sums[name] = product if name not in sums else sums[name].add_(product)
+            advance(int(batch.mask.sum()))
+    return {name: (total / count).float() for name, total in sums.items()}

@@ -1,0 +1,76 @@
+"""A method's statistics (C0 or its null space) for each edited matrix: measured once, cached, kept with the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.methods.base import Method, Statistics
+from sphere_edit.editing.moments import Corpus, second_moments
+from sphere_edit.files import cache_dir, link_or_copy, read_tensors, write_tensors
+from sphere_edit.models.loading import LoadedModel, fingerprints
+from sphere_edit.numerics.linalg import null_space
+from sphere_edit.progress import Reporter
+
+
+def prepare_statistics(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    layers: Sequence[int],
+    names: Sequence[str],
+    method: Method,
+    max_tokens: int,
+    reporter: Reporter,
+    folder: Path,
+) -> None:
+    """Put what the method needs into ``folder``, one file a matrix, taken from the cache where it is there.
+
+    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching and the null-space
+    rule, so that no run ever picks up another model's statistics.
+    """
+    if method.needs.statistics is None:
+        return
+    hashes = fingerprints(loaded.model, layers)
+    files: dict[str, Path] = {}
+    for layer, name in zip(layers, names, strict=True):
+        key = hashlib.sha256("|".join((hashes[layer], name, corpus.sha256, str(max_tokens))).encode()).hexdigest()
+        files[name] = cache_dir() / "moments" / f"{key}.safetensors"
+    missing = [name for name in names if not files[name].is_file()]
+    if missing:
+        for name, moment in second_moments(loaded, corpus.passages, missing, max_tokens, reporter).items():
+            write_tensors(files[name], {"second_moment": moment})
+    if method.needs.statistics == "null_space":
+        files = _null_spaces(loaded, files, method, reporter)
+    for name, file in files.items():
+        link_or_copy(file, folder / f"{name}.safetensors")
+
+
+def load_statistics(folder: Path, names: Sequence[str], method: Method, device: torch.device) -> dict[str, Statistics]:
+    """The statistics a run was started with."""
+    if method.needs.statistics is None:
+        return {name: Statistics() for name in names}
+    return {
+        name: Statistics(
+            **{key: value.to(device) for key, value in read_tensors(folder / f"{name}.safetensors").items()}
+        )
+        for name in names
+    }
+
+
+def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, reporter: Reporter) -> dict[str, Path]:
+    choice = method.null_space_rule()
+    assert choice is not None
+    rule, threshold = choice
+    found: dict[str, Path] = {}
+    with reporter.bar("null spaces", len(files), "layers") as advance:
+        for name, file in files.items():
+            found[name] = cache_dir() / "null-spaces" / f"{file.stem}-{rule.value}-{threshold:g}.safetensors"
+            if not found[name].is_file():
+                moment: Tensor = read_tensors(file)["second_moment"].to(loaded.device)
+                write_tensors(found[name], {"null_space": null_space(moment, rule, threshold).float()})
+            advance(1)
+    return found

@@ -1,0 +1,500 @@
+"""The public `Editor`: a model, a run folder, and everything a user does with them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sphere_edit._version import __version__
+from sphere_edit.editing.journal import SCHEMA, RunFolder
+from sphere_edit.editing.loop import SequentialLoop, plan_batches, superseded_by
+from sphere_edit.editing.moments import Corpus, load_corpus
+from sphere_edit.editing.settings import Settings, make_settings
+from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.statistics import load_statistics, prepare_statistics
+from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.metrics import FactScores, complete_answers, perplexity, score_facts, summarise
+from sphere_edit.export import export_model, model_card
+from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
+from sphere_edit.facts.readers import FactSet, facts_from
+from sphere_edit.files import plain_errors, write_json
+from sphere_edit.models.loading import LoadedModel, load_model
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.energy import hyperspherical_energy
+from sphere_edit.progress import Quiet, Reporter
+from sphere_edit.reporting.results import SCHEMA as METRICS_SCHEMA
+
+Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of some facts on the unedited and on the edited model."""
+
+    facts: list[Fact]
+    unedited: list[FactScores]
+    edited: list[FactScores]
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Means over the facts, in percent."""
+        return {"unedited": summarise(self.unedited), "edited": summarise(self.edited)}
+
+
+class Editor:
+    """Edits one model, batch after batch, in one run folder.
+
+        editor = Editor.from_pretrained("smollm2", run="runs/first")
+        editor.edit([{"subject": "Big Ben", "prompt": "{} stands in the city of", "target_new": "Vienna"}])
+        editor.rollback(0)
+        editor.save_pretrained("edited")
+
+    ``editor.model`` and ``editor.tokenizer`` are the transformers objects; the model always runs with the deployed
+    weights, those that `save_pretrained` writes.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, folder: Path, reporter: Reporter):
+        self.loaded, self.settings, self.folder, self.reporter = loaded, settings, folder, reporter
+        depth = len(loaded.architecture.decoder_layers(loaded.model))
+        self.method = settings.make_method()
+        self.sphere = settings.make_sphere()
+        self.layers = settings.resolved_layers(loaded.architecture, depth)
+        self.weights = EditedWeights(loaded.model, loaded.architecture, self.layers, self.method.modules)
+        self.run: RunFolder | None = None
+        self._loop: SequentialLoop | None = None
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        run: str | Path | None = None,
+        settings: Settings | None = None,
+        reporter: Reporter | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Editor:
+        """Load a model to be edited in a new run.
+
+        Args:
+            model: a hub id, a local folder, a ``.gguf`` file, or ``smollm2``.
+            run: the run folder, which must not hold a run yet; by default ``runs/<model>-<method>-<time>``.
+            settings: all settings; or give single ones by name in ``options``, e.g. ``method="memit"``,
+                ``batch_size=50``, ``targets={"steps": 25}``.
+            trust_remote_code: run code that comes with the model.
+
+        Raises:
+            SphereEditError: the model, a setting or the folder cannot be used.
+        """
+        settings = make_settings(settings.model_dump() if settings else {}, options)
+        folder = Path(run) if run is not None else _default_folder(str(model), settings.method)
+        if RunFolder.exists(folder):
+            raise SphereEditError(f"{folder} holds a run already; Editor.open('{folder}') goes on with it")
+        loaded = load_model(model, settings.device, settings.dtype, trust_remote_code)
+        return cls(loaded, settings, folder, reporter or Quiet())
+
+    @classmethod
+    def open(
+        cls,
+        run: str | Path,
+        reporter: Reporter | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Editor:
+        """Load the model of a run as it stands after its last batch; unfinished work waits for `resume`.
+
+        Raises:
+            SphereEditError: no run there, another process is at work in it, or its model is not what it was.
+        """
+        folder = RunFolder.open(run)
+        settings = make_settings(folder.config["settings"])
+        source = folder.config["model"]["source"]
+        loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
+        if loaded.fingerprint != folder.config["model"]["fingerprint"]:
+            raise SphereEditError(
+                f"the model at '{source}' is not the one this run edited (its weights have another hash); "
+                "put the original back, or start a new run"
+            )
+        editor = cls(loaded, settings, folder.path, reporter or Quiet())
+        folder.lock()
+        editor._attach(folder)
+        return editor
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, with the deployed weights in it."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.loaded.tokenizer
+
+    def close(self) -> None:
+        """Release the run folder for other processes."""
+        if self.run is not None:
+            self.run.unlock()
+
+    # --- editing --------------------------------------------------------------------------------------------------
+
+    def edit(self, facts: Facts, skip_bad: bool = False) -> dict[str, Any]:
+        """Edit facts in batches of ``batch_size``, then evaluate all facts edited so far.
+
+        Called again, it goes on from where it stands, with the state of the method and the original weights.
+
+        Args:
+            facts: a file or data set, or facts (dictionaries with subject, prompt, target_new, …).
+            skip_bad: leave out facts that cannot be used, instead of refusing all.
+
+        Returns:
+            the content of ``metrics.json``.
+
+        Raises:
+            SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
+        """
+        given = facts_from(facts, skip_bad)
+        planned, left_out = self.check(given, skip_bad)
+        if self.run is None:
+            self._start()
+        run = self._run()
+        history = run.history
+        if history.pending:
+            raise SphereEditError(
+                f"{self.folder} has {len(history.pending)} facts waiting; resume it before giving it more"
+            )
+        run.add_facts(planned, source=given.source, protocol=given.protocol, left_out=left_out)
+        return self.resume()
+
+    def check(self, given: FactSet, skip_bad: bool) -> tuple[list[Fact], list[str]]:
+        """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens."""
+        usable, untokenised = [], []
+        encoder = Encoder(self.tokenizer)
+        for fact in given.facts:
+            try:
+                encoder.subject_end(*fill("{}", fact))
+                encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+                encoder.with_target(fact.filled_prompt, fact.target_new)
+            except (SphereEditError, ValueError) as error:
+                reason = (
+                    str(error) if isinstance(error, SphereEditError) else "subject or target has no tokens of its own"
+                )
+                untokenised.append(f"record {fact.record}: {reason}")
+            else:
+                usable.append(fact)
+        if untokenised and not skip_bad:
+            raise SphereEditError(f"facts this model's tokenizer cannot place:\n  {chr(10).join(untokenised[:20])}")
+        size = min(self.settings.batch_size, self.method.max_batch or self.settings.batch_size)
+        plan = plan_batches(usable, size, skip_bad)
+        left_out = [*given.bad, *untokenised, *plan.bad]
+        if left_out:
+            self.reporter.say(f"{len(left_out)} records left out; the first: {left_out[0]}")
+        return plan.facts, left_out
+
+    def resume(self) -> dict[str, Any]:
+        """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
+        run = self._run()
+        try:
+            self._measure_unedited()
+            facts = run.facts()
+            while pending := run.history.pending:
+                self._evaluate_if_due()
+                batch = pending[: self.settings.batch_size]
+                history = run.history
+                replaced = superseded_by(facts, batch, history.retained)
+                number = history.head + 1
+                self.reporter.say(
+                    f"[bold]Batch {number}[/bold]: {len(batch)} facts, {len(pending) - len(batch)} after it"
+                )
+                for index in replaced:
+                    self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
+                self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
+            self._evaluate(final=True)
+            if not run.history.finished:
+                run.append("finished", after=run.history.head)
+        except SphereEditError:
+            self._the_loop().go_to(run.history.head)
+            raise
+        return self.metrics()
+
+    def rollback(self, to: int) -> None:
+        """Put the weights back to exactly what they were after batch ``to``; 0 is the original model, bit for bit.
+
+        Later batches, and facts that were still waiting, are withdrawn.
+        """
+        run = self._run()
+        head = run.history.head
+        if not 0 <= to <= head:
+            raise SphereEditError(
+                f"cannot roll back to batch {to}: this run stands at batch {head}, so 0 to {head} exist"
+            )
+        loop = self._the_loop()
+        loop.go_to(to)
+        if to > 0:
+            run.write_checkpoint(to, self.weights.working, loop.states)
+        run.append("rollback", to=to)
+        run.thin(to)
+        metrics = self.folder / "metrics.json"
+        if metrics.is_file() and json.loads(metrics.read_text("utf-8"))["after"] > to:
+            metrics.unlink()
+
+    # --- looking --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, facts: Facts, skip_bad: bool = False) -> Evaluation:
+        """Score any facts on the unedited and on the edited model."""
+        given = facts_from(facts, skip_bad).facts
+        with self.weights.unedited():
+            complete = complete_answers(self.loaded, given)
+            before = self._score(complete, "unedited model")
+        edited = self.run is not None and self.run.history.head > 0
+        after = self._score(complete, "edited model") if edited else before
+        return Evaluation(complete, before, after)
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        path = self.folder / "metrics.json"
+        with plain_errors(path, "read"):
+            return json.loads(path.read_text("utf-8"))
+
+    @torch.no_grad()
+    def generate(self, prompt: str, max_new_tokens: int = 12) -> str:
+        """The greedy continuation of a prompt by the model as it stands."""
+        ids = torch.tensor([Encoder(self.tokenizer).encode(prompt).ids], device=self.loaded.device)
+        said = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=0,
+        )
+        return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Export the edited model: a plain Hugging Face folder with tokenizer, generation config and model card."""
+        run = self._run()
+        history = run.history
+        all_facts = run.facts()
+        metrics = self.metrics() if (self.folder / "metrics.json").is_file() else None
+        if metrics is not None and metrics["after"] != history.head:
+            metrics = None
+        card = model_card(run.config, history.head, [all_facts[index] for index in history.retained], metrics)
+        export_model(self.loaded, Path(folder), card)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> RunFolder:
+        if self.run is None:
+            raise SphereEditError("nothing has been edited yet: call edit() first")
+        return self.run
+
+    def _the_loop(self) -> SequentialLoop:
+        assert self._loop is not None
+        return self._loop
+
+    def _start(self) -> None:
+        """Create the run folder: everything that affects results is decided and written here, before the first batch."""
+        run = RunFolder.create(self.folder, {})
+        try:
+            with self.weights.unedited():
+                self.reporter.say("[bold]Preparing[/bold]")
+                templates = sample_context_templates(self.loaded, self.settings.seed, self.settings.templates)
+                corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
+                prepare_statistics(
+                    self.loaded,
+                    corpus,
+                    self.layers,
+                    self.weights.names,
+                    self.method,
+                    self.settings.tokens_per_batch,
+                    self.reporter,
+                    self.folder / "statistics",
+                )
+            run.config = self._config(templates, corpus)
+            write_json(self.folder / "heldout.json", corpus.heldout)
+            write_json(self.folder / "config.json", run.config)
+            run.append("start", time=_now(), model=self.loaded.fingerprint)
+        except BaseException:
+            run.unlock()
+            raise
+        self._attach(run)
+
+    def _config(self, templates: Sequence[str], corpus: Corpus) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "created": _now(),
+            "model": {
+                "source": self.loaded.source,
+                "fingerprint": self.loaded.fingerprint,
+                "family": self.model.config.model_type,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            },
+            "settings": self.settings.model_dump(mode="json"),
+            "method_options": self.method.model_dump(mode="json"),
+            "sphere": None if self.sphere is None else self.sphere.model_dump(mode="json"),
+            "layers": list(self.layers),
+            "matrices": list(self.weights.names),
+            "templates": list(templates),
+            "corpus": {
+                "origin": corpus.origin,
+                "sha256": corpus.sha256,
+                "passages": len(corpus.passages),
+                "tokens": sum(len(passage) for passage in corpus.passages),
+                "heldout_passages": len(corpus.heldout),
+            },
+            "versions": {
+                "sphere-edit": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "device": str(self.loaded.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _attach(self, run: RunFolder) -> None:
+        """Work in this run from here on, with the weights and the state of its last batch."""
+        self.run = run
+        self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
+        statistics = load_statistics(self.folder / "statistics", self.weights.names, self.method, self.loaded.device)
+        source = OptimisedTargets(
+            self.loaded,
+            run.config["templates"],
+            self.layers,
+            self.weights.names,
+            self.settings.targets,
+            self.settings.tokens_per_batch,
+            self.reporter,
+        )
+        self._loop = SequentialLoop(
+            run, self.weights, source, self.method, self.sphere, self.settings.diagnostic_sphere(), statistics
+        )
+        self._loop.go_to(run.history.head)
+
+    def _score(self, facts: Sequence[Fact], title: str) -> list[FactScores]:
+        return score_facts(self.loaded, facts, self.settings.tokens_per_batch, self.reporter, title)
+
+    def _measure_unedited(self) -> None:
+        """The unedited model on each session's facts, once; its perplexity and energies with the first."""
+        run = self._run()
+        done = {entry["session"] for entry in run.entries if entry["event"] == "unedited"}
+        facts, first = run.facts(), 0
+        for session, count in enumerate(run.history.sessions, 1):
+            part, first = facts[first : first + count], first + count
+            if session in done:
+                continue
+            with self.weights.unedited():
+                complete = complete_answers(self.loaded, part)
+                scores = self._score(complete, "unedited model")
+                whole = self._whole_model("perplexity, unedited") if session == 1 else {}
+            content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
+            write_json(self.folder / "evaluations" / f"unedited-{session:04d}.json", content)
+            run.append("unedited", session=session, summary=summarise(scores), **whole)
+
+    def _whole_model(self, title: str) -> dict[str, Any]:
+        """Perplexity on the held-out text and the energy of every edited matrix, as deployed."""
+        energies = {name: hyperspherical_energy(self.weights.deployed(name)) for name in self.weights.names}
+        return {
+            "perplexity": perplexity(self.loaded, self._heldout, self.settings.tokens_per_batch, self.reporter, title),
+            "energy": {name: {"total": e.total, "per_pair": e.per_pair} for name, e in energies.items()},
+        }
+
+    def _evaluate_if_due(self) -> None:
+        every, head = self.settings.eval_every, self._run().history.head
+        if every is not None and head > 0 and head % every == 0:
+            self._evaluate(final=False)
+
+    def _evaluate(self, final: bool) -> None:
+        """Evaluate every fact the model should know now; skipped where the journal has it already."""
+        run = self._run()
+        history = run.history
+        path = self.folder / "evaluations" / f"batch-{history.head:04d}.json"
+        known = next((e for e in history.evaluations if e["after"] == history.head), None)
+        complete, before, whole_before = self._unedited_results()
+        if known is None:
+            scores = self._score([complete[index] for index in history.retained], f"evaluation after {history.head}")
+            whole = self._whole_model("perplexity")
+            content = {"after": history.head, "facts": history.retained, "scores": [s.as_dict() for s in scores]}
+            write_json(path, content)
+            known = run.append("evaluation", after=history.head, summary=summarise(scores), **whole)
+        if final:
+            scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
+            self._write_metrics(known, complete, before, whole_before, scores)
+
+    def _unedited_results(self) -> tuple[list[Fact], list[FactScores], dict[str, Any]]:
+        facts: list[Fact] = []
+        scores: list[FactScores] = []
+        whole: dict[str, Any] = {}
+        for session in range(1, len(self._run().history.sessions) + 1):
+            path = self.folder / "evaluations" / f"unedited-{session:04d}.json"
+            with plain_errors(path, "read"):
+                content = json.loads(path.read_text("utf-8"))
+            facts += [Fact.from_dict(record) for record in content["facts"]]
+            scores += [FactScores.from_dict(record) for record in content["scores"]]
+            whole = whole or {name: content[name] for name in ("perplexity", "energy")}
+        return facts, scores, whole
+
+    def _write_metrics(
+        self,
+        entry: Mapping[str, Any],
+        facts: Sequence[Fact],
+        before: Sequence[FactScores],
+        whole_before: Mapping[str, Any],
+        after: Sequence[FactScores],
+    ) -> None:
+        history = self._run().history
+        kept = history.retained
+        batch_of = {index: batch["batch"] for batch in history.batches for index in batch["facts"]}
+        write_json(
+            self.folder / "metrics.json",
+            {
+                "schema": METRICS_SCHEMA,
+                "after": history.head,
+                "facts": len(kept),
+                "superseded": len(history.superseded),
+                "unedited": {**summarise([before[index] for index in kept]), **whole_before},
+                "edited": {**entry["summary"], "perplexity": entry["perplexity"], "energy": entry["energy"]},
+                "per_fact": [
+                    {
+                        "index": index,
+                        "batch": batch_of[index],
+                        **{
+                            name: getattr(facts[index], name)
+                            for name in ("subject", "prompt", "target_new", "target_true")
+                        },
+                        "unedited": before[index].as_dict(),
+                        "edited": score.as_dict(),
+                    }
+                    for index, score in zip(kept, after, strict=True)
+                ],
+            },
+        )
+
+
+@contextmanager
+def opened(run: str | Path, reporter: Reporter | None = None, **options: Any) -> Iterator[Editor]:
+    """`Editor.open` as a context that closes the run again."""
+    editor = Editor.open(run, reporter, **options)
+    try:
+        yield editor
+    finally:
+        editor.close()
+
+
+def _default_folder(model: str, method: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)
+    return Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,1 @@
+"""What the edited model knows, what it kept, and how it still reads ordinary text."""

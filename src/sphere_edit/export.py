@@ -1,0 +1,82 @@
+"""A model folder that plain transformers and vLLM load, with a model card that says what was edited and how it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sphere_edit._version import __version__
+from sphere_edit.facts.fact import Fact
+from sphere_edit.files import folder_in_place
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.reporting.results import LABELS, percent
+
+
+def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
+    """Write weights (safetensors), configuration, generation configuration, tokenizer and ``card`` to a new folder.
+
+    Raises:
+        SphereEditError: the folder is not empty or cannot be written; nothing half-written is left behind.
+    """
+    with folder_in_place(folder) as temporary:
+        loaded.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, "utf-8")
+
+
+def model_card(
+    config: Mapping[str, Any], batches: int, facts: Sequence[Fact], metrics: Mapping[str, Any] | None
+) -> str:
+    """The README of an exported model."""
+    settings = config["settings"]
+    sphere = config["sphere"]
+    projection = (
+        f"SPHERE (η = {sphere['eta']:g}, α = {sphere['alpha']:g}, basis {sphere['basis']}, {sphere['project']})"
+        if sphere
+        else "none"
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [model-editing, sphere-edit]",
+        "---",
+        "",
+        f"# {Path(config['model']['source']).name}, edited",
+        "",
+        f"{len(facts)} facts of `{config['model']['source']}` were changed in {batches} sequential batches with "
+        f"sphere-edit {__version__}. Everything else is the original model; it keeps the original's licence.",
+        "",
+        f"- Method: `{settings['method']}`, options `{config['method_options']}`",
+        f"- Projection: {projection}",
+        f"- Edited matrices: {', '.join(f'`{name}`' for name in config['matrices'])}",
+        f"- Original weights: SHA-256 `{config['model']['fingerprint']}`",
+        f"- Statistics: {config['corpus']['origin']}",
+        f"- Seed {settings['seed']}; {', '.join(f'{name} {version}' for name, version in config['versions'].items())}",
+        "",
+    ]
+    if metrics is not None:
+        before, after = metrics["unedited"], metrics["edited"]
+        lines += [
+            f"## Measured on {metrics['facts']} facts after batch {metrics['after']}",
+            "",
+            "| | before | after | before, strict | after, strict |",
+            "|---|---|---|---|---|",
+        ]
+        for key, label in LABELS.items():
+            cells = (before[key], after[key], before[f"{key}_strict"], after[f"{key}_strict"])
+            lines.append(f"| {label} | " + " | ".join(percent(cell) for cell in cells) + " |")
+        lines += [
+            f"| Perplexity | {before['perplexity']:.3f} | {after['perplexity']:.3f} | | |",
+            "",
+            "Efficacy and generalization compare the likelihood of the new answer with the old one's, specificity the "
+            "reverse on neighbouring prompts; *strict* asks that every token of the right answer be the likeliest.",
+            "",
+        ]
+    else:
+        lines += ["Not evaluated at this point.", ""]
+    lines += ["## Edited facts", ""]
+    lines += [f"- {fact.filled_prompt} → **{fact.target_new.strip()}**" for fact in facts[:100]]
+    if len(facts) > 100:
+        lines.append(f"- … and {len(facts) - 100} more")
+    return "\n".join(lines) + "\n"

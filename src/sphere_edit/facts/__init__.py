@@ -1,0 +1,1 @@
+"""Facts: what they are, where they are read from, and where their subject and target stand in a prompt."""

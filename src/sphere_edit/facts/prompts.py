@@ -1,0 +1,155 @@
+"""Prompts as tokens: where the subject ends and the target begins, found by character offsets."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import Fact
+from sphere_edit.models.loading import LoadedModel
+
+KL_PROMPT = "{} is a"
+_OPENERS = ("The", "Therefore", "Because", "I", "You")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a text, and for each the characters ``[start, end)`` it covers (``(0, 0)`` for special ones)."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def last_token_of(self, end: int) -> int:
+        """Index of the last token that covers the character before ``end``."""
+        return max(index for index, (first, last) in enumerate(self.spans) if first < end <= last)
+
+    def first_token_after(self, start: int) -> int:
+        """Index of the first token that covers anything at or after character ``start``."""
+        return min(index for index, (first, last) in enumerate(self.spans) if last > start and last > first)
+
+
+class Encoder:
+    """A tokenizer that knows which characters every token stands for, be it fast or slow, with BOS or without."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> Tokens:
+        """Tokens of a whole text, special ones in front kept, special ones behind (an EOS) dropped.
+
+        Raises:
+            SphereEditError: the tokenizer changes the text, so that characters cannot be followed.
+        """
+        if self.tokenizer.is_fast:
+            coded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+            ids, special = list(coded["input_ids"]), list(coded["special_tokens_mask"])
+            spans = [
+                (0, 0) if hidden else tuple(span) for span, hidden in zip(coded["offset_mapping"], special, strict=True)
+            ]
+        else:
+            ids = list(self.tokenizer(text)["input_ids"])
+            special = list(self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True))
+            spans = self._spans_by_decoding(text, ids, special)
+        while ids and special[-1]:
+            ids.pop(), special.pop(), spans.pop()
+        if not ids or all(special):
+            raise SphereEditError(f"the tokenizer makes no tokens of '{text[:80]}'")
+        return Tokens(ids, spans)
+
+    def _spans_by_decoding(self, text: str, ids: list[int], special: list[int]) -> list[tuple[int, int]]:
+        """A slow tokenizer gives no offsets: decode longer and longer prefixes and see how far each one reaches."""
+        plain = [token for token, hidden in zip(ids, special, strict=True) if not hidden]
+        whole = self.tokenizer.decode(plain, clean_up_tokenization_spaces=False)
+        lead = len(whole) - len(whole.lstrip()) - (len(text) - len(text.lstrip()))
+        if whole[max(lead, 0) :] != text:
+            raise SphereEditError(
+                f"the tokenizer does not give back the text it was given ('{text[:60]}' became '{whole[:60]}'), "
+                "so the subject's tokens cannot be located; use the model's fast tokenizer"
+            )
+        spans, seen, reached = [], [], 0
+        for token, hidden in zip(ids, special, strict=True):
+            if hidden:
+                spans.append((0, 0))
+                continue
+            seen.append(token)
+            decoded = self.tokenizer.decode(seen, clean_up_tokenization_spaces=False).rstrip("�")
+            end = max(reached, min(len(decoded) - max(lead, 0), len(text)))
+            # bytes of an unfinished character belong to that character
+            spans.append((reached, end if end > reached else min(reached + 1, len(text))))
+            reached = end
+        return spans
+
+    def document_start(self) -> list[int]:
+        """The token that stands before a document where this tokenizer puts none itself: an end-of-text or start token."""
+        ids = self.encode("The").ids
+        if ids[0] in self.tokenizer.all_special_ids:
+            return []
+        separator = self.tokenizer.get_vocab().get("<|endoftext|>")
+        found = (separator, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return [next((token for token in found if token is not None), 0)]
+
+    def subject_end(self, text: str, subject_end: int) -> tuple[list[int], int]:
+        """Ids of ``text`` cut after the subject, and the index of the subject's last token (``text[:subject_end]``)."""
+        tokens = self.encode(text)
+        last = tokens.last_token_of(subject_end)
+        return tokens.ids[: last + 1], last
+
+    def with_target(self, prompt: str, target: str) -> tuple[Tokens, int]:
+        """Tokens of the prompt followed by the target, and the index of the target's first token."""
+        prompt = prompt.rstrip()
+        tokens = self.encode(prompt + joined(target))
+        return tokens, tokens.first_token_after(len(prompt) + len(joined(target)) - len(joined(target).lstrip()))
+
+
+def joined(target: str) -> str:
+    """The target as it follows a prompt: after one space, but for scripts written without (Chinese, Japanese, …)."""
+    if target[0].isspace() or unicodedata.east_asian_width(target[0]) in "WF":
+        return target
+    return " " + target
+
+
+def fill(template: str, fact: Fact, prompt: str | None = None) -> tuple[str, int]:
+    """The fact's prompt (or another with ``{}``) in a context template, and where its subject ends in characters."""
+    prompt = fact.prompt if prompt is None else prompt
+    before, after = prompt.split("{}")
+    lead, trail = template.split("{}", 1)
+    return lead + before + fact.subject + after + trail, len(lead) + len(before) + len(fact.subject)
+
+
+@torch.no_grad()
+def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1, length: int = 10) -> list[str]:
+    """Context templates in the model's own words: ``"{}"`` and texts of ``length`` tokens followed by ``". {}"``.
+
+    Sampled (top-k 5, as MEMIT does, arXiv:2210.07229) with ``seed``; the clean template always comes first.
+    """
+    templates = ["{}"]
+    encoder = Encoder(loaded.tokenizer)
+    with torch.random.fork_rng(devices=_accelerators(loaded.device)):
+        torch.manual_seed(seed)
+        for opener in _OPENERS if per_opener else ():
+            start = encoder.document_start() + encoder.encode(opener).ids
+            ids = torch.tensor([start] * per_opener, device=loaded.device)
+            texts = loaded.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=5,
+                top_p=1.0,
+                max_new_tokens=length,
+                pad_token_id=0,
+            )
+            for row in texts:
+                text = loaded.tokenizer.decode(row, skip_special_tokens=True)
+                text = " ".join(text.replace("{", " ").replace("}", " ").replace("�", " ").split())
+                templates.append(f"{text.rstrip('.')}. {{}}")
+    return templates
+
+
+def _accelerators(device: torch.device) -> Sequence[torch.device]:
+    return [] if device.type == "cpu" else [device]

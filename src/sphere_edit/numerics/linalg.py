@@ -1,0 +1,85 @@
+"""Eigenbases, null spaces and solves. Everything here runs in float64, whatever comes in."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from sphere_edit.errors import SphereEditError
+
+
+def right_eigenbasis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of ``AᵀA / n`` for ``A = rows [n, d]``, largest first, zero ones left out.
+
+    Solved on the smaller of the two Gram matrices: for n < d the eigenvectors of ``AAᵀ`` are carried over by
+    ``u = Aᵀq / √λ``, which spans the same subspace at (d/n)³ less work.
+
+    Returns:
+        ``(values [k], vectors [d, k])`` in float64 with k = rank(A); the columns are orthonormal.
+    """
+    a = rows.double()
+    n, d = a.shape
+    gram = a @ a.T if n < d else a.T @ a
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0), vectors.flip(1)
+    keep = values > values[0].clamp_min(0) * max(n, d) * torch.finfo(torch.float64).eps
+    values, vectors = values[keep], vectors[:, keep]
+    if n < d:
+        vectors = a.T @ vectors / values.sqrt()
+    return values / n, vectors
+
+
+def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix⁻¹ right`` for a symmetric positive semidefinite ``matrix [d, d]`` and ``right [d, n]``, in float64.
+
+    A singular matrix (fewer tokens seen than it has rows) is lifted by the smallest multiple of its mean diagonal,
+    from 1e-12 up, that makes it positive definite.
+    """
+    a, b = matrix.double(), right.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise SphereEditError(
+            "the linear system for the weight update holds NaN or infinite numbers; "
+            "check the model's weights and, for a float16 model, that its activations do not overflow"
+        )
+    scale = a.diagonal().mean()
+    lift = 0.0
+    for exponent in range(-12, 0):
+        factor, failed = torch.linalg.cholesky_ex(a + lift * scale * torch.eye(len(a), dtype=a.dtype, device=a.device))
+        if not failed:
+            return torch.cholesky_solve(b, factor)
+        lift = 10.0**exponent
+    raise SphereEditError("the linear system for the weight update is not positive definite, not even nearly")
+
+
+class NullSpaceRule(str, Enum):
+    """How small an eigenvalue of C0 must be for its direction to count as unused.
+
+    ``mean``: below ``threshold`` times the mean eigenvalue tr(C0)/d, the same for a model of any scale.
+    ``quantile``: among the smallest ``threshold`` share of all directions.
+    ``absolute``: below ``threshold`` itself, as published (2e-2).
+    """
+
+    MEAN = "mean"
+    QUANTILE = "quantile"
+    ABSOLUTE = "absolute"
+
+
+def null_space(second_moment: Tensor, rule: NullSpaceRule, threshold: float) -> Tensor:
+    """Orthonormal basis ``V [d, r]`` (float64) of the directions that keys hardly use; ``P = V Vᵀ``.
+
+    Source: AlphaEdit (arXiv:2410.02355, section 3.2), with eigenvectors of ``C0 [d, d]`` below a threshold.
+    """
+    values, vectors = torch.linalg.eigh(second_moment.double())
+    if rule is NullSpaceRule.QUANTILE:
+        count = round(threshold * len(values))
+    else:
+        limit = threshold * float(values.mean()) if rule is NullSpaceRule.MEAN else threshold
+        count = int((values < limit).sum())
+    if count == 0:
+        raise SphereEditError(
+            f"no direction of the keys is unused under the null-space rule '{rule.value}' with threshold {threshold:g} "
+            f"(eigenvalues of C0 run from {values[0]:.3g} to {values[-1]:.3g}); raise the threshold"
+        )
+    return vectors[:, :count]

@@ -1,0 +1,92 @@
+"""A weight update ΔW: thin factors where the mathematics gives them, dense otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """``ΔW = left @ right`` with ``left [d_out, n]`` and ``right [n, d_in]``, n the number of facts."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """ΔW as one ``[d_out, d_in]`` tensor."""
+        return self.left @ self.right
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """``weight + ΔW`` in the dtype and on the device of ``weight``; the same bits for the same inputs."""
+        left, right = (factor.to(weight.device, weight.dtype) for factor in (self.left, self.right))
+        return torch.addmm(weight, left, right)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``ΔW @ matrix`` for ``matrix [d_in, r]``, never forming ΔW."""
+        return self.left @ (self.right @ matrix)
+
+    def without(self, basis: Tensor, alpha: float) -> LowRankUpdate:
+        """``ΔW − α (ΔW U) Uᵀ`` for ``U = basis [d_in, r]`` with orthonormal columns: only ``right`` changes."""
+        return LowRankUpdate(self.left, self.right - alpha * (self.right @ basis) @ basis.T)
+
+    def norm(self) -> float:
+        """‖ΔW‖_F from the two n × n Gram matrices, in float64."""
+        left, right = self.left.double(), self.right.double()
+        squared = ((left.T @ left) * (right @ right.T)).sum()
+        return float(squared.clamp_min(0).sqrt())
+
+    def to(self, dtype: torch.dtype) -> LowRankUpdate:
+        """The same update with both factors cast."""
+        return LowRankUpdate(self.left.to(dtype), self.right.to(dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to store: ``left`` and ``right``."""
+        return {"left": self.left, "right": self.right}
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """``ΔW = delta [d_out, d_in]``, for methods whose update has no small rank (RECT, PRUNE)."""
+
+    delta: Tensor
+
+    def dense(self) -> Tensor:
+        """ΔW itself."""
+        return self.delta
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """``weight + ΔW`` in the dtype and on the device of ``weight``."""
+        return weight + self.delta.to(weight.device, weight.dtype)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``ΔW @ matrix`` for ``matrix [d_in, r]``."""
+        return self.delta @ matrix
+
+    def without(self, basis: Tensor, alpha: float) -> DenseUpdate:
+        """``ΔW − α (ΔW U) Uᵀ`` for ``U = basis [d_in, r]`` with orthonormal columns."""
+        return DenseUpdate(self.delta - alpha * (self.delta @ basis) @ basis.T)
+
+    def norm(self) -> float:
+        """‖ΔW‖_F, in float64."""
+        return float(self.delta.double().norm())
+
+    def to(self, dtype: torch.dtype) -> DenseUpdate:
+        """The same update, cast."""
+        return DenseUpdate(self.delta.to(dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to store: ``delta``."""
+        return {"delta": self.delta}
+
+
+Update = LowRankUpdate | DenseUpdate
+
+
+def update_from(tensors: dict[str, Tensor]) -> Update:
+    """The update that ``tensors()`` described."""
+    if "delta" in tensors:
+        return DenseUpdate(tensors["delta"])
+    return LowRankUpdate(tensors["left"], tensors["right"])

@@ -1,0 +1,127 @@
+"""What a run would cost: time from short trials on this machine, memory and disk from shapes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sphere_edit.editing.journal import KEEP_EVERY
+from sphere_edit.editing.keys import SubjectPrompts, subject_keys
+from sphere_edit.editing.moments import sample_text
+from sphere_edit.editing.sources import optimise_targets
+from sphere_edit.editor import Editor
+from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.facts.fact import Fact, Neighbor
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.files import plain_errors
+from sphere_edit.models.forward import TokenBatch, last_hidden
+from sphere_edit.progress import Quiet
+
+_TRIAL_FACTS = 8
+_TRIAL_STEPS = 2
+_PADDING = ["{}", *["A few words before it. {}"] * 5]  # stands in for sampled templates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by stage, and bytes of memory and disk."""
+
+    seconds: dict[str, float]
+    memory: int
+    disk: int
+
+
+def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
+    """Time each stage on a few of the facts, and multiply; add up the memory and disk that shapes dictate.
+
+    Statistics that are in the cache are counted all the same, so that a first run takes no longer than it says.
+    """
+    settings, loaded = editor.settings, editor.loaded
+    trial = [_with_truth(fact) for fact in facts[:_TRIAL_FACTS]]
+    share = len(facts) / len(trial)
+    templates = _PADDING[: 1 + 5 * min(settings.templates, 1)]
+    prompts = SubjectPrompts.of(trial, templates, Encoder(loaded.tokenizer))
+    short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
+    steps = settings.targets.steps / _TRIAL_STEPS
+    passage = [[index % 1000 for index in range(256)]] * 2
+    reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / 512
+    evaluations = 2 + (len(facts) // settings.batch_size // settings.eval_every if settings.eval_every else 0)
+    moments = settings.moments
+    seconds = {
+        "targets v*": share
+        * steps
+        * _timed(lambda: optimise_targets(loaded, trial, templates, editor.layers[-1], short, Quiet())),
+        "keys": share
+        * (len(editor.layers) + 1)
+        * 1.5
+        * _timed(lambda: subject_keys(loaded, prompts, editor.weights.names, settings.tokens_per_batch)),
+        "evaluation": share
+        * evaluations
+        * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet())),
+    }
+    if moments.corpus is None:
+        sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
+        seconds["sampling text"] = moments.sampled_tokens * sampling
+        seconds["second moments"] = moments.sampled_tokens * reading
+        heldout = moments.sampled_tokens / 8
+    else:
+        seconds["second moments"] = moments.tokens * reading
+        heldout = moments.heldout * 150.0
+    seconds["perplexity"] = evaluations * heldout * reading
+    return Estimate(seconds, _memory(editor), _disk(editor, len(facts)))
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a run whose folder cannot be written or whose disk is too small for it.
+
+    Raises:
+        SphereEditError: saying which.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with plain_errors(folder):
+        probe = existing / ".sphere-edit-probe"
+        probe.touch()
+        probe.unlink()
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise SphereEditError(f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    work()  # the first call pays for what later ones find ready
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _with_truth(fact: Fact) -> Fact:
+    neighbors = tuple(Neighbor(n.prompt, n.answer or fact.target_new) for n in fact.neighbors)
+    return Fact(**{**vars(fact), "target_true": fact.target_true or "unknown", "neighbors": neighbors})
+
+
+def _memory(editor: Editor) -> int:
+    model = sum(parameter.numel() * parameter.element_size() for parameter in editor.model.parameters())
+    matrices = sum(weight.numel() for weight in editor.weights.working.values())
+    inputs = max(weight.shape[1] for weight in editor.weights.working.values())
+    statistics = len(editor.layers) * inputs * inputs * (4 + 8)
+    solving = 4 * inputs * inputs * 8
+    vocabulary = editor.model.get_output_embeddings().weight.shape[0]
+    activations = editor.settings.targets.tokens * editor.model.config.hidden_size * 16 * 4 * _depth(editor)
+    return model + matrices * (4 + 4) + statistics + solving + activations + 512 * vocabulary * 4 * 3
+
+
+def _disk(editor: Editor, facts: int) -> int:
+    widths = [(weight.shape[0], weight.shape[1]) for weight in editor.weights.working.values()]
+    batches = -(-facts // editor.settings.batch_size)
+    updates = sum(facts * (out + 2 * inner) * 4 for out, inner in widths)
+    checkpoint = sum(out * inner * 4 + inner * inner * 8 for out, inner in widths)
+    statistics = sum(inner * inner * 4 for _, inner in widths)
+    return updates + checkpoint * (2 + batches // KEEP_EVERY) + statistics + facts * 4000
+
+
+def _depth(editor: Editor) -> int:
+    return len(editor.loaded.architecture.decoder_layers(editor.model))

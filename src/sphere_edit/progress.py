@@ -1,0 +1,74 @@
+"""Progress and messages: one small interface, silent or drawn with rich."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+Advance = Callable[[float], None]
+
+
+class Reporter(Protocol):
+    """Where long work says how far it is."""
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+
+    def bar(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """A bar over ``total`` units; the context's value advances it."""
+
+
+class Quiet:
+    """Says nothing."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    @contextmanager
+    def bar(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        """Draw nothing."""
+        yield lambda amount: None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="dim")
+
+
+class RichReporter:
+    """Bars with rate and time left on a terminal; one line a finished task everywhere."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def bar(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        """Draw a bar while the work runs, and leave a line with amount, time and rate."""
+        started = time.monotonic()
+        columns = (
+            TextColumn("  {task.description:<28}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(title, total=total, unit=unit)
+            yield lambda amount: progress.advance(task, amount)
+            done = progress.tasks[0].completed
+        seconds = time.monotonic() - started
+        rate = f"{done / seconds:,.1f} {unit}/s" if seconds > 0.05 else ""
+        self.console.print(
+            f"  {title:<28} {done:>9,.0f} {unit:<6} {seconds:6.1f} s  [dim]{rate}[/dim]", highlight=False
+        )

@@ -1,0 +1,1 @@
+"""Results as tables and files. Reads run folders; never loads a model."""

@@ -1,0 +1,110 @@
+"""metrics.json and the tables made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+SCHEMA = 1
+
+LABELS = {
+    "efficacy": "Efficacy",
+    "generalization": "Generalization",
+    "specificity": "Specificity",
+    "score": "Score (harmonic mean)",
+}
+
+
+def metrics_table(unedited: Mapping[str, Any], edited: Mapping[str, Any], title: str) -> Table:
+    """The unedited and the edited model side by side, in both protocols, with perplexity and energies."""
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("")
+    for name in ("before", "after", "before, strict", "after, strict"):
+        table.add_column(name, justify="right")
+    for key, label in LABELS.items():
+        cells = [unedited[key], edited[key], unedited[f"{key}_strict"], edited[f"{key}_strict"]]
+        table.add_row(label, *(percent(cell) for cell in cells), style="bold" if key == "score" else "")
+    if edited.get("perplexity") is not None:
+        before, after = unedited["perplexity"], edited["perplexity"]
+        table.add_row("Perplexity", f"{before:.2f}", f"{after:.2f}", "", f"× {after / before:.3f}")
+    for name, energy in edited.get("energy", {}).items():
+        before = unedited["energy"][name]["per_pair"]
+        table.add_row(
+            f"Energy {short_name(name)}",
+            f"{before:.5f}",
+            f"{energy['per_pair']:.5f}",
+            "",
+            relative(before, energy["per_pair"]),
+        )
+    return table
+
+
+def single_table(scores: Mapping[str, Any], title: str) -> Table:
+    """One model alone, in both protocols."""
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for name in ("", "likelihood", "strict"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, label in LABELS.items():
+        table.add_row(label, percent(scores[key]), percent(scores[f"{key}_strict"]))
+    return table
+
+
+def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
+    """What the journal says of each batch."""
+    table = Table(title="Batches", title_justify="left", pad_edge=False)
+    for name in (
+        "batch",
+        "facts",
+        "superseded",
+        "loss before",
+        "after",
+        "target prob.",
+        "‖ΔW‖/‖W‖",
+        "‖ΔW U‖/‖ΔW‖",
+        "seconds",
+    ):
+        table.add_column(name, justify="right")
+    for entry in batches:
+        matrices = entry["matrices"].values()
+        sizes = [m["relative_norm"] for m in matrices]
+        shares = [m["principal_norm"] / m["update_norm"] for m in matrices if m["update_norm"]]
+        targets = entry["targets"]
+        table.add_row(
+            str(entry["batch"]),
+            str(len(entry["facts"])),
+            str(len(entry["superseded"])),
+            f"{targets['loss_before']:.2f}",
+            f"{targets['loss_after']:.3f}",
+            f"{targets['probability_after']:.3f}",
+            span(sizes),
+            span(shares),
+            f"{sum(entry['seconds'].values()):.1f}",
+        )
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A percentage, or a dash where there was nothing to measure."""
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def span(values: Sequence[float]) -> str:
+    """The smallest and largest of some numbers."""
+    if not values:
+        return "–"
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def relative(before: float, after: float) -> str:
+    """Change in percent of the value before."""
+    return f"{100 * (after - before) / before:+.3f} %" if before else ""
+
+
+def short_name(name: str) -> str:
+    """``model.layers.4.mlp.down_proj`` → ``4.mlp.down_proj``."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
