@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sphere_edit.editing.journal import KEEP_EVERY
@@ -100,7 +100,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _with_truth(fact: Fact) -> Fact:
     neighbors = tuple(Neighbor(n.prompt, n.answer or fact.target_new) for n in fact.neighbors)
-    return Fact(**{**vars(fact), "target_true": fact.target_true or "unknown", "neighbors": neighbors})
+    return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors)
 
 
 def _memory(editor: Editor) -> int:

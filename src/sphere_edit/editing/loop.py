@@ -18,7 +18,7 @@ from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.methods.base import LayerProblem, Method, State, Statistics
 from sphere_edit.editing.sources import OptimisedTargets, Targets
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.fact import Fact, short
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update
@@ -225,7 +225,7 @@ def plan_batches(facts: Sequence[Fact], batch_size: int, skip_bad: bool) -> Plan
         else:
             bad.append(
                 f"record {fact.record}: contradicts record {twin.record} in the same batch "
-                f"('{fact.filled_prompt[:80]}' → '{twin.target_new}' or '{fact.target_new}'?)"
+                f"('{short(fact.filled_prompt)}' → '{short(twin.target_new)}' or '{short(fact.target_new)}'?)"
             )
     if bad and not skip_bad:
         shown = "\n  ".join(itertools.islice(bad, 20))

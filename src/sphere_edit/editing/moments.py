@@ -29,7 +29,7 @@ _SAMPLE_ROWS = 64
 class MomentSettings(BaseModel):
     """What text the second moments come from, and how much of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     corpus: str | None = Field(
         None,
@@ -82,15 +82,17 @@ def read_passages(source: str) -> list[str]:
     Raises:
         SphereEditError: it cannot be read, or holds fewer than two passages.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise SphereEditError(f"corpus {source} is not valid UTF-8 text (byte {error.start})") from None
+    try:
+        path = Path(source).expanduser()
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise SphereEditError(f"corpus {source} is not valid UTF-8 text (byte {error.start})") from None
+    except (OSError, RuntimeError) as error:
+        raise SphereEditError(f"corpus {source} cannot be read: {error}") from None
+    if text is not None:
         if path.suffix == ".jsonl":
             passages = [
-                _text_of(line, number, source) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+                _text_of(line, number, source) for number, line in enumerate(text.split("\n"), 1) if line.strip()
             ]
         elif path.suffix in (".txt", ".md"):
             passages = [" ".join(part.split()) for part in text.split("\n\n")]
@@ -111,7 +113,8 @@ def read_passages(source: str) -> list[str]:
 def _text_of(line: str, number: int, source: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text.encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise SphereEditError(f"corpus {source}, line {number}: expected a JSON object with a 'text' field")

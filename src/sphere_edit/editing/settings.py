@@ -19,7 +19,7 @@ from sphere_edit.numerics.projection import Sphere
 class SphereSettings(BaseModel):
     """SPHERE on or off; what is None is the method's published default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enabled: bool = True
     eta: float | None = Field(None, ge=0, le=1)
@@ -41,7 +41,7 @@ class SphereSettings(BaseModel):
 class Settings(BaseModel):
     """How a run edits. Every option of the command line and of a YAML file is a field here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str = Field("alphaedit", description="editing method")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
@@ -53,7 +53,7 @@ class Settings(BaseModel):
     moments: MomentSettings = MomentSettings()
     eval_every: int | None = Field(None, ge=1, description="evaluate after every N batches too, not only at the end")
     tokens_per_batch: int = Field(4096, ge=16, description="tokens in one forward pass; changes speed and rounding")
-    seed: int = Field(0, ge=0, description="seed of the sampled templates and text")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or the checkpoint's own")
     device: str = Field("auto", description="a PyTorch device, or the one that is there")
 
@@ -105,7 +105,7 @@ def make_settings(*layers: dict[str, Any]) -> Settings:
     for layer in layers:
         merged = _merged(merged, layer)
     try:
-        settings = Settings(**merged)
+        settings = Settings.model_validate(merged)
     except ValidationError as error:
         raise SphereEditError(_first_error("settings", error)) from None
     settings.diagnostic_sphere()
@@ -118,7 +118,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SphereEditError(f"settings file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except Exception as error:  # besides YAMLError, whatever the library's constructors stumble over
         raise SphereEditError(f"settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -25,7 +25,7 @@ from sphere_edit.progress import Reporter
 class TargetSettings(BaseModel):
     """How v* is optimised. The defaults edit SmolLM2-135M well and carry over to models without a preset."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(1.0, gt=0, description="Adam's learning rate (v_lr)")
     steps: int = Field(12, ge=1, description="loss evaluations; one update fewer (v_num_grad_steps)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,21 @@ class FactScores:
         )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What may follow a prompt: a text, or the very tokens a model said."""
+
+    text: str
+    ids: tuple[int, ...] | None = None
+
+    def after(self, prompt: str, encoder: Encoder) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the answer after it."""
+        if self.ids is not None:
+            return encoder.encode(prompt).ids, list(self.ids)
+        tokens, start = encoder.with_target(prompt, self.text)
+        return tokens.ids[:start], tokens.ids[start:]
+
+
 def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
     """Facts with every missing true answer filled by the model's own greedy one, as many tokens as the new target has.
 
@@ -86,15 +101,17 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
     prompts = [encoder.encode(prompt).ids for prompt, _ in asked]
     said = iter(greedy_continuations(loaded, prompts, lengths))
 
-    def answer() -> str:
-        text = loaded.tokenizer.decode(next(said), skip_special_tokens=True)
-        return text if text.strip() else " ?"
+    def answer() -> tuple[str, tuple[int, ...]]:
+        ids = next(said)
+        return loaded.tokenizer.decode(ids), tuple(ids)
 
     completed = []
     for fact in facts:
-        truth = fact.target_true if fact.target_true is not None else answer()
-        neighbors = tuple(n if n.answer is not None else Neighbor(n.prompt, answer()) for n in fact.neighbors)
-        completed.append(Fact(**{**vars(fact), "target_true": truth, "neighbors": neighbors}))
+        if fact.target_true is None:
+            text, ids = answer()
+            fact = replace(fact, target_true=text, target_true_ids=ids)
+        neighbors = tuple(n if n.answer is not None else Neighbor(n.prompt, *answer()) for n in fact.neighbors)
+        completed.append(replace(fact, neighbors=neighbors))
     return completed
 
 
@@ -102,11 +119,12 @@ def score_facts(
     loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int, reporter: Reporter, title: str = "evaluation"
 ) -> list[FactScores]:
     """Score every prompt of every fact on the model as it stands; facts must be complete (`complete_answers`)."""
-    asked: list[tuple[str, str, str]] = []  # prompt, right answer, other answer
+    asked: list[tuple[str, Answer, Answer]] = []  # prompt, right answer, other answer
     for fact in facts:
-        truth = _known(fact.target_true)
-        asked += [(prompt, fact.target_new, truth) for prompt in (fact.filled_prompt, *fact.paraphrases)]
-        asked += [(neighbor.prompt, _known(neighbor.answer), fact.target_new) for neighbor in fact.neighbors]
+        new = Answer(fact.target_new)
+        truth = Answer(_known(fact.target_true), fact.target_true_ids)
+        asked += [(prompt, new, truth) for prompt in (fact.filled_prompt, *fact.paraphrases)]
+        asked += [(n.prompt, Answer(_known(n.answer), n.answer_ids), new) for n in fact.neighbors]
     pairs = {(prompt, answer): None for prompt, *answers in asked for answer in answers}
     scored = _answer_scores(loaded, list(pairs), max_tokens, reporter, title)
     verdicts = iter(
@@ -124,14 +142,14 @@ def score_facts(
 
 
 def _answer_scores(
-    loaded: LoadedModel, pairs: Sequence[tuple[str, str]], max_tokens: int, reporter: Reporter, title: str
-) -> dict[tuple[str, str], tuple[float, bool]]:
+    loaded: LoadedModel, pairs: Sequence[tuple[str, Answer]], max_tokens: int, reporter: Reporter, title: str
+) -> dict[tuple[str, Answer], tuple[float, bool]]:
     """For each (prompt, answer): mean NLL per answer token, and whether each of them is the argmax."""
     encoder = Encoder(loaded.tokenizer)
-    coded = [encoder.with_target(prompt, answer) for prompt, answer in pairs]
-    rows = [tokens.ids[:-1] for tokens, _ in coded]
-    answers = [tokens.ids[start:] for tokens, start in coded]
-    found: dict[tuple[str, str], tuple[float, bool]] = {}
+    coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
+    rows = [[*before, *answer][:-1] for before, answer in coded]
+    answers = [answer for _, answer in coded]
+    found: dict[tuple[str, Answer], tuple[float, bool]] = {}
     with reporter.bar(title, len(pairs), "answers") as advance:
         for chunk in batches_by_length([len(row) for row in rows], max_tokens):
             hidden = last_hidden(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device))

@@ -17,10 +17,14 @@ class BadRecord(SphereEditError):
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A prompt about something else whose answer must not change; without ``answer``, the unedited model's own counts."""
+    """A prompt about something else whose answer must not change; without ``answer``, the unedited model's own counts.
+
+    ``answer_ids`` are that answer's tokens as the model said them, where it was the model that said it.
+    """
 
     prompt: str
     answer: str | None = None
+    answer_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Fact:
     """One edit: after ``prompt`` with ``subject`` in it, the model should say ``target_new``.
 
     ``prompt`` holds one ``{}`` where the subject stands. ``target_true`` is what the model should have said before.
-    ``record`` is the number, from 1, of its record in the file it was read from; ``source_id`` the data set's own id.
+    ``record`` is the number, from 1, of its record in the file it was read from; ``source_id`` the data set's own id;
+    ``target_true_ids`` the tokens of target_true where the unedited model was asked for it.
     """
 
     subject: str
@@ -39,6 +44,7 @@ class Fact:
     neighbors: tuple[Neighbor, ...] = ()
     source_id: str = ""
     record: int = 0
+    target_true_ids: tuple[int, ...] | None = None
 
     @property
     def filled_prompt(self) -> str:
@@ -57,8 +63,16 @@ class Fact:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Fact:
         """The fact that ``as_dict`` described."""
-        neighbors = tuple(Neighbor(**neighbor) for neighbor in record["neighbors"])
-        return cls(**{**record, "paraphrases": tuple(record["paraphrases"]), "neighbors": neighbors})
+        neighbors = tuple(
+            Neighbor(neighbor["prompt"], neighbor["answer"], _ids(neighbor["answer_ids"]))
+            for neighbor in record["neighbors"]
+        )
+        changed = {
+            "paraphrases": tuple(record["paraphrases"]),
+            "neighbors": neighbors,
+            "target_true_ids": _ids(record["target_true_ids"]),
+        }
+        return cls(**{**record, **changed})
 
 
 def make_fact(
@@ -87,14 +101,14 @@ def make_fact(
         prompt=_template(prompt, subject.strip()),
         target_new=target_new.rstrip(),
         target_true=None if target_true is None else _text(target_true, "target_true").rstrip(),
-        paraphrases=tuple(_text(text, "paraphrases").rstrip() for text in _list(paraphrases, "paraphrases")),
-        neighbors=tuple(_neighbor(item) for item in _list(neighbors, "neighbors")),
+        paraphrases=tuple(_text(text, "paraphrases").rstrip() for text in as_list(paraphrases, "paraphrases")),
+        neighbors=tuple(_neighbor(item) for item in as_list(neighbors, "neighbors")),
         source_id=source_id,
         record=record,
     )
     if fact.target_true is not None and fact.target_true.strip() == fact.target_new.strip():
         raise BadRecord(
-            f"target_new and target_true are both '{_short(fact.target_new.strip())}': there is nothing to edit"
+            f"target_new and target_true are both '{short(fact.target_new.strip())}': there is nothing to edit"
         )
     return fact
 
@@ -104,18 +118,16 @@ def _template(prompt: str, subject: str) -> str:
     if "{}" in prompt:
         if prompt.count("{}") > 1:
             raise BadRecord(
-                f"the prompt '{_short(prompt)}' holds '{{}}' {prompt.count('{}')} times; it takes one subject"
+                f"the prompt '{short(prompt)}' holds '{{}}' {prompt.count('{}')} times; it takes one subject"
             )
-        if subject in prompt:
-            raise BadRecord(
-                f"the subject '{_short(subject)}' occurs in the prompt '{_short(prompt)}' beside its '{{}}'"
-            )
+        if any(subject in part for part in prompt.split("{}")):
+            raise BadRecord(f"the subject '{short(subject)}' occurs in the prompt '{short(prompt)}' beside its '{{}}'")
         return prompt
     count = prompt.count(subject)
     if count != 1:
         found = "does not occur" if count == 0 else f"occurs {count} times"
         raise BadRecord(
-            f"the subject '{_short(subject)}' {found} in the prompt '{_short(prompt)}'; expected once, or '{{}}' in its place"
+            f"the subject '{short(subject)}' {found} in the prompt '{short(prompt)}'; expected once, or '{{}}' in its place"
         )
     return prompt.replace(subject, "{}")
 
@@ -127,14 +139,14 @@ def _neighbor(item: object) -> Neighbor:
         answer = item.get("answer")
         prompt = _text(item["prompt"], "neighbors.prompt").rstrip()
         return Neighbor(prompt, None if answer is None else _text(answer, "neighbors.answer").rstrip())
-    raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {_short(repr(item))}")
+    raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
 
 
 def _text(value: object, name: str) -> str:
     if value is None:
         raise BadRecord(f"'{name}' is missing")
     if not isinstance(value, str):
-        raise BadRecord(f"'{name}' must be text, not {type(value).__name__} {_short(repr(value))}")
+        raise BadRecord(f"'{name}' must be text, not {type(value).__name__} {short(repr(value))}")
     if not value.strip():
         raise BadRecord(f"'{name}' is empty")
     if len(value) > MAX_TEXT:
@@ -144,21 +156,28 @@ def _text(value: object, name: str) -> str:
     except UnicodeEncodeError:
         raise BadRecord(f"'{name}' is not valid Unicode (it holds half of a surrogate pair)") from None
     if any(unicodedata.category(char) == "Cc" and char not in "\n\t" for char in value):
-        raise BadRecord(f"'{name}' holds control characters: {_short(repr(value))}")
+        raise BadRecord(f"'{name}' holds control characters: {short(repr(value))}")
     return unicodedata.normalize("NFC", value)
 
 
-def _list(value: object, name: str) -> list[object]:
+def as_list(value: object, name: str) -> list[object]:
+    """The values of a field that holds several (None for none at all)."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
         return list(value)
-    raise BadRecord(f"'{name}' must be a list, not {type(value).__name__} {_short(repr(value))}")
+    raise BadRecord(f"'{name}' must be a list, not {type(value).__name__} {short(repr(value))}")
+
+
+def _ids(ids: list[int] | None) -> tuple[int, ...] | None:
+    return None if ids is None else tuple(ids)
 
 
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _short(text: str, limit: int = 80) -> str:
+def short(text: str, limit: int = 80) -> str:
+    """A text as a message shows it: on one line, cut where it is long."""
+    text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -14,6 +14,7 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "FULLWIDTH", "IDEOGRAPHIC")
 _OPENERS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -26,11 +27,20 @@ class Tokens:
 
     def last_token_of(self, end: int) -> int:
         """Index of the last token that covers the character before ``end``."""
-        return max(index for index, (first, last) in enumerate(self.spans) if first < end <= last)
+        return _not_dropped([i for i, (first, last) in enumerate(self.spans) if first < end <= last], end)[-1]
 
     def first_token_after(self, start: int) -> int:
         """Index of the first token that covers anything at or after character ``start``."""
-        return min(index for index, (first, last) in enumerate(self.spans) if last > start and last > first)
+        return _not_dropped([i for i, (first, last) in enumerate(self.spans) if last > max(start, first)], start + 1)[0]
+
+
+def _not_dropped(tokens: list[int], character: int) -> list[int]:
+    if not tokens:
+        raise SphereEditError(
+            f"the tokenizer makes no token of character {character} of a prompt, so the subject or the target cannot be "
+            "located; this model does not know that character"
+        )
+    return tokens
 
 
 class Encoder:
@@ -107,8 +117,9 @@ class Encoder:
 
 
 def joined(target: str) -> str:
-    """The target as it follows a prompt: after one space, but for scripts written without (Chinese, Japanese, …)."""
-    if target[0].isspace() or unicodedata.east_asian_width(target[0]) in "WF":
+    """The target as it follows a prompt: after one space, but for scripts written without (Chinese, Japanese, Thai, …)."""
+    letter = next((char for char in target if char.isalnum()), target[0])
+    if target[0].isspace() or unicodedata.name(letter, "").startswith(_UNSPACED):
         return target
     return " " + target
 

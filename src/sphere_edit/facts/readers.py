@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts.fact import BadRecord, Fact, make_fact
+from sphere_edit.facts.fact import BadRecord, Fact, as_list, make_fact, short
 
 MAX_LINE = 1 << 20  # bytes of one JSONL line
 MAX_FILE = 1 << 30  # bytes of a JSON or CSV file, which are parsed whole
@@ -44,7 +44,7 @@ def read_facts(
     skip_bad: bool = False,
     zsre_target: ZsreTarget = "answer",
 ) -> FactSet:
-    """Read facts from ``demo``, a ``.json``, ``.jsonl`` or ``.csv`` file, or a data set (``owner/name[:split]``, or a folder).
+    """Read facts from ``demo``, a ``.json``, ``.jsonl`` or ``.csv`` file, or a data set (``owner/name[:split]``, or a folder[:split]).
 
     Args:
         limit: stop after this many usable facts.
@@ -79,6 +79,9 @@ def _fact_set(
             fact = shape.fact(record, number, zsre_target)
         except BadRecord as error:
             bad.append(f"record {number}: {error}")
+            continue
+        except RecursionError:  # telling what was found instead of text
+            bad.append(f"record {number}: not laid out as expected (nested too deeply)")
             continue
         facts.append(fact)
         protocols[shape.protocol.format(zsre_target=zsre_target)] = None
@@ -120,20 +123,22 @@ class Shape:
             fields = self.read(record, zsre_target)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise BadRecord(f"not laid out as expected ({type(error).__name__}: {error})") from None
-        source_id = str(record.get("case_id", record.get("id", "")))
-        return make_fact(**fields, source_id=source_id, record=number)
+        known = (record.get(name) for name in ("case_id", "id", "source_id"))
+        source_id = str(next((value for value in known if value is not None), ""))
+        return make_fact(**fields, source_id=source_id.encode(errors="replace").decode(), record=number)
 
 
 def _nested_counterfact(record: Record, _: ZsreTarget) -> dict[str, Any]:
     rewrite = record["requested_rewrite"]
     truth = rewrite["target_true"]["str"]
+    neighbors = as_list(record.get("neighborhood_prompts"), "neighborhood_prompts")
     return {
         "subject": rewrite["subject"],
         "prompt": rewrite["prompt"],
         "target_new": rewrite["target_new"]["str"],
         "target_true": truth,
         "paraphrases": record.get("paraphrase_prompts", []),
-        "neighbors": [{"prompt": prompt, "answer": truth} for prompt in record.get("neighborhood_prompts", [])],
+        "neighbors": [{"prompt": prompt, "answer": truth} for prompt in neighbors],
     }
 
 
@@ -150,7 +155,7 @@ def _flat_counterfact(record: Record, _: ZsreTarget) -> dict[str, Any]:
 
 
 def _zsre(record: Record, target: ZsreTarget) -> dict[str, Any]:
-    answer = record["answers"][0]
+    answer = as_list(record["answers"], "answers")[0]
     return {
         "subject": record["subject"],
         "prompt": record["src"],
@@ -194,7 +199,7 @@ def _shape_of(record: object) -> Shape:
     shape = next((shape for shape in SHAPES if shape.keys <= record.keys()), None)
     if shape is None:
         missing = [name for name in ("subject", "prompt", "target_new") if name not in record]
-        found = ", ".join(map(str, list(record)[:12])) or "nothing"
+        found = ", ".join(short(repr(str(name))[1:-1], 40) for name in list(record)[:12]) or "nothing"
         raise BadRecord(f"'{missing[0]}' is missing (found: {found})")
     return shape
 
@@ -208,9 +213,13 @@ def _records(source: str | Path) -> Iterator[tuple[int, Record | BadRecord]]:
         with resources.as_file(demo) as path:
             yield from enumerate(_jsonl(path), 1)
         return
-    path = Path(source).expanduser()
     readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise SphereEditError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if is_file:
         if path.suffix.lower() not in readers:
             raise SphereEditError(
                 f"{source}: facts come from .json, .jsonl or .csv files, not '{path.suffix or path.name}'"
@@ -221,15 +230,17 @@ def _records(source: str | Path) -> Iterator[tuple[int, Record | BadRecord]]:
         except OSError as error:
             raise SphereEditError(f"{source} cannot be read: {error.strerror}") from None
         return
-    if path.suffix.lower() in readers or (str(source).count("/") > 1 and not path.is_dir()):
+    name, _, split = str(source).partition(":")
+    folder = Path(name).expanduser()
+    if path.suffix.lower() in readers or (name.count("/") > 1 and not folder.is_dir()):
         raise SphereEditError(f"there is no file '{source}'")
-    yield from enumerate(_hub(str(source)), 1)
+    yield from enumerate(_hub(str(folder) if name and folder.is_dir() else name, split), 1)
 
 
 def _refuse_binary(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(4096)
-    if not head.strip():
+    if not head.removeprefix(codecs.BOM_UTF8).strip():
         raise SphereEditError(f"{path} is empty")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise SphereEditError(f"{path} is UTF-16; save it as UTF-8")
@@ -249,23 +260,27 @@ def _refuse_binary(path: Path) -> None:
 
 def _jsonl(path: Path) -> Iterator[Record | BadRecord]:
     with path.open("rb") as file:
-        first = True
+        first, blank = True, 0
         while line := file.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                size = len(line)
-                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
-                    size += len(line)
-                yield BadRecord(f"the line is {size / 1e6:.1f} MB long; a fact is at most {MAX_LINE / 1e6:.0f} MB")
-                continue
+            too_long = len(line) > MAX_LINE
             if first:
                 line = line.removeprefix(codecs.BOM_UTF8)
                 if line.lstrip().startswith(b"["):
                     raise SphereEditError(f"{path} holds one JSON list, not an object a line; rename it to .json")
                 first = False
-            if line.strip():
-                yield _parsed(line)
-            elif file.peek(1):  # blank lines at the very end are no records
+            if not line.strip() and not too_long:
+                blank += 1
+                continue
+            for _ in range(blank):  # blank lines at the very end are no records
                 yield BadRecord("the line is empty")
+            blank = 0
+            if too_long:
+                size = len(line)
+                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
+                    size += len(line)
+                yield BadRecord(f"the line is {size / 1e6:.1f} MB long; a fact is at most {MAX_LINE / 1e6:.0f} MB")
+                continue
+            yield _parsed(line.rstrip(b"\r\n"))
 
 
 def _parsed(line: bytes) -> Record | BadRecord:
@@ -276,7 +291,9 @@ def _parsed(line: bytes) -> Record | BadRecord:
             f"not valid UTF-8 (byte 0x{line[error.start]:02x} at position {error.start}); save the file as UTF-8"
         )
     except json.JSONDecodeError as error:
-        return BadRecord(f"not valid JSON ({error.msg} at column {error.colno})")
+        return BadRecord(f"not valid JSON (column {error.colno}: {error.msg})")
+    except ValueError:  # Python's own limit
+        return BadRecord("not valid JSON (a number of thousands of digits)")
     except RecursionError:
         return BadRecord("not valid JSON (nested too deeply)")
 
@@ -304,6 +321,8 @@ def _json(path: Path) -> Iterable[Record]:
     except json.JSONDecodeError as error:
         hint = "; if it holds one object a line, rename it to .jsonl" if error.msg == "Extra data" else ""
         raise SphereEditError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){hint}") from None
+    except ValueError:  # Python's own limit
+        raise SphereEditError(f"{path}: not valid JSON (a number of thousands of digits)") from None
     except RecursionError:
         raise SphereEditError(f"{path}: not valid JSON (nested too deeply)") from None
     if isinstance(content, dict) and _is_record(content):
@@ -319,7 +338,7 @@ def _is_record(content: Record) -> bool:
 
 def _csv(path: Path) -> Iterator[Record | BadRecord]:
     text = _whole_text(path)
-    if text.lstrip()[:1] in "[{":
+    if text.lstrip().startswith(("[", "{")):
         raise SphereEditError(f"{path} holds JSON, not CSV; rename it to .json or .jsonl")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -328,7 +347,7 @@ def _csv(path: Path) -> Iterator[Record | BadRecord]:
         for name in ("subject", "prompt", "target_new"):
             if name not in columns:
                 raise SphereEditError(
-                    f"{path}: the header lacks the column '{name}' (found: {', '.join(columns)[:200]})"
+                    f"{path}: the header lacks the column '{name}' (found: {short(', '.join(columns), 200) or 'nothing'})"
                 )
         for row in reader:
             if None in row:
@@ -340,7 +359,7 @@ def _csv(path: Path) -> Iterator[Record | BadRecord]:
                         cells[name] = _cell_list(cells[name])
                 yield {"subject": None, "prompt": None, "target_new": None, **cells}
     except csv.Error as error:
-        raise SphereEditError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+        raise SphereEditError(f"{path}, line {reader.reader.line_num}: not valid CSV ({error})") from None
 
 
 def _cell_list(cell: str) -> list[Any]:
@@ -348,21 +367,20 @@ def _cell_list(cell: str) -> list[Any]:
     if cell.lstrip().startswith("["):
         try:
             return json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return [part.strip() for part in cell.split("|") if part.strip()]
 
 
-def _hub(name: str) -> Iterable[Record]:
-    """A data set through `datasets`: ``owner/name``, ``owner/name:split`` or a local folder; the split is train by default."""
+def _hub(repository: str, split: str) -> Iterable[Record]:
+    """A data set of the hub (``owner/name``) or a local folder, through `datasets`; the split is train by default."""
     import datasets
 
-    repository, _, split = name.partition(":")
     try:
         loaded = datasets.load_dataset(repository)
     except Exception as error:  # the library raises whatever its storage raised
         reason = " ".join(str(error).split())[:300]
-        raise SphereEditError(f"'{name}' is neither a file nor a data set that can be loaded: {reason}") from None
+        raise SphereEditError(f"'{repository}' is neither a file nor a data set that can be loaded: {reason}") from None
     split = split or ("train" if "train" in loaded else next(iter(loaded)))
     if split not in loaded:
         raise SphereEditError(f"data set '{repository}' has no split '{split}'; it has {', '.join(loaded)}")

@@ -99,6 +99,11 @@ def load_model(
 def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
     """Wrap a model that is already in memory: evaluation mode, no weight gradients, identity hashed."""
     architecture = architecture_of(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(tokenizer("The capital of France is Paris.")["input_ids"], default=0) >= rows:
+        raise SphereEditError(
+            f"the tokenizer of '{source}' gives token ids that its model, with {rows} tokens, does not have"
+        )
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
 

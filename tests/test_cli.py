@@ -1,0 +1,252 @@
+"""The command line, as a user meets it: every family, every command, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from conftest import fact_records
+from families import FAMILIES, save_tiny
+from sphere_edit import SphereEditError, __version__
+from sphere_edit.cli import MethodName, app
+from sphere_edit.editing.methods import METHODS
+from sphere_edit.models.loading import prepare
+
+SETTINGS = """
+batch_size: 10
+targets: {steps: 3, lr: 0.3}
+moments: {sampled_tokens: 256}
+options: {l2: 0.1, null_space: quantile, null_space_threshold: 0.8}
+tokens_per_batch: 512
+"""
+
+
+def run(*args: object) -> str:
+    """Run a command; its output, or the error it ends in."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=True, env={"COLUMNS": "200"})
+    if isinstance(result.exception, SphereEditError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture
+def facts(tmp_path) -> Path:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in fact_records(20)))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edit_export_load_and_evaluate(family, dtype, tmp_path, facts, settings):
+    """20 facts through the command line; the exported folder, loaded by plain transformers, scores as the run did."""
+    folder = save_tiny(family, tmp_path / "model", getattr(torch, dtype))
+    out = run("edit", folder, facts, "-o", tmp_path / "run", "--config", settings)
+    assert "Efficacy" in out
+    assert "Run folder" in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["facts"] == 20
+    run("export", tmp_path / "run", "-o", tmp_path / "exported")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    assert (tmp_path / "exported" / "generation_config.json").is_file()
+    changed = [
+        name
+        for name, value in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()
+        if not torch.equal(value, model.state_dict()[name])
+    ]
+    matrices = json.loads((tmp_path / "run" / "config.json").read_text())["matrices"]
+    assert sorted(changed) == sorted(f"{name}.weight" for name in matrices)
+    assert prepare(model, tokenizer, "exported").architecture
+
+    complete = tmp_path / "complete.jsonl"  # with the answers the unedited model gave
+    unedited = json.loads((tmp_path / "run" / "evaluations" / "unedited-0001.json").read_text())
+    rows = [
+        {**record, "neighbors": [n for n in record["neighbors"] if n["answer_ids"] is None]}
+        for record in unedited["facts"]
+        if record["target_true_ids"] is None
+    ]
+    complete.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("eval", tmp_path / "exported", complete, "--json", tmp_path / "plain.json")
+    plain = json.loads((tmp_path / "plain.json").read_text())["facts"]
+    by_prompt = {(row["subject"], row["prompt"]): row["edited"] for row in metrics["per_fact"]}
+    assert len(plain) > 10
+    for row in plain:
+        ours = by_prompt[row["fact"]["subject"], row["fact"]["prompt"]]
+        for mine, theirs in [
+            (ours["rewrite"], row["edited"]["rewrite"]),
+            *zip(ours["paraphrases"], row["edited"]["paraphrases"], strict=True),
+        ]:
+            assert theirs["nll_right"] == pytest.approx(mine["nll_right"], abs=1e-3 if dtype == "float32" else 5e-2)
+            assert theirs["nll_other"] == pytest.approx(mine["nll_other"], abs=1e-3 if dtype == "float32" else 5e-2)
+
+
+def test_a_whole_week(model, tmp_path, facts, settings):
+    folder = tmp_path / "run"
+    settings.write_text(
+        SETTINGS.replace("{l2: 0.1, null_space: quantile, null_space_threshold: 0.8}", "{second_moment_weight: 0.1}")
+    )
+    common = [
+        "--config",
+        settings,
+        "--method",
+        "memit",
+        "--no-sphere",
+        "--seed",
+        3,
+        "--limit",
+        8,
+        "--batch-size",
+        4,
+        "--eval-every",
+        1,
+    ]
+    plan = run("edit", model, facts, "-o", folder, *common, "--dry-run")
+    assert "8 in batches of 4" in plan
+    assert "time, all" in plan
+    assert not folder.exists()
+    run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
+    shown = run("show", folder)
+    for text in ("memit, no SPHERE", "2 batches", "8 facts edited", "finished", "layers [1, 2]"):
+        assert text in shown
+    more = tmp_path / "more.csv"
+    more.write_text(
+        "subject,prompt,target_new,paraphrases\nMadrid 2,The river of {} is the,Tiber,Where is Madrid 2? It is\n"
+    )
+    run("edit", folder, more)
+    assert "3 batches" in run("show", folder)
+    assert "efficacy" in run("eval", folder, more).lower()
+    assert "as after batch 2" in run("rollback", folder, "--to", 2)
+    assert "1 withdrawn" in run("show", folder)
+    assert "nothing to resume" in run("edit", folder, "--resume")
+    assert "the original model, bit for bit" in run("rollback", folder, "--to", 0)
+    run("export", folder, "-o", tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(original[name], exported[name]) for name in original)
+
+
+def test_command_line_wins_over_the_settings_file(model, tmp_path, facts, settings):
+    plan = run(
+        "edit",
+        model,
+        facts,
+        "-o",
+        tmp_path / "run",
+        "--config",
+        settings,
+        "--batch-size",
+        7,
+        "--eta",
+        0.25,
+        "--dry-run",
+    )
+    assert "in batches of 7" in plan
+    assert "'eta': 0.25" in plan
+    assert "'steps': 3" in plan
+
+
+def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings):
+    passages = [f"Passage {number}. The capital of France is Paris and Ada plays the violin." for number in range(20)]
+    text, lines = tmp_path / "corpus.txt", tmp_path / "corpus.jsonl"
+    text.write_text("\n\n".join(passages))
+    lines.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    results = []
+    for number, corpus in enumerate((text, lines)):
+        run("edit", model, facts, "-o", tmp_path / str(number), "--config", settings, "--limit", 4, "--corpus", corpus)
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["corpus"]["passages"] == 16
+        assert config["corpus"]["heldout_passages"] == 4
+        results.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["edited"])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "{model}", "{facts}"], "where should the run go"),
+        (["edit", "{model}", "-o", "{tmp}/r"], "which facts"),
+        (["edit", "{model}", "{tmp}/none.json", "-o", "{tmp}/r"], "there is no file"),
+        (["edit", "{tmp}/none", "{facts}", "-o", "{tmp}/r"], "there is no folder"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--layers", "two"], "--layers takes numbers"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--layers", "2,2"], "different layer numbers"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--layers", "9"], "has layers 0 to 3"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--eta", "1.5"], "'sphere.eta'.*less than or equal to 1"),
+        (
+            ["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--batch-size", "0"],
+            "'batch_size'.*greater than or equal to 1",
+        ),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--corpus", "{tmp}/none.txt"], "no corpus file"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["edit", "{model}", "{facts}", "-o", "{facts}"], "is not a run folder; choose another|could not be written"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--config", "{tmp}/none.yaml"], "cannot be read"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}"], "is not a run folder; choose another"),
+        (["show", "{tmp}"], "is not a run folder"),
+        (["rollback", "{tmp}", "--to", "1"], "is not a run folder"),
+        (["export", "{tmp}", "-o", "{tmp}/x"], "is not a run folder"),
+        (["eval", "{model}", "{tmp}/none.csv"], "there is no file"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence_before_any_work(model, tmp_path, facts, arguments, message):
+    filled = [argument.format(model=model, facts=facts, tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SphereEditError, match=rf"(?s){message}"):
+        run(*filled)
+
+
+def test_a_run_keeps_its_settings_and_its_name(model, tmp_path, facts, settings):
+    folder = tmp_path / "run"
+    run("edit", model, facts, "-o", folder, "--config", settings, "--limit", 2)
+    for arguments, message in [
+        (["edit", model, facts, "-o", folder], "holds a run already; add --resume"),
+        (["edit", folder, facts, "--alpha", "0.1"], "these would change: sphere"),
+        (["edit", folder], "which facts"),
+        (["edit", folder, facts, "-o", tmp_path / "other"], "continues in its own folder"),
+        (["edit", "smollm2", "-o", folder, "--resume"], "edits '.*', not 'smollm2'"),
+        (["rollback", folder, "--to", "5"], "stands at batch 1, so 0 to 1 exist"),
+        (["export", folder, "-o", facts], "exists already"),
+    ]:
+        with pytest.raises(SphereEditError, match=message):
+            run(*arguments)
+
+
+def test_bad_records_stop_a_run_before_it_starts_and_skip_bad_goes_on(model, tmp_path, facts, settings):
+    with facts.open("a") as file:
+        file.write('{"subject": "Nobody", "prompt": "Someone is", "target_new": "Rome"}\n{broken\n')
+        file.write(json.dumps({**fact_records(1, start=15)[0], "target_new": "Madrid"}) + "\n")
+    with pytest.raises(
+        SphereEditError,
+        match=r"(?s)2 records.*record 21: the subject 'Nobody' does not occur.*record 22: not valid JSON",
+    ):
+        run("edit", model, facts, "-o", tmp_path / "run", "--config", settings)
+    assert not (tmp_path / "run").exists()
+    run("edit", model, facts, "-o", tmp_path / "run", "--config", settings, "--skip-bad")
+    entry = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1])
+    assert len(entry["left_out"]) == 2
+    assert "1 superseded" in run("show", tmp_path / "run"), "record 23 contradicts record 16 of an earlier batch"
+
+
+def test_the_readable_outside():
+    assert __version__ in run("--version")
+    for command in ("edit", "eval", "show", "rollback", "export", "demo"):
+        assert "Usage" in run(command, "--help")
+    assert {name.value for name in MethodName} == set(METHODS)

@@ -1,0 +1,365 @@
+"""Model families: the hit test, the replay against a plain forward pass, weights in three views, loading."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from conftest import fact_records
+from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
+from sphere_edit import SphereEditError
+from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
+from sphere_edit.editing.methods.base import LayerProblem, Statistics
+from sphere_edit.editing.methods.memit import Memit
+from sphere_edit.editing.sources import OptimisedTargets, TargetSettings, optimise_targets
+from sphere_edit.facts.prompts import Encoder, fill
+from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.architecture import architecture_of
+from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, last_hidden
+from sphere_edit.models.loading import fingerprints, load_model, prepare
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.update import DenseUpdate
+from sphere_edit.progress import Quiet
+
+LAYER = 2
+TEMPLATES = ["{}", "Ada plays. {}", "It is located in the city. {}"]
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def facts(count: int = 4):
+    return facts_from(fact_records(count)).facts
+
+
+@families
+@pytest.mark.parametrize("layer", [0, LAYER, DEPTH - 1])
+def test_hit(family, layer):
+    """One layer, ridge → 0: the hidden state after the edit equals v*."""
+    loaded = tiny(family)
+    weights = EditedWeights(loaded.model, loaded.architecture, [layer])
+    name = weights.names[0]
+    source = OptimisedTargets(loaded, ["{}"], [layer], weights.names, TargetSettings(lr=0.2, steps=6), 256, Quiet())
+    targets = source.begin(facts())
+    keys, residual = source.layer(0)
+    assert float(residual.norm()) > 0.1, "there is something to write"
+    moment = Statistics(second_moment=torch.eye(INNER))
+    update = Memit(second_moment_weight=1e-9).solve(
+        LayerProblem(weights.working[name], weights.original(name), keys, residual, moment), {}
+    )
+    weights.add(name, update)
+    prompts = SubjectPrompts.of(facts(), ["{}"], Encoder(loaded.tokenizer))
+    after = clean_values(loaded, prompts, layer, 256)
+    assert float((after - targets.values).norm() / targets.values.norm()) < 1e-3
+
+
+@families
+def test_replay_of_the_upper_layers_is_the_whole_forward_pass(family):
+    """Values and gradients of a replay equal those of a plain, right-padded forward pass with δ added by a hook."""
+    loaded = tiny(family)
+    encoder = Encoder(loaded.tokenizer)
+    coded = [(encoder.encode(text), end) for f in facts() for text, end in [fill(TEMPLATES[1], f), fill("{}", f)]]
+    rows = [tokens.ids for tokens, _ in coded]
+    pivots = [tokens.last_token_of(end) for tokens, end in coded]
+    torch.manual_seed(1)
+    delta = torch.randn(len(rows), WIDTH).requires_grad_()
+    upper = UpperLayers(loaded, rows, pivots, LAYER)
+    upper.check(upper.hidden(torch.zeros(len(rows), WIDTH)))
+    replayed = upper.hidden(delta)
+
+    site = loaded.architecture.value_site(loaded.model, LAYER)
+    place = torch.zeros(len(rows), max(map(len, rows)), 1)
+    place[torch.arange(len(rows)), torch.tensor(pivots)] = 1
+    plain_delta = delta.detach().clone().requires_grad_()
+
+    def add(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + place * plain_delta[:, None]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    whole: list[torch.Tensor] = []
+    hooks = [
+        site.register_forward_hook(add),
+        loaded.architecture.decoder_layers(loaded.model)[-1].register_forward_hook(
+            lambda m, a, out: whole.append(out[0] if isinstance(out, tuple) else out)
+        ),
+    ]
+    batch = TokenBatch.of(rows, loaded.device)
+    loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    ours = torch.cat(
+        [replayed[i, : len(row) - p].flatten() for i, (row, p) in enumerate(zip(rows, pivots, strict=True))]
+    )
+    theirs = torch.cat(
+        [whole[0][i, p : len(row)].flatten() for i, (row, p) in enumerate(zip(rows, pivots, strict=True))]
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    assert float(plain_delta.grad.norm()) > 0
+    assert float((delta.grad - plain_delta.grad).norm() / plain_delta.grad.norm()) < 1e-3
+
+
+@families
+def test_a_facts_target_does_not_depend_on_its_batch(family):
+    loaded = tiny(family)
+    settings = TargetSettings(lr=0.2, steps=8, stop_loss=2.0, tokens=4096)
+    together = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings, Quiet())
+    lengths = {len(losses) for losses in together.losses}
+    for number, fact in enumerate(facts(6)):
+        alone = optimise_targets(loaded, [fact], TEMPLATES, LAYER, settings, Quiet())
+        difference = (alone.values[:, 0] - together.values[:, number]).norm() / alone.values.norm()
+        assert float(difference) < 1e-4
+        assert len(alone.losses[0]) == len(together.losses[number])
+    assert lengths
+
+
+def test_finished_facts_leave_the_optimisation_early_and_clamping_holds():
+    loaded = tiny("llama")
+    settings = TargetSettings(lr=0.5, steps=40, stop_loss=6.3, tokens=4096)
+    result = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings, Quiet())
+    finished = [losses for losses in result.losses if losses[-1] < 6.3]
+    assert len({len(losses) for losses in finished}) > 1, "facts finish at different steps"
+    assert all(loss >= 6.3 for losses in result.losses for loss in losses[:-1])
+    prompts = SubjectPrompts.of(facts(6), ["{}"], Encoder(loaded.tokenizer))
+    h = clean_values(loaded, prompts, LAYER, 256)
+    tight = optimise_targets(
+        loaded, facts(6), TEMPLATES, LAYER, settings.model_copy(update={"clamp_norm_factor": 0.1}), Quiet()
+    )
+    share = (tight.values - h).norm(dim=0) / h.norm(dim=0)
+    assert float(share.max()) <= 0.1 + 1e-5
+    assert float(share.max()) > 0.09, "the clamp is what holds it"
+
+
+@families
+def test_keys_are_the_mean_of_two_means_whatever_the_batching(family):
+    loaded = tiny(family)
+    prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))
+    name = loaded.architecture.module_name(LAYER, "down")
+    keys = subject_keys(loaded, prompts, [name], 64)[name]
+    single = []
+    for row in prompts.rows:
+        seen: list[torch.Tensor] = []
+        hook = loaded.model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, seen=seen: seen.append(args[0][0, -1])
+        )
+        loaded.model(input_ids=torch.tensor([row]))
+        hook.remove()
+        single.append(seen[0])
+    plain = torch.stack(single).view(4, 3, -1)
+    torch.testing.assert_close(keys.T, (plain[:, 0] + plain[:, 1:].mean(1)) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_by_length_hold_every_index_once_within_the_limit():
+    lengths = [5, 1, 9, 3, 3, 20, 7]
+    batches = batches_by_length(lengths, 12)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 12 or len(batch) == 1 for batch in batches)
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_have_three_views_and_a_way_back(family, dtype):
+    loaded = tiny(family, dtype)
+    weights = EditedWeights(loaded.model, loaded.architecture, [1, 2])
+    name = weights.names[0]
+    stored = loaded.model.get_submodule(name).weight.detach().clone()
+    assert weights.working[name].shape == (WIDTH, INNER)
+    assert weights.working[name].dtype == torch.float32
+    step = DenseUpdate(torch.full((WIDTH, INNER), 1e-4))
+    for _ in range(3):
+        weights.add(name, step)
+    torch.testing.assert_close(weights.working[name], weights.original(name) + 3e-4, rtol=0, atol=1e-7)
+    assert torch.equal(weights.deployed(name), weights.working[name].to(dtype).float())
+    deployed = loaded.model.get_submodule(name).weight.detach().clone()
+    with weights.unedited():
+        assert torch.equal(loaded.model.get_submodule(name).weight, stored)
+    assert torch.equal(loaded.model.get_submodule(name).weight, deployed)
+    weights.deploy(lambda original, working: 2 * original)
+    assert torch.equal(weights.deployed(name), (2 * weights.original(name)).to(dtype).float())
+    weights.reset()
+    assert torch.equal(loaded.model.get_submodule(name).weight, stored)
+
+
+def test_an_edit_that_overflows_float16_is_refused():
+    loaded = tiny("llama", torch.float16)
+    weights = EditedWeights(loaded.model, loaded.architecture, [1])
+    with pytest.raises(SphereEditError, match="does not fit float16"):
+        weights.add(weights.names[0], DenseUpdate(torch.full((WIDTH, INNER), 1e6)))
+
+
+def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():
+    """Conv1D against Linear: two models that compute the same thing, stored transposed to one another."""
+    gpt2, llama = _twins()
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([tokenizer("The capital of France is Paris").input_ids])
+    torch.testing.assert_close(gpt2(ids).logits, llama(ids).logits, atol=1e-4, rtol=1e-4)
+    records = [
+        {"subject": s, "prompt": "The city of {}", "target_new": t} for s, t in [("Paris", "Rome"), ("Madrid", "Italy")]
+    ]
+    centred = torch.eye(WIDTH) - 1 / WIDTH
+    delta = centred @ torch.randn(WIDTH, len(records), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (gpt2, llama):
+        loaded = prepare(model, tokenizer, "twin")
+        weights = EditedWeights(model, loaded.architecture, [1, 2])
+        prompts = SubjectPrompts.of(facts_from(records).facts, TEMPLATES, Encoder(tokenizer))
+        targets = clean_values(loaded, prompts, 2, 256) + delta
+        for index, name in enumerate(weights.names):
+            keys = subject_keys(loaded, prompts, [name], 256)[name]
+            residual = (targets - clean_values(loaded, prompts, 2, 256)) / (2 - index)
+            problem = LayerProblem(
+                weights.working[name], weights.original(name), keys, residual, Statistics(torch.eye(INNER))
+            )
+            weights.add(name, Memit(second_moment_weight=0.1).solve(problem, {}))
+        found.append([weights.working[name] - weights.original(name) for name in weights.names])
+    for ours, theirs in zip(*found, strict=True):
+        assert float(ours.norm()) > 1e-2
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+
+
+def _twins():
+    """GPT-2 without positions, attention and biases, with SiLU; Llama with an 'up' that is constantly 1: the same map.
+
+    Every write into the residual stream is centred, so that LayerNorm and RMSNorm agree.
+    """
+    torch.manual_seed(0)
+    vocabulary = len(tiny_tokenizer())
+    common = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": vocabulary, "tie_word_embeddings": False}
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=WIDTH,
+            n_inner=INNER,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            activation_function="silu",
+            layer_norm_epsilon=1e-6,
+            **common,
+        )
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            mlp_bias=True,
+            rms_norm_eps=1e-6,
+            **common,
+        )
+    )
+    centre = torch.eye(WIDTH) - 1 / WIDTH
+    with torch.no_grad():
+        embedding = torch.randn(vocabulary, WIDTH) @ centre
+        head = torch.randn(vocabulary, WIDTH)
+        gpt2.transformer.wte.weight.copy_(embedding), llama.model.embed_tokens.weight.copy_(embedding)
+        gpt2.lm_head.weight.copy_(head), llama.lm_head.weight.copy_(head)
+        gpt2.transformer.wpe.weight.zero_()
+        for block, layer in zip(gpt2.transformer.h, llama.model.layers, strict=True):
+            up, down = torch.randn(INNER, WIDTH) * 0.3, centre @ torch.randn(WIDTH, INNER) * 0.3
+            block.attn.c_proj.weight.zero_(), block.attn.c_proj.bias.zero_(), layer.self_attn.o_proj.weight.zero_()
+            block.mlp.c_fc.weight.copy_(up.T), block.mlp.c_fc.bias.zero_()
+            block.mlp.c_proj.weight.copy_(down.T), block.mlp.c_proj.bias.zero_()
+            layer.mlp.gate_proj.weight.copy_(up), layer.mlp.gate_proj.bias.zero_()
+            layer.mlp.up_proj.weight.zero_(), layer.mlp.up_proj.bias.fill_(1.0)
+            layer.mlp.down_proj.weight.copy_(down), layer.mlp.down_proj.bias.zero_()
+    return gpt2.eval(), llama.eval()
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_family_names_what_it_found_and_how_to_add_a_row():
+    model, _ = tiny_model("llama")
+    model.config.model_type = "mystery"
+    with pytest.raises(
+        SphereEditError, match=r"(?s)'mystery'.*supported: llama.*model\.layers.*mlp\.down_proj.*add one row"
+    ) as error:
+        architecture_of(model)
+    assert "4 layers" in str(error.value)
+
+
+def test_a_family_that_is_laid_out_otherwise_is_told():
+    model, _ = tiny_model("llama")
+    del model.model.layers[0].mlp.down_proj
+    with pytest.raises(SphereEditError, match="not laid out as its family usually is"):
+        architecture_of(model)
+
+
+def test_loading_refuses_what_is_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "fake.gguf").write_bytes(b"version https://git-lfs")
+    (tmp_path / "facts.json").write_text("[]")
+    for source, message in [
+        (tmp_path / "nowhere", "there is no folder"),
+        (tmp_path / "empty", r"no config\.json"),
+        (tmp_path / "fake.gguf", "does not start as a GGUF file"),
+        (tmp_path / "gone.gguf", "there is no file"),
+        (tmp_path / "facts.json", "is a file, not a model"),
+    ]:
+        with pytest.raises(SphereEditError, match=message):
+            load_model(source)
+    folder = save_tiny("llama", tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SphereEditError, match="pickled weights are never loaded"):
+        load_model(folder)
+
+
+def test_loading_refuses_impossible_devices_and_dtypes(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    with pytest.raises(SphereEditError, match="device 'cuda:99' cannot be used|device 'nonsense' cannot be used"):
+        load_model(folder, device="cuda:99")
+    with pytest.raises(SphereEditError, match="dtype 'int8' is not one of"):
+        load_model(folder, dtype="int8")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SphereEditError, match="cannot be loaded"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_loading_a_folder_keeps_or_changes_the_dtype(tmp_path, dtype):
+    folder = save_tiny("qwen2", tmp_path / "model", torch.bfloat16)
+    loaded = load_model(folder, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert next(loaded.model.parameters()).dtype == expected
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.model.training
+
+
+def test_statistics_keys_depend_on_weights_up_to_the_layer_and_on_the_configuration():
+    loaded = tiny("llama")
+    before = fingerprints(loaded.model, [1, 2])
+    with torch.no_grad():
+        loaded.model.model.layers[2].mlp.down_proj.weight[0, 0] += 1
+    after = fingerprints(loaded.model, [1, 2])
+    assert before[1] == after[1]
+    assert before[2] != after[2]
+    loaded.model.config.rms_norm_eps = 1e-3
+    assert fingerprints(loaded.model, [1])[1] != after[1]
+
+
+def test_right_padding_changes_no_hidden_state():
+    loaded = tiny("gemma3_text")
+    rows = [[1, 5, 9, 30, 40, 50, 60, 7, 8, 9, 10, 11], [1, 5, 9]]
+    batch = TokenBatch.of(rows, loaded.device)
+    together = at(last_hidden(loaded, batch), batch.mask.sum(1) - 1)
+    for row, hidden in zip(rows, together, strict=True):
+        alone = last_hidden(loaded, TokenBatch.of([row], loaded.device))[0, -1]
+        torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_gguf_file_is_converted_once_and_loads_like_the_published_weights(smollm2):
+    config = smollm2.model.config
+    assert config.rope_parameters["rope_theta"] == 100_000.0, "the base the GGUF file names"
+    assert "quantization_config" not in json.dumps(config.to_dict())
+    assert isinstance(smollm2.model, nn.Module)
+    assert len(smollm2.architecture.decoder_layers(smollm2.model)) == 30
+    again = AutoModelForCausalLM.from_config(config)
+    assert again.num_parameters() == smollm2.model.num_parameters()

@@ -1,0 +1,387 @@
+"""Runs on disk: nothing is lost, resume and rollback are bit for bit, runs continue, facts supersede one another."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import fact_records
+from families import save_tiny
+from sphere_edit import SphereEditError, files
+from sphere_edit import editor as editor_module
+from sphere_edit.editing import journal
+from sphere_edit.editing.journal import RunFolder
+from sphere_edit.editor import Editor, opened
+
+QUICK = {
+    "batch_size": 2,
+    "layers": [1, 2],
+    "targets": {"steps": 3, "lr": 0.3},
+    "moments": {"sampled_tokens": 256},
+    "tokens_per_batch": 256,
+}
+METHODS = {
+    "alphaedit": {"options": {"l2": 0.1, "null_space": "quantile", "null_space_threshold": 0.8}},
+    "memit": {"method": "memit", "options": {"second_moment_weight": 0.1}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+def start(model: Path, run: Path, **options) -> Editor:
+    return Editor.from_pretrained(model, run, **{**QUICK, **METHODS["alphaedit"], **options})
+
+
+def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in editor.model.state_dict().items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def without_times(entries: list[dict]) -> list[dict]:
+    return [{name: value for name, value in entry.items() if name not in ("seconds", "time")} for entry in entries]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sphere", [True, False])
+def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_path, method, sphere):
+    editor = start(model, tmp_path / "run", sphere={"enabled": sphere}, eval_every=1, **METHODS[method])
+    original = weights_of(editor)
+    metrics = editor.edit(fact_records(4))
+    first_batch, second_batch = editor.run.history.batches
+    for batch in (first_batch, second_batch):
+        for report in batch["matrices"].values():
+            shrunk = report["principal_norm"] / report["principal_norm_before"]
+            alpha = editor.settings.diagnostic_sphere().alpha
+            assert report["principal_norm_before"] > 1e-4
+            assert shrunk == pytest.approx(1 - alpha if sphere else 1, abs=1e-4)
+    assert metrics["after"] == 2
+    after_two = weights_of(editor)
+    assert not same(original, after_two)
+    changed = {name for name in original if not torch.equal(original[name], after_two[name])}
+    assert changed == {f"{name}.weight" for name in editor.weights.names}
+    editor.close()
+    with opened(tmp_path / "run") as again:
+        assert same(weights_of(again), after_two)
+        again.rollback(1)
+        after_one = weights_of(again)
+        assert not same(after_one, after_two)
+        assert not same(after_one, original)
+        assert not (tmp_path / "run" / "metrics.json").exists()
+        again.rollback(0)
+        assert same(weights_of(again), original)
+        with pytest.raises(SphereEditError, match="cannot roll back to batch 1: this run stands at batch 0"):
+            again.rollback(1)
+
+
+def test_editing_on_after_a_rollback_equals_never_having_gone_further(model, tmp_path):
+    longer = start(model, tmp_path / "longer")
+    longer.edit(fact_records(6))
+    longer.rollback(1)
+    longer.edit(fact_records(4, start=8))
+    shorter = start(model, tmp_path / "shorter")
+    shorter.edit(fact_records(2))
+    shorter.edit(fact_records(4, start=8))
+    assert same(weights_of(longer), weights_of(shorter))
+    assert longer.metrics()["edited"] == shorter.metrics()["edited"]
+    assert longer.run.history.withdrawn == {2, 3, 4, 5}
+    assert same(
+        longer._loop.states["model.layers.1.mlp.down_proj"], shorter._loop.states["model.layers.1.mlp.down_proj"]
+    )
+
+
+def test_a_run_continues_next_week_with_its_state_and_original_weights(model, tmp_path):
+    once = start(model, tmp_path / "once")
+    once.edit(fact_records(6))
+    twice = start(model, tmp_path / "twice")
+    twice.edit(fact_records(4))
+    twice.close()
+    with opened(tmp_path / "twice") as later:
+        metrics = later.edit(fact_records(2, start=4))
+        assert same(weights_of(later), weights_of(once))
+        assert metrics["facts"] == 6
+        assert metrics["edited"] == once.metrics()["edited"]
+        assert metrics["unedited"]["efficacy"] == pytest.approx(once.metrics()["unedited"]["efficacy"])
+
+
+def test_a_later_fact_supersedes_an_earlier_one_and_it_leaves_retention(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    records = fact_records(4)
+    contradiction = {**records[0], "target_new": "Vienna", "subject": records[0]["subject"].upper()}
+    editor.edit([*records, contradiction])
+    history = editor.run.history
+    assert history.superseded == {0}
+    assert history.retained == [1, 2, 3, 4]
+    assert [row["index"] for row in editor.metrics()["per_fact"]] == [1, 2, 3, 4]
+    editor.rollback(2)
+    assert editor.run.history.retained == [0, 1, 2, 3], "a rollback brings it back"
+
+
+def test_the_unedited_model_answers_where_a_fact_names_no_answer(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    result = editor.evaluate(fact_records(3))
+    assert all(fact.target_true for fact in result.facts)
+    assert all(neighbor.answer for fact in result.facts for neighbor in fact.neighbors)
+    own = result.unedited[0].neighbors[1]
+    assert own.correct, "the model's own greedy answer is its likeliest"
+    assert result.unedited == result.edited
+
+
+def test_statistics_are_cached_and_never_taken_from_another_model(model, tmp_path):
+    start(model, tmp_path / "a").edit(fact_records(2))
+    moments = files.cache_dir() / "moments"
+    kept = {path: path.stat().st_mtime_ns for path in moments.iterdir()}
+    start(model, tmp_path / "b").edit(fact_records(2))
+    assert {path: path.stat().st_mtime_ns for path in moments.iterdir()} == kept
+    other = save_tiny("llama", tmp_path / "other-model")
+    loaded = Editor.from_pretrained(other, tmp_path / "c", **QUICK, **METHODS["alphaedit"])
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    loaded.loaded.fingerprint = "changed"
+    loaded.edit(fact_records(2))
+    assert len(list(moments.iterdir())) == 2 * len(kept)
+
+
+# --- crashes ------------------------------------------------------------------------------------------------------
+
+
+class _Crash(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_path, monkeypatch):
+    def crash_at(step: int | None) -> list[int]:
+        count = [0]
+
+        def counted(real):
+            def call(*args, **kwargs):
+                count[0] += 1
+                if count[0] == step:
+                    raise _Crash
+                return real(*args, **kwargs)
+
+            return call
+
+        for module, name in [(files, "_sync_folder"), (files, "link_or_copy"), (journal, "write_atomically")]:
+            monkeypatch.setattr(module, name, counted(originals[name]))
+        monkeypatch.setattr(RunFolder, "append", counted(originals["append"]))
+        monkeypatch.setattr(RunFolder, "thin", counted(originals["thin"]))
+        return count
+
+    originals = {
+        "_sync_folder": files._sync_folder,
+        "link_or_copy": files.link_or_copy,
+        "write_atomically": files.write_atomically,
+        "append": RunFolder.append,
+        "thin": RunFolder.thin,
+    }
+    options = {"eval_every": 1}
+    counter = crash_at(None)
+    whole = start(model, tmp_path / "whole", **options)
+    whole.edit(fact_records(4))
+    steps = counter[0]
+    assert steps > 15
+    for step in range(1, steps + 1):
+        run = tmp_path / "crashed"
+        shutil.rmtree(run, ignore_errors=True)
+        crash_at(step)
+        editor = start(model, run, **options)
+        try:
+            editor.edit(fact_records(4))
+        except _Crash:
+            if editor.run is not None:
+                editor.close()
+        del editor
+        crash_at(None)
+        if not RunFolder.exists(run) or not RunFolder.open(run).history.total:
+            shutil.rmtree(run, ignore_errors=True)
+            resumed = start(model, run, **options)
+            resumed.edit(fact_records(4))
+        else:
+            resumed = Editor.open(run)
+            resumed.resume()
+        assert same(weights_of(resumed), weights_of(whole)), f"crash at write {step}"
+        assert without_times(resumed.run.entries) == without_times(whole.run.entries), f"crash at write {step}"
+        ours, theirs = resumed.metrics(), whole.metrics()
+        assert ours == theirs
+        resumed.close()
+
+
+def _work(model: str, run: str) -> None:
+    """What a killed and restarted process does."""
+    torch.set_num_threads(1)
+    if RunFolder.exists(run) and RunFolder.open(run).history.total:
+        with opened(run) as editor:
+            editor.resume()
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        start(Path(model), Path(run), eval_every=2).edit(fact_records(10))
+
+
+def test_killed_at_twenty_random_instants_and_resumed(model, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_runs"])
+
+    def launch(run: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=_work, args=(str(model), str(run)))
+        process.start()
+        return process
+
+    _finish(launch(tmp_path / "warm"))
+    began = time.monotonic()
+    _finish(launch(tmp_path / "whole"))
+    length = time.monotonic() - began
+    whole = RunFolder.open(tmp_path / "whole")
+    generator = random.Random(0)
+    kills = attempt = 0
+    while kills < 20:
+        attempt += 1
+        run = tmp_path / f"killed-{attempt}"
+        while True:
+            process = launch(run)
+            process.join(generator.uniform(0, length))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        resumed = RunFolder.open(run)
+        assert without_times(resumed.entries) == without_times(whole.entries)
+        assert resumed.history.finished
+        newest = f"batch-{whole.history.head:04d}.safetensors"
+        ours, theirs = (folder.path / "checkpoints" / newest for folder in (resumed, whole))
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert (run / "metrics.json").read_text() == (whole.path / "metrics.json").read_text()
+        assert not list(run.rglob("*.tmp"))
+
+
+def _finish(process: multiprocessing.process.BaseProcess) -> None:
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def test_a_half_written_journal_line_is_dropped_and_a_damaged_one_is_told(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    editor.close()
+    path = tmp_path / "run" / "journal.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content + b'{"event": "batch", "ba')
+    assert RunFolder.open(tmp_path / "run").history.head == 1
+    with opened(tmp_path / "run"):
+        assert path.read_bytes() == content
+    path.write_bytes(b"garbage\n" + content)
+    with pytest.raises(SphereEditError, match=r"journal\.jsonl, line 1 is damaged"):
+        RunFolder.open(tmp_path / "run")
+
+
+def test_a_lock_keeps_two_off_one_run(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    with pytest.raises(SphereEditError, match="another process is working in"):
+        Editor.open(tmp_path / "run")
+    editor.close()
+    with opened(tmp_path / "run") as again:
+        assert again.run.history.head == 1
+
+
+def test_a_full_disk_is_told_and_loses_nothing(model, tmp_path, monkeypatch):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    before = weights_of(editor)
+    real = files.save_file
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(SphereEditError, match="the disk is full.*free some space and go on with --resume"):
+        editor.edit(fact_records(2, start=4))
+    assert same(weights_of(editor), before), "the model in memory is that of the last batch"
+    monkeypatch.setattr(files, "save_file", real)
+    editor.resume()
+    assert editor.run.history.head == 2
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_another_model_or_changed_updates_are_noticed(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    editor = start(copy, tmp_path / "run")
+    editor.edit(fact_records(4))
+    editor.close()
+    update = tmp_path / "run" / "updates" / "batch-0001.safetensors"
+    tensors = files.read_tensors(update)
+    files.write_tensors(update, {name: value * 1.01 for name, value in tensors.items()})
+    with opened(tmp_path / "run") as again, pytest.raises(SphereEditError, match="cannot be rebuilt bit for bit"):
+        again.rollback(1)
+    other = save_tiny("qwen2", tmp_path / "qwen")
+    for file in copy.iterdir():
+        file.unlink()
+    shutil.copytree(other, copy, dirs_exist_ok=True)
+    with pytest.raises(SphereEditError, match="not the one this run edited"):
+        Editor.open(tmp_path / "run")
+
+
+def test_disk_stays_bounded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "KEEP_EVERY", 3)
+    editor = start(model, tmp_path / "run", batch_size=1)
+    editor.edit(fact_records(8))
+    kept = sorted(int(path.stem[-4:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [3, 6, 8]
+    after = weights_of(editor)
+    editor.rollback(5)
+    five = weights_of(editor)
+    editor.edit(fact_records(3, start=5))
+    assert same(weights_of(editor), after), "the same facts again give the same weights again"
+    editor.rollback(5)
+    assert same(weights_of(editor), five)
+
+
+def test_export_is_what_evaluation_saw_and_is_never_half_there(model, tmp_path, monkeypatch):
+    editor = start(model, tmp_path / "run")
+    with pytest.raises(SphereEditError, match="nothing has been edited yet"):
+        editor.save_pretrained(tmp_path / "out")
+    editor.edit(fact_records(2))
+    monkeypatch.setattr(editor.tokenizer, "save_pretrained", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        editor.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    editor.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 facts of" in card
+    assert "| Efficacy |" in card
+    assert "Big" not in card
+    with pytest.raises(SphereEditError, match="exists already"):
+        editor.save_pretrained(tmp_path / "out")
+
+
+def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkeypatch):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    before = weights_of(editor)
+    real = editor_module.SequentialLoop._through_sphere
+
+    def infinite(self, name, update):
+        projected = real(self, name, update)
+        object.__setattr__(projected.update, "left", projected.update.left * float("inf"))
+        return projected
+
+    monkeypatch.setattr(editor_module.SequentialLoop, "_through_sphere", infinite)
+    with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN|not finite|NaN|overflow"):
+        editor.edit(fact_records(2, start=4))
+    assert same(weights_of(editor), before)
+    json.loads((tmp_path / "run" / "metrics.json").read_text())
