@@ -8,7 +8,6 @@ import importlib.util
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,12 +188,11 @@ def _converted(folder: str, name: str) -> str:
     """
     from transformers import __version__ as version
 
-    with (Path(folder) / name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
+    digest = hashlib.sha256((Path(folder) / name).read_bytes())
     target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}"
     if not target.is_dir():
         tokenizer, model = _from_pretrained(name, folder, torch.float32, False, gguf_file=name)
-        _check_rope(model, Path(folder) / name)
+        _restore_rope(model.config, Path(folder) / name)
         # the weights are dense from here on: what is saved must load without the file
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
@@ -205,18 +203,18 @@ def _converted(folder: str, name: str) -> str:
     return str(target)
 
 
-def _check_rope(model: Any, file: Path) -> None:
-    """Some versions of transformers drop the rotary base of a GGUF file, and the model is quietly another one."""
+def _restore_rope(config: Any, file: Path) -> None:
+    """Put the rotary base of the GGUF file into the configuration.
+
+    Some versions of transformers leave it at their default, and the model is quietly another one.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
-    base = next((float(f.contents()) for name, f in fields.items() if name.endswith(".rope.freq_base")), None)
-    used = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")
-    if base is not None and used is not None and abs(base - used) > 1e-3 * base:
-        raise SphereEditError(
-            f"this version of transformers reads {file.name} wrongly (rotary base {used:g} instead of {base:g}); "
-            "install transformers 5.23 or newer"
-        )
+    base = next((float(field.contents()) for name, field in fields.items() if name.endswith(".rope.freq_base")), None)
+    rope = getattr(config, "rope_parameters", None)
+    if base is not None and rope and "rope_theta" in rope:
+        rope["rope_theta"] = base
 
 
 def _locate(source: str) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ class AlphaEdit(Method):
     needs: ClassVar[Needs] = Needs(statistics="null_space")
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="per_layer")
 
-    l2: float = Field(10.0, gt=0, description="L2, the ridge of the solve")
+    l2: float = Field(20.0, gt=0, description="L2, the ridge of the solve; 10 is published")
     null_space: NullSpaceRule = Field(NullSpaceRule.MEAN, description="how the null space of C0 is chosen")
     null_space_threshold: float = Field(1.0, gt=0, description="its threshold; absolute with 0.02 is published")
 
