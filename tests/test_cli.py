@@ -240,7 +240,7 @@ def test_bad_records_stop_a_run_before_it_starts_and_skip_bad_goes_on(model, tmp
         run("edit", model, facts, "-o", tmp_path / "run", "--config", settings)
     assert not (tmp_path / "run").exists()
     run("edit", model, facts, "-o", tmp_path / "run", "--config", settings, "--skip-bad")
-    entry = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[1])
+    entry = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
     assert len(entry["left_out"]) == 2
     assert "1 superseded" in run("show", tmp_path / "run"), "record 23 contradicts record 16 of an earlier batch"
 

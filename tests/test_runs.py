@@ -205,8 +205,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
                 editor.close()
         del editor
         crash_at(None)
-        if not RunFolder.exists(run) or not RunFolder.open(run).history.total:
-            shutil.rmtree(run, ignore_errors=True)
+        if not RunFolder.exists(run):
             resumed = start(model, run, **options)
             resumed.edit(fact_records(4))
         else:
@@ -222,11 +221,10 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
 def _work(model: str, run: str) -> None:
     """What a killed and restarted process does."""
     torch.set_num_threads(1)
-    if RunFolder.exists(run) and RunFolder.open(run).history.total:
+    if RunFolder.exists(run):
         with opened(run) as editor:
             editor.resume()
     else:
-        shutil.rmtree(run, ignore_errors=True)
         start(Path(model), Path(run), eval_every=2).edit(fact_records(10))
 
 

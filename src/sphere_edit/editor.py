@@ -29,11 +29,14 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
 from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.files import plain_errors, write_json
+from sphere_edit.models.forward import generate
 from sphere_edit.models.loading import LoadedModel, load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting.results import SCHEMA as METRICS_SCHEMA
+
+_TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
 
@@ -141,6 +144,11 @@ class Editor:
         """The model's tokenizer."""
         return self.loaded.tokenizer
 
+    @property
+    def batch_size(self) -> int:
+        """Facts in one batch: the setting, or fewer where the method takes fewer."""
+        return min(self.settings.batch_size, self.method.max_batch or self.settings.batch_size)
+
     def close(self) -> None:
         """Release the run folder for other processes."""
         if self.run is not None:
@@ -184,18 +192,16 @@ class Editor:
             try:
                 encoder.subject_end(*fill("{}", fact))
                 encoder.subject_end(*fill("{}", fact, KL_PROMPT))
-                encoder.with_target(fact.filled_prompt, fact.target_new)
-            except (SphereEditError, ValueError) as error:
-                reason = (
-                    str(error) if isinstance(error, SphereEditError) else "subject or target has no tokens of its own"
-                )
-                untokenised.append(f"record {fact.record}: {reason}")
+                tokens, _ = encoder.with_target(fact.filled_prompt, fact.target_new)
+                self._check_length(tokens.ids)
+            except SphereEditError as error:
+                untokenised.append(f"record {fact.record}: {error}")
             else:
                 usable.append(fact)
         if untokenised and not skip_bad:
-            raise SphereEditError(f"facts this model's tokenizer cannot place:\n  {chr(10).join(untokenised[:20])}")
-        size = min(self.settings.batch_size, self.method.max_batch or self.settings.batch_size)
-        plan = plan_batches(usable, size, skip_bad)
+            shown = "\n  ".join(untokenised[:20])
+            raise SphereEditError(f"facts this model cannot read (--skip-bad goes on without):\n  {shown}")
+        plan = plan_batches(usable, self.batch_size, skip_bad)
         left_out = [*given.bad, *untokenised, *plan.bad]
         if left_out:
             self.reporter.say(f"{len(left_out)} records left out; the first: {left_out[0]}")
@@ -209,7 +215,7 @@ class Editor:
             facts = run.facts()
             while pending := run.history.pending:
                 self._evaluate_if_due()
-                batch = pending[: self.settings.batch_size]
+                batch = pending[: self.batch_size]
                 history = run.history
                 replaced = superseded_by(facts, batch, history.retained)
                 number = history.head + 1
@@ -222,7 +228,7 @@ class Editor:
             self._evaluate(final=True)
             if not run.history.finished:
                 run.append("finished", after=run.history.head)
-        except SphereEditError:
+        except BaseException:  # an interruption too must leave the model in memory as the journal says
             self._the_loop().go_to(run.history.head)
             raise
         return self.metrics()
@@ -266,18 +272,11 @@ class Editor:
         with plain_errors(path, "read"):
             return json.loads(path.read_text("utf-8"))
 
-    @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 12) -> str:
         """The greedy continuation of a prompt by the model as it stands."""
-        ids = torch.tensor([Encoder(self.tokenizer).encode(prompt).ids], device=self.loaded.device)
-        said = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=0,
-        )
-        return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        ids = Encoder(self.tokenizer).encode(prompt).ids
+        (said,) = generate(self.loaded, [ids], max_new_tokens)
+        return self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the edited model: a plain Hugging Face folder with tokenizer, generation config and model card."""
@@ -291,6 +290,11 @@ class Editor:
         export_model(self.loaded, Path(folder), card)
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _check_length(self, ids: Sequence[int]) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + _TEMPLATE_ROOM > limit:
+            raise SphereEditError(f"{len(ids)} tokens with its target; this model reads {limit}, templates included")
 
     def _run(self) -> RunFolder:
         if self.run is None:
@@ -322,7 +326,6 @@ class Editor:
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
             write_json(self.folder / "config.json", run.config)
-            run.append("start", time=_now(), model=self.loaded.fingerprint)
         except BaseException:
             run.unlock()
             raise

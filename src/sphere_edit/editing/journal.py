@@ -6,7 +6,7 @@ the last line belongs to work that did not finish, and is done again.
     config.json                 settings, model identity, versions, context templates
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
-    journal.jsonl               start, facts, evaluation, batch, rollback, finished
+    journal.jsonl               facts, unedited, batch, evaluation, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors) and keys
     checkpoints/batch-0003.…    working weights and method state: the newest, and every tenth
     evaluations/…json           per-fact results
@@ -112,7 +112,7 @@ class RunFolder:
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
-        """Whether a run was started there (its journal has a line)."""
+        """Whether a run was started there: its journal has a line, the facts it accepted."""
         journal = Path(path) / "journal.jsonl"
         try:
             return journal.is_file() and journal.stat().st_size > 0
@@ -130,9 +130,15 @@ class RunFolder:
             raise SphereEditError(
                 f"{path} holds a run already; add --resume to go on with it, or choose another folder"
             )
-        known = {"config.json", "journal.jsonl", ".lock", "statistics", "heldout.json"}
+        known = {
+            "config.json",
+            "journal.jsonl",
+            "statistics",
+            "heldout.json",
+            "facts",
+        }  # of a start that did not finish
         with plain_errors(path):
-            if path.exists() and (not path.is_dir() or {item.name for item in path.iterdir()} - known):
+            if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - known):
                 raise SphereEditError(f"{path} exists and is not a run folder; choose another")
             path.mkdir(parents=True, exist_ok=True)
             (path / "journal.jsonl").touch()

@@ -17,7 +17,7 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, write_json
-from sphere_edit.models.forward import TokenBatch, activations, batches_by_length
+from sphere_edit.models.forward import TokenBatch, activations, batches_by_length, generate
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
 
@@ -148,8 +148,6 @@ def sample_text(
     loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter, length: int = _SAMPLE_LENGTH
 ) -> list[list[int]]:
     """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
-    from transformers import LogitsProcessorList
-
     encoder = Encoder(loaded.tokenizer)
     first = (encoder.document_start() or encoder.encode("The").ids)[0]
     length = min(length, getattr(loaded.model.config, "max_position_embeddings", length) - 1)
@@ -159,18 +157,9 @@ def sample_text(
     with torch.random.fork_rng(devices=devices), reporter.bar("sampling text", count * length, "tokens") as advance:
         torch.manual_seed(seed)
         while len(rows) < count:
-            ids = torch.full((min(_SAMPLE_ROWS, count - len(rows)), 1), first, device=loaded.device)
-            drawn = loaded.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                logits_processor=LogitsProcessorList([_gumbel]),
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=0,
-            )
-            rows.extend(drawn.tolist())
-            advance(len(ids) * length)
+            part = [[first]] * min(_SAMPLE_ROWS, count - len(rows))
+            rows += generate(loaded, part, length, [_gumbel], min_new_tokens=length)
+            advance(len(part) * length)
     return rows
 
 

@@ -11,6 +11,7 @@ import torch
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.models.forward import generate
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"
@@ -132,7 +133,6 @@ def fill(template: str, fact: Fact, prompt: str | None = None) -> tuple[str, int
     return lead + before + fact.subject + after + trail, len(lead) + len(before) + len(fact.subject)
 
 
-@torch.no_grad()
 def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1, length: int = 10) -> list[str]:
     """Context templates in the model's own words: ``"{}"`` and texts of ``length`` tokens followed by ``". {}"``.
 
@@ -144,17 +144,7 @@ def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1
         torch.manual_seed(seed)
         for opener in _OPENERS if per_opener else ():
             start = encoder.document_start() + encoder.encode(opener).ids
-            ids = torch.tensor([start] * per_opener, device=loaded.device)
-            texts = loaded.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=1.0,
-                top_k=5,
-                top_p=1.0,
-                max_new_tokens=length,
-                pad_token_id=0,
-            )
+            texts = generate(loaded, [start] * per_opener, length, do_sample=True, top_k=5)
             for row in texts:
                 text = loaded.tokenizer.decode(row, skip_special_tokens=True)
                 text = " ".join(text.replace("{", " ").replace("}", " ").replace("�", " ").split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,34 @@ def greedy_continuations(
             for index, token in zip(chosen, likeliest.tolist(), strict=True):
                 rows[index].append(token)
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    new_tokens: int,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    **options: Any,
+) -> list[list[int]]:
+    """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
+
+    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    own = getattr(loaded.model, "generation_config", None)
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=getattr(own, "eos_token_id", None), **options
+    )
+    ids = torch.tensor(rows, device=loaded.device)
+    said = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=LogitsProcessorList(processors),
+    )
+    return said.tolist()
 
 
 class UpperLayers:
