@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
 from sphere_edit import SphereEditError
-from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, _averaged, clean_values, subject_keys
+from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Statistics
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.sources import OptimisedTargets, TargetSettings, optimise_targets
 from sphere_edit.facts.prompts import Encoder, fill
 from sphere_edit.facts.readers import facts_from
+from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models.architecture import architecture_of
-from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, last_hidden
+from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, generate, last_hidden
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import DenseUpdate
@@ -310,6 +312,10 @@ def test_loading_refuses_what_is_no_model(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(SphereEditError, match="pickled weights are never loaded"):
         load_model(folder)
+    folder = save_tiny("llama", tmp_path / "pointer")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(SphereEditError, match="cannot be loaded"):
+        load_model(folder)
 
 
 def test_loading_refuses_impossible_devices_and_dtypes(tmp_path):
@@ -353,6 +359,32 @@ def test_right_padding_changes_no_hidden_state():
     for row, hidden in zip(rows, together, strict=True):
         alone = last_hidden(loaded, TokenBatch.of([row], loaded.device))[0, -1]
         torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_generation_ignores_the_models_own_sampling_settings():
+    loaded = tiny("llama")
+    plain = generate(loaded, [[5, 9, 30]], 8)
+    own = loaded.model.generation_config
+    own.do_sample, own.temperature, own.repetition_penalty, own.top_p = True, 3.0, 5.0, 0.5
+    assert generate(loaded, [[5, 9, 30]], 8) == plain
+    assert loaded.model.generation_config is own
+    own.eos_token_id = plain[0][5]
+    end = plain[0].index(own.eos_token_id, 3)
+    assert generate(loaded, [[5, 9, 30]], 8) == [plain[0][:end]], "a row ends before the end of text"
+
+
+def test_keys_read_back_from_disk_give_the_same_state_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    statistics = Statistics(null_space=torch.linalg.qr(torch.randn(1024, 600))[0])
+    averaged = _averaged(torch.randn(60, 1024), SubjectPrompts([], 60, 1)).T.contiguous()
+    write_tensors(tmp_path / "keys.safetensors", {"keys": averaged})
+    read = read_tensors(tmp_path / "keys.safetensors")["keys"]
+    ours, theirs = (AlphaEdit().after_batch({}, keys, statistics)["previous"] for keys in (averaged, read))
+    assert torch.equal(ours, theirs)
+    loaded = tiny("llama")
+    prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))
+    name = loaded.architecture.module_name(LAYER, "down")
+    assert subject_keys(loaded, prompts, [name], 64)[name].is_contiguous()
 
 
 def test_gguf_file_is_converted_once_and_loads_like_the_published_weights(smollm2):

@@ -19,6 +19,7 @@ from sphere_edit import editor as editor_module
 from sphere_edit.editing import journal
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
+from sphere_edit.progress import RichReporter
 
 QUICK = {
     "batch_size": 2,
@@ -286,6 +287,123 @@ def test_a_half_written_journal_line_is_dropped_and_a_damaged_one_is_told(model,
         RunFolder.open(tmp_path / "run")
 
 
+def test_an_append_that_fails_half_way_leaves_no_trace(model, tmp_path, monkeypatch):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    path = tmp_path / "run" / "journal.jsonl"
+    content = path.read_bytes()
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        monkeypatch.setattr(journal.os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises((SphereEditError, KeyboardInterrupt)):
+            editor.run.append("finished", after=1)
+        monkeypatch.undo()
+        assert path.read_bytes() == content
+        assert len(editor.run.entries) == len(content.splitlines())
+
+
+def test_interrupting_a_batch_in_a_notebook_leaves_the_model_of_the_last_one(model, tmp_path, monkeypatch):
+    editor = start(model, tmp_path / "run")
+    editor.edit(fact_records(2))
+    before = weights_of(editor)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor._loop.source, "all_keys", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(fact_records(2, start=4))
+    assert same(weights_of(editor), before)
+    monkeypatch.undo()
+    editor.resume()
+    straight = start(model, tmp_path / "straight")
+    straight.edit(fact_records(2))
+    straight.edit(fact_records(2, start=4))
+    assert same(weights_of(editor), weights_of(straight))
+
+
+def test_lost_evaluations_are_made_again_and_damaged_caches_too(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    metrics = editor.edit(fact_records(2))
+    entries = list(editor.run.entries)
+    for path in (tmp_path / "run" / "evaluations").iterdir():
+        path.unlink()
+    assert editor.resume() == metrics
+    assert editor.run.entries == entries
+    for path in files.cache_dir().rglob("*.safetensors"):
+        damaged = path.read_bytes()[:-50]
+        path.unlink()  # the run's own file is another name of it
+        path.write_bytes(damaged)
+    for path in (files.cache_dir() / "samples").iterdir():
+        path.write_text("[[1, 2")
+    again = start(model, tmp_path / "again")
+    assert again.edit(fact_records(2))["edited"] == metrics["edited"]
+
+
+def test_a_run_keeps_what_was_a_default_when_it_began(model, tmp_path, monkeypatch):
+    editor = Editor.from_pretrained(model, tmp_path / "run", **{**QUICK, "layers": None})
+    editor.edit(fact_records(2))
+    editor.close()
+    monkeypatch.setattr(type(editor.method).model_fields["l2"], "default", 1e9)
+    with opened(tmp_path / "run") as later:
+        assert later.method == editor.method
+        assert later.sphere == editor.sphere
+        assert later.layers == editor.layers
+
+
+def test_a_run_finds_its_model_from_another_folder_and_after_a_move(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    start(Path("model"), Path("run")).edit(fact_records(2))
+    monkeypatch.chdir("/")
+    with opened(tmp_path / "run") as editor:
+        before = weights_of(editor)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(SphereEditError, match="there is no folder"):
+        Editor.open(tmp_path / "run")
+    with opened(tmp_path / "run", model=tmp_path / "moved") as editor:
+        assert same(weights_of(editor), before)
+
+
+def test_unusable_prompts_are_found_before_any_work_wherever_they_stand(model, tmp_path):
+    record = {**fact_records(1)[0], "paraphrases": ["word " * 300]}
+    editor = start(model, tmp_path / "run")
+    with pytest.raises(SphereEditError, match="(?s)record 2: .*tokens; this model reads"):
+        editor.edit([fact_records(1, start=3)[0], record])
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SphereEditError, match="none of its facts can be used"):
+        editor.edit([record], skip_bad=True)
+
+
+def test_text_that_looks_like_markup_does_no_harm(model, tmp_path):
+    record = {**fact_records(1)[0], "target_new": "[/INST] Rome"}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=RichReporter(), **QUICK, **METHODS["alphaedit"])
+    editor.edit([record, *fact_records(2, start=3), {**record, "target_new": "[bold Vienna"}])
+    assert editor.run.history.superseded == {0}
+
+
+def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
+    """The superseded key leaves what AlphaEdit preserves; were it kept, half of the change would be held back."""
+    first = {**fact_records(1)[0]}
+    second = {**first, "target_new": "Sweden"}
+    options = {**QUICK, "batch_size": 1, "options": {**METHODS["alphaedit"]["options"], "l2": 1e-3}}
+    editor = Editor.from_pretrained(model, tmp_path / "run", **options)
+    editor.edit([first, second])
+    assert editor.run.history.superseded == {0}
+    history = editor.run.history
+    for name in editor.weights.names:
+        _, keys = editor.run.read_update(2)
+        alone = editor.method.after_batch({}, keys[name], editor._loop.statistics[name])["previous"]
+        kept = editor._loop.states[name]["previous"]
+        torch.testing.assert_close(kept, alone, atol=1e-9 * float(alone.norm()), rtol=1e-6)
+    after = editor._loop.states
+    editor.rollback(1)
+    editor.edit([second])
+    assert editor.run.history.superseded == {0}
+    assert len(history.batches) == 2
+    for name in editor.weights.names:
+        assert torch.equal(editor._loop.states[name]["previous"], after[name]["previous"])
+
+
 def test_a_lock_keeps_two_off_one_run(model, tmp_path):
     editor = start(model, tmp_path / "run")
     editor.edit(fact_records(2))
@@ -333,16 +451,15 @@ def test_another_model_or_changed_updates_are_noticed(model, tmp_path):
         Editor.open(tmp_path / "run")
 
 
-def test_disk_stays_bounded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "KEEP_EVERY", 3)
+def test_disk_stays_bounded(model, tmp_path):
     editor = start(model, tmp_path / "run", batch_size=1)
-    editor.edit(fact_records(8))
+    editor.edit(fact_records(7))
     kept = sorted(int(path.stem[-4:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == [3, 6, 8]
+    assert kept == [4, 7]
     after = weights_of(editor)
     editor.rollback(5)
     five = weights_of(editor)
-    editor.edit(fact_records(3, start=5))
+    editor.edit(fact_records(2, start=5))
     assert same(weights_of(editor), after), "the same facts again give the same weights again"
     editor.rollback(5)
     assert same(weights_of(editor), five)

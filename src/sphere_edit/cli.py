@@ -75,8 +75,19 @@ def main() -> None:
     try:
         app()
     except SphereEditError as error:
-        err.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            "the device ran out of memory. What was committed is kept; a new run with smaller targets.tokens or "
+            "tokens_per_batch (in --config) or --dtype bfloat16 needs less"
+        )
+
+
+def _fail(message: str) -> None:
+    err.print(f"[bold red]Error:[/bold red] {_escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _version(value: bool) -> None:
@@ -231,10 +242,14 @@ def _edit_new(
         from sphere_edit.editing.moments import read_passages
 
         read_passages(settings.moments.corpus)
+    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editor import Editor
+    from sphere_edit.files import cache_dir
     from sphere_edit.planning import check_room, estimate
 
-    check_room(folder, 0)
+    RunFolder.refuse_taken(folder)
+    for place in (folder, cache_dir()):
+        check_room(place, 0)
     editor = Editor.from_pretrained(model, folder, settings, _reporter(), trust_remote_code)
     if dry_run:
         planned, _ = editor.check(given, skip_bad)
@@ -263,7 +278,9 @@ def _edit_more(
 
     run = RunFolder.open(folder)
     history = run.history
-    if model is not None and model != run.config["model"]["source"]:
+    from sphere_edit.models.loading import full_name
+
+    if model is not None and full_name(model) != run.config["model"]["source"]:
         raise SphereEditError(f"{folder} edits '{run.config['model']['source']}', not '{model}'")
     saved = make_settings(run.config["settings"])
     wanted = make_settings(run.config["settings"], read_settings_file(config) if config else {}, options)
@@ -316,9 +333,14 @@ def evaluate(
 
     given = read_facts(facts, limit=limit, skip_bad=skip_bad)
     from sphere_edit.editor import Editor
+    from sphere_edit.planning import check_room
     from sphere_edit.reporting.results import metrics_table, single_table
 
     is_run = RunFolder.exists(model)
+    if is_run and dtype is not None:
+        raise SphereEditError(f"{model} is a run, which keeps its dtype; leave out --dtype")
+    if json_file is not None:
+        check_room(json_file.absolute().parent, 0)
     if is_run:
         editor = Editor.open(model, _reporter(), device, trust_remote_code)
     else:
@@ -326,16 +348,16 @@ def evaluate(
         editor = Editor.from_pretrained(model, None, None, _reporter(), trust_remote_code, **options)
     result = editor.evaluate(given)
     summary = result.summary()
-    if json_file is not None:
-        scores = zip(result.facts, result.unedited, result.edited, strict=True)
-        rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
-        write_json(json_file, {**summary, "facts": rows} if is_run else {"model": summary["edited"], "facts": rows})
     title = f"{model}, {len(result.facts)} facts"
     out.print(
         metrics_table(summary["unedited"], summary["edited"], title)
         if is_run
         else single_table(summary["edited"], title)
     )
+    if json_file is not None:
+        scores = zip(result.facts, result.unedited, result.edited, strict=True)
+        rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
+        write_json(json_file, {**summary, "facts": rows} if is_run else {"model": summary["edited"], "facts": rows})
 
 
 @app.command()
@@ -412,6 +434,11 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
 ) -> None:
     """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.files import refuse_existing
+
+    RunFolder.open(run)
+    refuse_existing(output)
     from sphere_edit.editor import opened
 
     with opened(run, _reporter()) as editor:
@@ -456,9 +483,10 @@ def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
 
 def _say_where(folder: Path) -> None:
     out.print(
-        f"Run folder: [bold]{folder}[/bold]\n"
+        f"Run folder: {folder}\n"
         f"  sphere-edit show {folder}\n  sphere-edit export {folder} -o DIR\n  sphere-edit rollback {folder} --to 0",
         highlight=False,
+        markup=False,
     )
 
 

@@ -7,7 +7,7 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,12 @@ class Editor:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, folder: Path, reporter: Reporter):
-        self.loaded, self.settings, self.folder, self.reporter = loaded, settings, folder, reporter
+        self.loaded, self.folder, self.reporter = loaded, folder, reporter
         depth = len(loaded.architecture.decoder_layers(loaded.model))
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
         self.layers = settings.resolved_layers(loaded.architecture, depth)
+        self.settings = settings.with_resolved(self.layers)
         self.weights = EditedWeights(loaded.model, loaded.architecture, self.layers, self.method.modules)
         self.run: RunFolder | None = None
         self._loop: SequentialLoop | None = None
@@ -114,24 +115,32 @@ class Editor:
         reporter: Reporter | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        model: str | Path | None = None,
     ) -> Editor:
         """Load the model of a run as it stands after its last batch; unfinished work waits for `resume`.
+
+        ``model`` says where the original model is now, if it has moved; its weights must be the same.
 
         Raises:
             SphereEditError: no run there, another process is at work in it, or its model is not what it was.
         """
         folder = RunFolder.open(run)
-        settings = make_settings(folder.config["settings"])
-        source = folder.config["model"]["source"]
-        loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
-        if loaded.fingerprint != folder.config["model"]["fingerprint"]:
-            raise SphereEditError(
-                f"the model at '{source}' is not the one this run edited (its weights have another hash); "
-                "put the original back, or start a new run"
-            )
-        editor = cls(loaded, settings, folder.path, reporter or Quiet())
         folder.lock()
-        editor._attach(folder)
+        try:
+            settings = make_settings(folder.config["settings"])
+            source = str(model or folder.config["model"]["source"])
+            loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
+            if loaded.fingerprint != folder.config["model"]["fingerprint"]:
+                raise SphereEditError(
+                    f"the model at '{source}' is not the one this run edited (its weights have another hash); "
+                    "put the original back, or start a new run"
+                )
+            editor = cls(loaded, settings, folder.path, reporter or Quiet())
+            editor._warn_of_other_surroundings(folder.config)
+            editor._attach(folder)
+        except BaseException:
+            folder.unlock()
+            raise
         return editor
 
     @property
@@ -186,25 +195,13 @@ class Editor:
 
     def check(self, given: FactSet, skip_bad: bool) -> tuple[list[Fact], list[str]]:
         """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens."""
-        usable, untokenised = [], []
-        encoder = Encoder(self.tokenizer)
-        for fact in given.facts:
-            try:
-                encoder.subject_end(*fill("{}", fact))
-                encoder.subject_end(*fill("{}", fact, KL_PROMPT))
-                tokens, _ = encoder.with_target(fact.filled_prompt, fact.target_new)
-                self._check_length(tokens.ids)
-            except SphereEditError as error:
-                untokenised.append(f"record {fact.record}: {error}")
-            else:
-                usable.append(fact)
-        if untokenised and not skip_bad:
-            shown = "\n  ".join(untokenised[:20])
-            raise SphereEditError(f"facts this model cannot read (--skip-bad goes on without):\n  {shown}")
+        usable, unreadable = self._readable(given.facts, skip_bad)
         plan = plan_batches(usable, self.batch_size, skip_bad)
-        left_out = [*given.bad, *untokenised, *plan.bad]
+        left_out = [*given.bad, *unreadable, *plan.bad]
         if left_out:
             self.reporter.say(f"{len(left_out)} records left out; the first: {left_out[0]}")
+        if not plan.facts:
+            raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
         return plan.facts, left_out
 
     def resume(self) -> dict[str, Any]:
@@ -219,9 +216,7 @@ class Editor:
                 history = run.history
                 replaced = superseded_by(facts, batch, history.retained)
                 number = history.head + 1
-                self.reporter.say(
-                    f"[bold]Batch {number}[/bold]: {len(batch)} facts, {len(pending) - len(batch)} after it"
-                )
+                self.reporter.say(f"Batch {number}: {len(batch)} facts, {len(pending) - len(batch)} after it", "bold")
                 for index in replaced:
                     self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
                 self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
@@ -229,7 +224,8 @@ class Editor:
             if not run.history.finished:
                 run.append("finished", after=run.history.head)
         except BaseException:  # an interruption too must leave the model in memory as the journal says
-            self._the_loop().go_to(run.history.head)
+            with suppress(SphereEditError):
+                self._the_loop().settle()
             raise
         return self.metrics()
 
@@ -245,10 +241,15 @@ class Editor:
                 f"cannot roll back to batch {to}: this run stands at batch {head}, so 0 to {head} exist"
             )
         loop = self._the_loop()
-        loop.go_to(to)
-        if to > 0:
-            run.write_checkpoint(to, self.weights.working, loop.states)
-        run.append("rollback", to=to)
+        try:
+            loop.go_to(to)
+            if to > 0:
+                run.write_checkpoint(to, self.weights.working, loop.states)
+            run.append("rollback", to=to)
+        except BaseException:
+            with suppress(SphereEditError):
+                loop.settle()
+            raise
         run.thin(to)
         metrics = self.folder / "metrics.json"
         if metrics.is_file() and json.loads(metrics.read_text("utf-8"))["after"] > to:
@@ -258,7 +259,7 @@ class Editor:
 
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> Evaluation:
         """Score any facts on the unedited and on the edited model."""
-        given = facts_from(facts, skip_bad).facts
+        given, _ = self._readable(facts_from(facts, skip_bad).facts, skip_bad)
         with self.weights.unedited():
             complete = complete_answers(self.loaded, given)
             before = self._score(complete, "unedited model")
@@ -281,6 +282,7 @@ class Editor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the edited model: a plain Hugging Face folder with tokenizer, generation config and model card."""
         run = self._run()
+        self._the_loop().settle()
         history = run.history
         all_facts = run.facts()
         metrics = self.metrics() if (self.folder / "metrics.json").is_file() else None
@@ -291,10 +293,40 @@ class Editor:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _check_length(self, ids: Sequence[int]) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(ids) + _TEMPLATE_ROOM > limit:
-            raise SphereEditError(f"{len(ids)} tokens with its target; this model reads {limit}, templates included")
+    def _readable(self, facts: Sequence[Fact], skip_bad: bool) -> tuple[list[Fact], list[str]]:
+        """Facts whose every prompt this model's tokenizer can place and its positions can hold, and what is wrong elsewhere."""
+        encoder = Encoder(self.tokenizer)
+        limit = getattr(self.model.config, "max_position_embeddings", float("inf")) - _TEMPLATE_ROOM
+        usable, bad = [], []
+        for fact in facts:
+            neighbors = [neighbor.prompt for neighbor in fact.neighbors]
+            try:
+                encoder.subject_end(*fill("{}", fact))
+                encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+                for prompt in (fact.filled_prompt, *fact.paraphrases, *neighbors):
+                    longest = max((fact.target_new, fact.target_true or ""), key=len)
+                    size = len(encoder.with_target(prompt, longest)[0].ids)
+                    if size > limit:
+                        raise SphereEditError(
+                            f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template"
+                        )
+            except SphereEditError as error:
+                bad.append(f"record {fact.record}: {error}")
+            else:
+                usable.append(fact)
+        if bad and not skip_bad:
+            shown = "\n  ".join(bad[:20])
+            raise SphereEditError(f"facts this model cannot read (--skip-bad goes on without):\n  {shown}")
+        return usable, bad
+
+    def _warn_of_other_surroundings(self, config: Mapping[str, Any]) -> None:
+        now = {**_versions(), "device": str(self.loaded.device), "threads": torch.get_num_threads()}
+        then = {**config["versions"], "device": config["device"], "threads": config["threads"]}
+        changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+        if changed:
+            self.reporter.say(
+                f"Other surroundings than when this run began, so last bits may differ: {', '.join(changed)}"
+            )
 
     def _run(self) -> RunFolder:
         if self.run is None:
@@ -310,7 +342,7 @@ class Editor:
         run = RunFolder.create(self.folder, {})
         try:
             with self.weights.unedited():
-                self.reporter.say("[bold]Preparing[/bold]")
+                self.reporter.say("Preparing", "bold")
                 templates = sample_context_templates(self.loaded, self.settings.seed, self.settings.templates)
                 corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
                 prepare_statistics(
@@ -326,10 +358,10 @@ class Editor:
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
             write_json(self.folder / "config.json", run.config)
+            self._attach(run)
         except BaseException:
             run.unlock()
             raise
-        self._attach(run)
 
     def _config(self, templates: Sequence[str], corpus: Corpus) -> dict[str, Any]:
         return {
@@ -355,20 +387,15 @@ class Editor:
                 "tokens": sum(len(passage) for passage in corpus.passages),
                 "heldout_passages": len(corpus.heldout),
             },
-            "versions": {
-                "sphere-edit": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": _versions(),
             "device": str(self.loaded.device),
             "threads": torch.get_num_threads(),
         }
 
     def _attach(self, run: RunFolder) -> None:
         """Work in this run from here on, with the weights and the state of its last batch."""
-        self.run = run
-        self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
+        with plain_errors(self.folder / "heldout.json", "read"):
+            self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.method, self.loaded.device)
         source = OptimisedTargets(
             self.loaded,
@@ -383,6 +410,7 @@ class Editor:
             run, self.weights, source, self.method, self.sphere, self.settings.diagnostic_sphere(), statistics
         )
         self._loop.go_to(run.history.head)
+        self.run = run
 
     def _score(self, facts: Sequence[Fact], title: str) -> list[FactScores]:
         return score_facts(self.loaded, facts, self.settings.tokens_per_batch, self.reporter, title)
@@ -394,15 +422,17 @@ class Editor:
         facts, first = run.facts(), 0
         for session, count in enumerate(run.history.sessions, 1):
             part, first = facts[first : first + count], first + count
-            if session in done:
+            path = self.folder / "evaluations" / f"unedited-{session:04d}.json"
+            if session in done and path.is_file():
                 continue
             with self.weights.unedited():
                 complete = complete_answers(self.loaded, part)
                 scores = self._score(complete, "unedited model")
                 whole = self._whole_model("perplexity, unedited") if session == 1 else {}
             content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
-            write_json(self.folder / "evaluations" / f"unedited-{session:04d}.json", content)
-            run.append("unedited", session=session, summary=summarise(scores), **whole)
+            write_json(path, content)
+            if session not in done:
+                run.append("unedited", session=session, summary=summarise(scores), **whole)
 
     def _whole_model(self, title: str) -> dict[str, Any]:
         """Perplexity on the held-out text and the energy of every edited matrix, as deployed."""
@@ -424,12 +454,13 @@ class Editor:
         path = self.folder / "evaluations" / f"batch-{history.head:04d}.json"
         known = next((e for e in history.evaluations if e["after"] == history.head), None)
         complete, before, whole_before = self._unedited_results()
-        if known is None:
+        if known is None or not path.is_file():
             scores = self._score([complete[index] for index in history.retained], f"evaluation after {history.head}")
-            whole = self._whole_model("perplexity")
             content = {"after": history.head, "facts": history.retained, "scores": [s.as_dict() for s in scores]}
             write_json(path, content)
-            known = run.append("evaluation", after=history.head, summary=summarise(scores), **whole)
+            if known is None:
+                whole = self._whole_model("perplexity")
+                known = run.append("evaluation", after=history.head, summary=summarise(scores), **whole)
         if final:
             scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
             self._write_metrics(known, complete, before, whole_before, scores)
@@ -497,6 +528,15 @@ def opened(run: str | Path, reporter: Reporter | None = None, **options: Any) ->
 def _default_folder(model: str, method: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)
     return Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "sphere-edit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _now() -> str:

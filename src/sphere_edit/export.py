@@ -10,7 +10,7 @@ from sphere_edit._version import __version__
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.reporting.results import LABELS, percent
+from sphere_edit.reporting.results import LABELS, number, percent
 
 
 def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
@@ -67,7 +67,7 @@ def model_card(
             cells = (before[key], after[key], before[f"{key}_strict"], after[f"{key}_strict"])
             lines.append(f"| {label} | " + " | ".join(percent(cell) for cell in cells) + " |")
         lines += [
-            f"| Perplexity | {before['perplexity']:.3f} | {after['perplexity']:.3f} | | |",
+            f"| Perplexity | {number(before['perplexity'])} | {number(after['perplexity'])} | | |",
             "",
             "Efficacy and generalization compare the likelihood of the new answer with the old one's, specificity the "
             "reverse on neighbouring prompts; *strict* asks that every token of the right answer be the likeliest.",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,6 +75,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and not cut short; a damaged one is removed."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        path.unlink(missing_ok=True)
+        return False
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write a folder over something.
+
+    Raises:
+        SphereEditError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SphereEditError(f"{path} exists already; choose another folder or remove it first")
+
+
 @contextmanager
 def folder_in_place(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
@@ -82,8 +104,7 @@ def folder_in_place(path: Path) -> Iterator[Path]:
     Raises:
         SphereEditError: ``path`` exists and is not an empty folder, or cannot be written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise SphereEditError(f"{path} exists already; choose another folder or remove it first")
+    refuse_existing(path)
     with plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

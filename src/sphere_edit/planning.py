@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sphere_edit.editing.journal import KEEP_EVERY
 from sphere_edit.editing.keys import SubjectPrompts, subject_keys
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.sources import optimise_targets
@@ -47,8 +46,9 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     prompts = SubjectPrompts.of(trial, templates, Encoder(loaded.tokenizer))
     short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
     steps = settings.targets.steps / _TRIAL_STEPS
-    passage = [[index % 1000 for index in range(256)]] * 2
-    reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / 512
+    length = min(256, getattr(editor.model.config, "max_position_embeddings", 256))
+    passage = [[index % 100 for index in range(length)]] * 2
+    reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / (2 * length)
     evaluations = 2 + (len(facts) // settings.batch_size // settings.eval_every if settings.eval_every else 0)
     moments = settings.moments
     seconds = {
@@ -116,11 +116,10 @@ def _memory(editor: Editor) -> int:
 
 def _disk(editor: Editor, facts: int) -> int:
     widths = [(weight.shape[0], weight.shape[1]) for weight in editor.weights.working.values()]
-    batches = -(-facts // editor.settings.batch_size)
     updates = sum(facts * (out + 2 * inner) * 4 for out, inner in widths)
     checkpoint = sum(out * inner * 4 + inner * inner * 8 for out, inner in widths)
     statistics = sum(inner * inner * 4 for _, inner in widths)
-    return updates + checkpoint * (2 + batches // KEEP_EVERY) + statistics + facts * 4000
+    return updates + checkpoint * 3 + statistics + facts * 4000
 
 
 def _depth(editor: Editor) -> int:

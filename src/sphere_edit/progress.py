@@ -17,8 +17,8 @@ Advance = Callable[[float], None]
 class Reporter(Protocol):
     """Where long work says how far it is."""
 
-    def say(self, text: str) -> None:
-        """One line for the user."""
+    def say(self, text: str, style: str = "") -> None:
+        """One line for the user, as it is: no markup in it."""
 
     def bar(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
         """A bar over ``total`` units; the context's value advances it."""
@@ -27,7 +27,7 @@ class Reporter(Protocol):
 class Quiet:
     """Says nothing."""
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """Say nothing."""
 
     @contextmanager
@@ -48,9 +48,9 @@ class RichReporter:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """Print one line."""
-        self.console.print(text, highlight=False)
+        self.console.print(Text(text, style=style))
 
     @contextmanager
     def bar(self, title: str, total: float, unit: str) -> Iterator[Advance]:

@@ -8,7 +8,7 @@ the last line belongs to work that did not finish, and is done again.
     statistics/…safetensors     second moments or null spaces, as used
     journal.jsonl               facts, unedited, batch, evaluation, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors) and keys
-    checkpoints/batch-0003.…    working weights and method state: the newest, and every tenth
+    checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     evaluations/…json           per-fact results
     metrics.json                the latest summary
 """
@@ -40,7 +40,6 @@ from sphere_edit.files import (
 from sphere_edit.numerics.update import Update, update_from
 
 SCHEMA = 1
-KEEP_EVERY = 10  # checkpoints kept besides the newest; the rest is replayed from updates
 
 Entry = dict[str, Any]
 
@@ -74,7 +73,8 @@ class History:
     @property
     def retained(self) -> list[int]:
         """Facts the model should know now."""
-        return [index for index in self.edited if index not in self.superseded]
+        gone = self.superseded
+        return [index for index in self.edited if index not in gone]
 
     @property
     def pending(self) -> list[int]:
@@ -107,17 +107,39 @@ class RunFolder:
     """One run on disk. Open it to read; take the lock to write."""
 
     def __init__(self, path: Path, config: dict[str, Any], entries: list[Entry]):
-        self.path, self.config, self.entries = path, config, entries
+        self.path, self.config = path, config
+        self._take_all(entries)
         self._lock = FileLock(str(path / ".lock"))
+
+    def _take_all(self, entries: list[Entry]) -> None:
+        self.entries, self._history = entries, History()
+        for entry in entries:
+            self._history.take(entry)
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
         """Whether a run was started there: its journal has a line, the facts it accepted."""
-        journal = Path(path) / "journal.jsonl"
         try:
-            return journal.is_file() and journal.stat().st_size > 0
+            with (Path(path) / "journal.jsonl").open("rb") as file:
+                return file.readline().endswith(b"\n")
         except OSError:
             return False
+
+    @classmethod
+    def refuse_taken(cls, path: Path) -> None:
+        """Refuse a folder in which a new run cannot start; what a start that did not finish left behind is no obstacle.
+
+        Raises:
+            SphereEditError: it holds a run, or something else.
+        """
+        if cls.exists(path):
+            raise SphereEditError(
+                f"{path} holds a run already; add --resume to go on with it, or choose another folder"
+            )
+        ours = {"config.json", "journal.jsonl", "statistics", "heldout.json", "facts"}
+        with plain_errors(path, "read"):
+            if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - ours):
+                raise SphereEditError(f"{path} exists and is not a run folder; choose another")
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> RunFolder:
@@ -126,20 +148,8 @@ class RunFolder:
         Raises:
             SphereEditError: the folder holds something else, or cannot be written.
         """
-        if cls.exists(path):
-            raise SphereEditError(
-                f"{path} holds a run already; add --resume to go on with it, or choose another folder"
-            )
-        known = {
-            "config.json",
-            "journal.jsonl",
-            "statistics",
-            "heldout.json",
-            "facts",
-        }  # of a start that did not finish
+        cls.refuse_taken(path)
         with plain_errors(path):
-            if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - known):
-                raise SphereEditError(f"{path} exists and is not a run folder; choose another")
             path.mkdir(parents=True, exist_ok=True)
             (path / "journal.jsonl").touch()
         run = cls(path, config, [])
@@ -192,7 +202,7 @@ class RunFolder:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 os.truncate(journal, whole)
-        self.entries = [json.loads(line) for line in content[:whole].splitlines()]
+        self._take_all([json.loads(line) for line in content[:whole].split(b"\n")[:-1]])
 
     def unlock(self) -> None:
         """Let others in."""
@@ -200,11 +210,8 @@ class RunFolder:
 
     @property
     def history(self) -> History:
-        """The journal, folded."""
-        history = History()
-        for entry in self.entries:
-            history.take(entry)
-        return history
+        """The journal, folded; to be read, not changed."""
+        return self._history
 
     def append(self, event: str, **content: Any) -> Entry:
         """Commit one entry: written and flushed to disk before this returns."""
@@ -213,15 +220,17 @@ class RunFolder:
         journal = self.path / "journal.jsonl"
         with plain_errors(journal):
             size = journal.stat().st_size
-            with journal.open("ab") as file:
-                try:
-                    file.write(line)
-                    file.flush()
+            try:
+                with journal.open("ab", buffering=0) as file:
+                    rest = memoryview(line)
+                    while rest:
+                        rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(journal, size)
-                    raise
+            except BaseException:  # all of the line or nothing, whatever stopped it
+                os.truncate(journal, size)
+                raise
         self.entries.append(entry)
+        self._history.take(entry)
         return entry
 
     # --- facts ----------------------------------------------------------------------------------------------------
@@ -286,10 +295,14 @@ class RunFolder:
         return next((number for number in range(batch, 0, -1) if self._checkpoint(number).is_file()), 0)
 
     def thin(self, head: int) -> None:
-        """Drop checkpoints that are neither the newest nor a multiple of `KEEP_EVERY`, and all files beyond the head."""
+        """Keep two checkpoints, the newest and the last power of two, and no file beyond the head.
+
+        Whatever else a rollback asks for is replayed from the updates, which are small.
+        """
+        kept = {head, 1 << (head.bit_length() - 1)} if head else set()
         for path in (self.path / "checkpoints").glob("batch-*.safetensors"):
             number = int(path.stem.split("-")[1])
-            if number > head or (number < head and number % KEEP_EVERY):
+            if number not in kept:
                 path.unlink(missing_ok=True)
         for path in (self.path / "updates").glob("batch-*.safetensors"):
             if int(path.stem.split("-")[1]) > head:

@@ -44,7 +44,8 @@ def subject_keys(
         for name, hidden in zip(names, inputs, strict=True):
             for index, key in zip(chunk, at(hidden, batch.mask.sum(1) - 1).float(), strict=True):
                 found[name][index] = key
-    return {name: _averaged(torch.stack(keys), prompts).T for name, keys in found.items()}
+    # laid out as they are stored and read back, so that a replay computes the same bits
+    return {name: _averaged(torch.stack(keys), prompts).T.contiguous() for name, keys in found.items()}
 
 
 def _averaged(keys: Tensor, prompts: SubjectPrompts) -> Tensor:

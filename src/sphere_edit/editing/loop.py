@@ -49,11 +49,15 @@ class SequentialLoop:
         self.sphere, self.diagnostic, self.statistics = sphere, diagnostic, statistics
         self.states: dict[str, State] = {name: {} for name in weights.names}
         self._pretrained: dict[str, Tensor] = {}
+        self.at: int | None = None  # the batch whose weights and state are in memory
 
     def edit(self, indices: Sequence[int], facts: Sequence[Fact], superseded: Sequence[int]) -> dict[str, Any]:
         """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace."""
+        self.settle()
         batch = self.run.history.head + 1
         clock = _Clock()
+        self.at = None
+        self._forget(superseded, batch)
         self.weights.use_working()
         targets = self.source.begin(facts)
         clock.lap("targets")
@@ -83,8 +87,14 @@ class SequentialLoop:
             matrices=reports,
             seconds=clock.seconds,
         )
+        self.at = batch
         self.run.thin(batch)
         return entry
+
+    def settle(self) -> None:
+        """Bring weights and state back to the last batch, should interrupted work have left them elsewhere."""
+        if self.at != self.run.history.head:
+            self.go_to(self.run.history.head)
 
     def go_to(self, batch: int) -> None:
         """Weights and method state exactly as after ``batch`` (0: the unedited model), replayed from a checkpoint.
@@ -92,6 +102,7 @@ class SequentialLoop:
         Raises:
             SphereEditError: the replayed weights are not those the journal recorded.
         """
+        self.at = None
         start = self.run.nearest_checkpoint(batch)
         self.states = {name: {} for name in self.weights.names}
         if start == 0:
@@ -102,12 +113,14 @@ class SequentialLoop:
             self.states |= states
         for number in range(start + 1, batch + 1):
             updates, keys = self.run.read_update(number)
+            self._forget(self.run.history.batches[number - 1]["superseded"], number)
             for name, update in updates.items():
                 self.weights.add(name, update)
             self._remember({name: key.to(self.weights.working[name].device) for name, key in keys.items()})
         if batch > 0:
             self._check_digests(batch)
         self.weights.deploy(self.method.deploy)
+        self.at = batch
 
     def _layer_updates(self, clock: _Clock) -> dict[str, _Projected]:
         """Solve layer by layer, each seeing the weights of those below as already edited."""
@@ -152,6 +165,17 @@ class SequentialLoop:
     def _remember(self, keys: Mapping[str, Tensor]) -> None:
         for name in self.weights.names:
             self.states[name] = self.method.after_batch(self.states[name], keys[name], self.statistics[name])
+
+    def _forget(self, superseded: Sequence[int], batch: int) -> None:
+        """Take the keys of facts that ``batch`` supersedes out of the method's state, batch by batch they came in."""
+        gone = set(superseded)
+        for earlier in self.run.history.batches[: batch - 1]:
+            columns = [column for column, index in enumerate(earlier["facts"]) if index in gone]
+            if columns:
+                _, keys = self.run.read_update(earlier["batch"])
+                for name in self.weights.names:
+                    old = keys[name][:, columns].to(self.weights.working[name].device)
+                    self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])
 
     def _check_finite(self, batch: int) -> None:
         for name in self.weights.names:

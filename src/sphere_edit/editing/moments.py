@@ -17,11 +17,11 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, write_json
-from sphere_edit.models.forward import TokenBatch, activations, batches_by_length, generate
+from sphere_edit.models.forward import TokenBatch, activations, batches_by_length, generate, seeded
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
 
-_MAX_PASSAGES = 100_000
+_MAX_PASSAGES = 20_000
 _SAMPLE_LENGTH = 128
 _SAMPLE_ROWS = 64
 
@@ -64,14 +64,22 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
     count = min(settings.heldout, max(1, len(texts) // 5))
-    encoder = Encoder(loaded.tokenizer)
-    heldout = [encoder.encode(text).ids[: settings.max_length] for text in texts[-count:]]
+    longest = min(settings.max_length, getattr(loaded.model.config, "max_position_embeddings", settings.max_length))
+
+    def tokens(text: str) -> list[int]:
+        return list(loaded.tokenizer(text)["input_ids"])[:longest]
+
+    heldout = [tokens(text) for text in texts[-count:]]
+    if all(len(passage) < 2 for passage in heldout):
+        raise SphereEditError(
+            f"corpus {settings.corpus}: the last {count} passages hold no text to measure perplexity on"
+        )
     passages: list[list[int]] = []
     room = settings.tokens
     for text in texts[:-count]:
         if room <= 0:
             break
-        passages.append(encoder.encode(text).ids[: settings.max_length])
+        passages.append(tokens(text))
         room -= len(passages[-1])
     return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
 
@@ -138,9 +146,12 @@ def _hub_passages(name: str) -> list[str]:
 def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
     """Sampled text, from the cache where this very model sampled it before."""
     file = cache_dir() / "samples" / f"{loaded.fingerprint[:32]}-{tokens}-seed-{seed}.json"
-    if not file.is_file():
-        write_json(file, sample_text(loaded, tokens, seed, reporter))
-    return json.loads(file.read_text("utf-8"))
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):  # not there yet, or damaged
+        sampled = sample_text(loaded, tokens, seed, reporter)
+        write_json(file, sampled)
+        return sampled
 
 
 @torch.no_grad()
@@ -153,9 +164,7 @@ def sample_text(
     length = min(length, getattr(loaded.model.config, "max_position_embeddings", length) - 1)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
-    devices = [] if loaded.device.type == "cpu" else [loaded.device]
-    with torch.random.fork_rng(devices=devices), reporter.bar("sampling text", count * length, "tokens") as advance:
-        torch.manual_seed(seed)
+    with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
         while len(rows) < count:
             part = [[first]] * min(_SAMPLE_ROWS, count - len(rows))
             rows += generate(loaded, part, length, [_gumbel], min_new_tokens=length)

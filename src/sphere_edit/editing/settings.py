@@ -69,6 +69,12 @@ class Settings(BaseModel):
         """The projection whose directions are reported, for the plain method too."""
         return self.sphere.resolved(self.make_method().sphere)
 
+    def with_resolved(self, layers: tuple[int, ...]) -> Settings:
+        """These settings with every default spelled out, so that a run keeps them whatever later versions default to."""
+        sphere = self.sphere.model_copy(update=self.diagnostic_sphere().model_dump())
+        options = self.make_method().model_dump(mode="json")
+        return self.model_copy(update={"layers": layers, "sphere": sphere, "options": options})
+
     def resolved_layers(self, architecture: Architecture, depth: int) -> tuple[int, ...]:
         """The edited layers, lowest first.
 

@@ -17,9 +17,11 @@ from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
-from sphere_edit.models.forward import UpperLayers, batches_by_length
+from sphere_edit.models.forward import UpperLayers, batches_by_length, deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
+
+_GRADIENT_SCALE = 1024.0  # a power of two: changes no bits but those that float16 would lose
 
 
 class TargetSettings(BaseModel):
@@ -108,7 +110,7 @@ def optimise_targets(
     prompts = [_FactPrompts.of(fact, templates, encoder) for fact in facts]
     sizes = [fact.replayed_tokens for fact in prompts]
     done: dict[int, tuple[Tensor, list[float], list[float]]] = {}
-    with reporter.bar("targets v*", len(facts), "facts") as advance:
+    with deterministic(loaded.device), reporter.bar("targets v*", len(facts), "facts") as advance:
         for chunk in batches_by_length(sizes, settings.tokens):
             descent = _Descent(loaded, [prompts[index] for index in chunk], layer, settings)
             for index, result in zip(chunk, descent.run(advance), strict=True):
@@ -206,7 +208,8 @@ class _Descent:
             advance(len(self.active) / steps + int(finished.sum()) * (steps - step) / steps)
             if bool(finished.all()):
                 break
-            (gradient,) = torch.autograd.grad(loss.sum(), self.delta)
+            (gradient,) = torch.autograd.grad(loss.sum() * _GRADIENT_SCALE, self.delta)
+            gradient = gradient / _GRADIENT_SCALE
             if bool(finished.any()):
                 gradient = self._keep((~finished).nonzero().flatten(), gradient)
             self._step(gradient, step)

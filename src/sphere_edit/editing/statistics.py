@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphere_edit.editing.methods.base import Method, Statistics
 from sphere_edit.editing.moments import Corpus, second_moments
-from sphere_edit.files import cache_dir, link_or_copy, read_tensors, write_tensors
+from sphere_edit.files import cache_dir, is_whole, link_or_copy, read_tensors, write_tensors
 from sphere_edit.models.loading import LoadedModel, fingerprints
 from sphere_edit.numerics.linalg import null_space
 from sphere_edit.progress import Reporter
@@ -39,7 +39,7 @@ def prepare_statistics(
     for layer, name in zip(layers, names, strict=True):
         key = hashlib.sha256("|".join((hashes[layer], name, corpus.sha256, str(max_tokens))).encode()).hexdigest()
         files[name] = cache_dir() / "moments" / f"{key}.safetensors"
-    missing = [name for name in names if not files[name].is_file()]
+    missing = [name for name in names if not is_whole(files[name])]
     if missing:
         for name, moment in second_moments(loaded, corpus.passages, missing, max_tokens, reporter).items():
             write_tensors(files[name], {"second_moment": moment})
@@ -68,8 +68,8 @@ def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, re
     found: dict[str, Path] = {}
     with reporter.bar("null spaces", len(files), "layers") as advance:
         for name, file in files.items():
-            found[name] = cache_dir() / "null-spaces" / f"{file.stem}-{rule.value}-{threshold:g}.safetensors"
-            if not found[name].is_file():
+            found[name] = cache_dir() / "null-spaces" / f"{file.stem}-{rule.value}-{threshold!r}.safetensors"
+            if not is_whole(found[name]):
                 moment: Tensor = read_tensors(file)["second_moment"].to(loaded.device)
                 write_tensors(found[name], {"null_space": null_space(moment, rule, threshold).float()})
             advance(1)

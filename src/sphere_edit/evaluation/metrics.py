@@ -175,8 +175,11 @@ def perplexity(
     max_tokens: int,
     reporter: Reporter,
     title: str = "perplexity",
-) -> float:
-    """exp of the mean negative log-likelihood per predicted token, over passages of token ids read one by one."""
+) -> float | None:
+    """exp of the mean negative log-likelihood per predicted token, over passages of token ids read one by one.
+
+    None where the model's loss is not finite (a float16 model that overflows).
+    """
     passages = [passage for passage in passages if len(passage) > 1]
     total, count = 0.0, 0
     with reporter.bar(title, sum(len(passage) for passage in passages), "tokens") as advance:
@@ -188,7 +191,7 @@ def perplexity(
             total += float(losses.double().sum())
             count += len(losses)
             advance(int(batch.mask.sum()))
-    return math.exp(min(total / count, 700.0)) if count else float("nan")
+    return math.exp(min(total / count, 700.0)) if count and math.isfinite(total) else None
 
 
 def summarise(scores: Sequence[FactScores]) -> dict[str, float | None]:

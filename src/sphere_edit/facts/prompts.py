@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.models.forward import generate
+from sphere_edit.models.forward import generate, seeded
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"
@@ -140,8 +137,7 @@ def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1
     """
     templates = ["{}"]
     encoder = Encoder(loaded.tokenizer)
-    with torch.random.fork_rng(devices=_accelerators(loaded.device)):
-        torch.manual_seed(seed)
+    with seeded(loaded.device, seed):
         for opener in _OPENERS if per_opener else ():
             start = encoder.document_start() + encoder.encode(opener).ids
             texts = generate(loaded, [start] * per_opener, length, do_sample=True, top_k=5)
@@ -150,7 +146,3 @@ def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1
                 text = " ".join(text.replace("{", " ").replace("}", " ").replace("�", " ").split())
                 templates.append(f"{text.rstrip('.')}. {{}}")
     return templates
-
-
-def _accelerators(device: torch.device) -> Sequence[torch.device]:
-    return [] if device.type == "cpu" else [device]

@@ -47,6 +47,29 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
     return batches
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on an accelerator, so that a run can be repeated bit for bit; a CPU's are anyway."""
+    kept, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kept, warn_only=warn)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, and the outer ones as if nothing had happened."""
+    options: dict[str, Any] = (
+        {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    )
+    with torch.random.fork_rng(**options):
+        torch.manual_seed(seed)
+        yield
+
+
 def at(hidden: Tensor, positions: Tensor) -> Tensor:
     """``hidden [B, S, d]`` at one position a row: ``[B, d]``."""
     return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
@@ -141,22 +164,26 @@ def generate(
 ) -> list[list[int]]:
     """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
 
-    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text.
+    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    own = getattr(loaded.model, "generation_config", None)
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=getattr(own, "eos_token_id", None), **options
-    )
+    own = loaded.model.generation_config
     ids = torch.tensor(rows, device=loaded.device)
-    said = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-    )
-    return said.tolist()
+    # transformers fills whatever is not set from the model's generation_config, so that one has to step aside
+    loaded.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
+    try:
+        said = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
+            logits_processor=LogitsProcessorList(processors),
+        ).tolist()
+    finally:
+        loaded.model.generation_config = own
+    ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+    given = len(rows[0])
+    return [row[: next((i for i in range(given, len(row)) if row[i] in ends), len(row))] for row in said]
 
 
 class UpperLayers:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sphere_edit.errors import SphereEditError
@@ -79,7 +80,7 @@ def load_model(
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
-    source = os.fspath(source)
+    source = full_name(source)
     where, gguf = _locate(source)
     target = resolve_device(device)
     chosen = resolve_dtype(dtype)
@@ -92,7 +93,18 @@ def load_model(
             f"model '{source}' is quantised; editing needs float weights (float32, bfloat16, float16)"
         )
     model.config._name_or_path = source
-    return prepare(model.to(target), tokenizer, source)
+    try:
+        model.to(target)
+    except RuntimeError as error:
+        raise SphereEditError(f"model '{source}' does not fit {target}: {_first_lines(error)}") from None
+    return prepare(model, tokenizer, source)
+
+
+def full_name(source: str | os.PathLike[str]) -> str:
+    """A source as it can be found again from anywhere: local paths absolute, names as they are."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != EMBEDDED and path.exists() else name
 
 
 def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
@@ -176,7 +188,16 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: b
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust, use_safetensors=None if kwargs else True, **kwargs
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         raise SphereEditError(f"model '{source}' cannot be loaded: {_first_lines(error)}") from None
     return tokenizer, model
 

@@ -26,9 +26,11 @@ def metrics_table(unedited: Mapping[str, Any], edited: Mapping[str, Any], title:
     for key, label in LABELS.items():
         cells = [unedited[key], edited[key], unedited[f"{key}_strict"], edited[f"{key}_strict"]]
         table.add_row(label, *(percent(cell) for cell in cells), style="bold" if key == "score" else "")
-    if edited.get("perplexity") is not None:
+    if "perplexity" in edited:
         before, after = unedited["perplexity"], edited["perplexity"]
-        table.add_row("Perplexity", f"{before:.2f}", f"{after:.2f}", "", f"× {after / before:.3f}")
+        table.add_row(
+            "Perplexity", number(before), number(after), "", f"× {after / before:.3f}" if before and after else ""
+        )
     for name, energy in edited.get("energy", {}).items():
         before = unedited["energy"][name]["per_pair"]
         table.add_row(
@@ -88,6 +90,11 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
 def percent(value: float | None) -> str:
     """A percentage, or a dash where there was nothing to measure."""
     return "–" if value is None else f"{value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A number with two decimals, or "not finite" where the model's loss was not."""
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def span(values: Sequence[float]) -> str:

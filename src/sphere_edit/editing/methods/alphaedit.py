@@ -47,6 +47,11 @@ class AlphaEdit(Method):
         added = inside @ inside.T
         return {"previous": state["previous"].to(added.device) + added if state else added}
 
+    def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
+        """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
+        inside = _basis(statistics).T @ keys.double()
+        return {"previous": state["previous"].to(inside.device) - inside @ inside.T}
+
     def null_space_rule(self) -> tuple[NullSpaceRule, float]:
         """The rule and its threshold."""
         return self.null_space, self.null_space_threshold

@@ -67,6 +67,10 @@ class Method(BaseModel, ABC):
         """The state after a batch, given its ``keys [d_in, n]`` as measured once all its updates are written."""
         return state
 
+    def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
+        """The state without some earlier ``keys [d_in, m]``, whose facts the coming batch supersedes."""
+        return state
+
     def deploy(self, original: Tensor, working: Tensor) -> Tensor:
         """The weight the model runs with, from W0 and the working weight."""
         return working
