@@ -127,7 +127,15 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     assert not folder.exists()
     run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
     shown = run("show", folder)
-    for text in ("memit, no SPHERE", "2 batches", "8 facts edited", "finished", "layers [1, 2]"):
+    for text in (
+        "Time by stage: targets",
+        "Facts (5 of 8, failures first)",
+        "memit, no SPHERE",
+        "2 batches",
+        "8 facts edited",
+        "finished",
+        "layers [1, 2]",
+    ):
         assert text in shown
     more = tmp_path / "more.csv"
     more.write_text(

@@ -87,6 +87,45 @@ def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_pat
             again.rollback(1)
 
 
+@pytest.mark.parametrize("basis", ["current", "pretrained"])
+@pytest.mark.parametrize("project", ["per_layer", "after_all"])
+def test_where_sphere_is_applied_and_from_which_weights(model, tmp_path, basis, project):
+    sphere = {"alpha": 0.8, "basis": basis, "project": project}
+    editor = start(model, tmp_path / "sphere", sphere=sphere)
+    plain = start(model, tmp_path / "plain", sphere={"enabled": False})
+    editor.edit(fact_records(2)), plain.edit(fact_records(2))
+    first, second = editor.weights.names
+    ours, theirs = (e.run.read_update(1)[0] for e in (editor, plain))
+    for name in (first, second):
+        projected = editor.sphere(theirs[name], editor.weights.original(name)).dense()
+        equal = torch.allclose(ours[name].dense(), projected, atol=1e-6, rtol=1e-4)
+        assert equal == (name == first or project == "after_all"), (
+            "per layer, the second one sees the first one projected"
+        )
+    before = editor.weights.snapshot()
+    editor.edit(fact_records(2, start=4))
+    update = editor.run.read_update(2)[0][first]
+    directions = editor.sphere.directions(before[first] if basis == "current" else editor.weights.original(first))
+    report = editor.run.history.batches[1]["matrices"][first]
+    assert report["principal_norm"] == pytest.approx(float(update.to(torch.float64).times(directions).norm()), rel=1e-5)
+    assert report["principal_norm"] == pytest.approx(0.2 * report["principal_norm_before"], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_models_are_edited_through_float32_masters(tmp_path, dtype):
+    folder = save_tiny("llama", tmp_path / "model", getattr(torch, dtype))
+    editor = start(folder, tmp_path / "run")
+    editor.edit(fact_records(4))
+    name = editor.weights.names[0]
+    deployed = editor.model.get_submodule(name).weight
+    assert deployed.dtype == getattr(torch, dtype)
+    assert torch.equal(deployed, editor.weights.working[name].to(deployed.dtype))
+    assert not torch.equal(deployed.float(), editor.weights.working[name]), "the master keeps more digits"
+    editor.close()
+    with opened(tmp_path / "run") as again:
+        assert torch.equal(again.weights.working[name], editor.weights.working[name])
+
+
 def test_editing_on_after_a_rollback_equals_never_having_gone_further(model, tmp_path):
     longer = start(model, tmp_path / "longer")
     longer.edit(fact_records(6))

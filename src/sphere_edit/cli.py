@@ -361,10 +361,13 @@ def evaluate(
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def show(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    facts: Annotated[int, typer.Option(min=0, help="How many facts to list, failures first.")] = 5,
+) -> None:
     """What a run's journal says: settings, batches, facts, metrics, timings."""
     from sphere_edit.editing.journal import RunFolder
-    from sphere_edit.reporting.results import batches_table, metrics_table, percent
+    from sphere_edit.reporting.results import batches_table, facts_table, metrics_table, percent, timings
 
     folder = RunFolder.open(run)
     history, config = folder.history, folder.config
@@ -387,6 +390,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     )
     if history.batches:
         out.print(batches_table(history.batches))
+        out.print(f"Time by stage: {timings(history.batches)}", highlight=False)
     if history.evaluations:
         table = Table(title="Evaluations of all facts known by then", title_justify="left", pad_edge=False)
         for name in (
@@ -412,6 +416,8 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     if metrics.is_file():
         content = json.loads(metrics.read_text("utf-8"))
         out.print(metrics_table(content["unedited"], content["edited"], f"After batch {content['after']}"))
+        if facts:
+            out.print(facts_table(content["per_fact"], min(facts, len(content["per_fact"]))))
 
 
 @app.command()

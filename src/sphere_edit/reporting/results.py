@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 SCHEMA = 1
 
@@ -85,6 +86,32 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
             f"{sum(entry['seconds'].values()):.1f}",
         )
     return table
+
+
+def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
+    """Some facts of ``metrics.json``, those that did not take first, then those not held strictly, then the oldest."""
+
+    def verdicts(row: Mapping[str, Any]) -> tuple[bool, bool]:
+        score = row["edited"]["rewrite"]
+        return score["nll_right"] <= score["nll_other"], score["correct"]
+
+    table = Table(title=f"Facts ({count} of {len(per_fact)}, failures first)", title_justify="left", pad_edge=False)
+    for name in ("prompt", "new answer", "batch", "likelihood", "strict"):
+        table.add_column(name)
+    for row in sorted(per_fact, key=lambda row: (*verdicts(row), row["index"]))[:count]:
+        marks = ["yes" if verdict else "no" for verdict in verdicts(row)]
+        prompt = row["prompt"].replace("{}", row["subject"])
+        table.add_row(Text(prompt), Text(row["target_new"].strip()), str(row["batch"]), *marks)
+    return table
+
+
+def timings(batches: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds by stage, over all batches."""
+    total: dict[str, float] = {}
+    for entry in batches:
+        for stage, seconds in entry["seconds"].items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in total.items())
 
 
 def percent(value: float | None) -> str:
