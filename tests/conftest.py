@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is about one device, wherever it runs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where another process is at work
 
 SHARED = Path(__file__).parents[2] / "shared"

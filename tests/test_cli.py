@@ -141,6 +141,9 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     more.write_text(
         "subject,prompt,target_new,paraphrases\nMadrid 2,The river of {} is the,Tiber,Where is Madrid 2? It is\n"
     )
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps([{**fact_records(1)[0], "target_new": "Vienna"}]))
+    assert "1 earlier facts" in run("edit", folder, again, "--dry-run")
     run("edit", folder, more)
     assert "3 batches" in run("show", folder)
     assert "efficacy" in run("eval", folder, more).lower()

@@ -19,6 +19,7 @@ from sphere_edit.errors import SphereEditError
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
+    from sphere_edit.facts.readers import FactSet
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -245,17 +246,14 @@ def _edit_new(
     from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editor import Editor
     from sphere_edit.files import cache_dir
-    from sphere_edit.planning import check_room, estimate
+    from sphere_edit.planning import check_room
 
     RunFolder.refuse_taken(folder)
     for place in (folder, cache_dir()):
         check_room(place, 0)
     editor = Editor.from_pretrained(model, folder, settings, _reporter(), trust_remote_code)
     if dry_run:
-        planned, _ = editor.check(given, skip_bad)
-        cost = estimate(editor, planned)
-        _show_plan(editor, len(planned), cost)
-        check_room(folder, cost.disk)
+        _plan(editor, given, skip_bad)
         return
     _finish(editor, lambda: editor.edit(given, skip_bad))
 
@@ -289,10 +287,8 @@ def _edit_more(
         raise SphereEditError(
             f"a run keeps its settings; these would change: {', '.join(changed)}. Start a new run instead"
         )
-    if dry_run:
-        raise SphereEditError(
-            "--dry-run is for a new run; this one's settings and timings are in: sphere-edit show RUN"
-        )
+    if dry_run and resume:
+        raise SphereEditError("--dry-run tells about facts to come; what waits in this run is in: sphere-edit show RUN")
     if not resume and facts is None:
         raise SphereEditError(f"which facts? {folder} is a run: give it more facts, or --resume what was interrupted")
     if not resume and not history.finished:
@@ -308,6 +304,9 @@ def _edit_more(
     from sphere_edit.editor import Editor
 
     editor = Editor.open(folder, _reporter(), options.get("device"), trust_remote_code)
+    if dry_run and given is not None:
+        _plan(editor, given, skip_bad)
+        return
     _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, skip_bad))
 
 
@@ -496,8 +495,13 @@ def _say_where(folder: Path) -> None:
     )
 
 
-def _show_plan(editor: Editor, facts: int, cost: Any) -> None:
-    settings = editor.settings
+def _plan(editor: Editor, given: FactSet, skip_bad: bool) -> None:
+    """Check everything, show what would be done and what it would cost, and do nothing."""
+    from sphere_edit.planning import check_room, estimate
+
+    planned, _ = editor.check(given, skip_bad)
+    cost = estimate(editor, planned)
+    settings, facts = editor.settings, len(planned)
     table = Table(title="Settings", title_justify="left", pad_edge=False, show_header=False)
     table.add_column("")
     table.add_column("")
@@ -511,6 +515,7 @@ def _show_plan(editor: Editor, facts: int, cost: Any) -> None:
         "second moments": str(settings.moments.model_dump()),
         "seed": str(settings.seed),
         "run folder": str(editor.folder),
+        **({"supersedes": f"{editor.would_supersede(planned)} earlier facts"} if editor.run else {}),
     }
     for name, value in rows.items():
         table.add_row(name, _escape(value))
@@ -526,6 +531,8 @@ def _show_plan(editor: Editor, facts: int, cost: Any) -> None:
     costs.add_row("memory", f"{cost.memory / 1e9:.1f} GB")
     costs.add_row("disk", f"{cost.disk / 1e9:.2f} GB")
     out.print(costs)
+    editor.close()
+    check_room(editor.folder, cost.disk)
     out.print("Nothing was edited.")
 
 

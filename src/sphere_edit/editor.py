@@ -33,7 +33,7 @@ from sphere_edit.models.forward import generate
 from sphere_edit.models.loading import LoadedModel, load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
-from sphere_edit.progress import Quiet, Reporter
+from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.reporting.results import SCHEMA as METRICS_SCHEMA
 
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
@@ -96,6 +96,7 @@ class Editor:
             run: the run folder, which must not hold a run yet; by default ``runs/<model>-<method>-<time>``.
             settings: all settings; or give single ones by name in ``options``, e.g. ``method="memit"``,
                 ``batch_size=50``, ``targets={"steps": 25}``.
+            reporter: where progress goes: bars on standard error by default, `Quiet` for silence.
             trust_remote_code: run code that comes with the model.
 
         Raises:
@@ -106,7 +107,7 @@ class Editor:
         if RunFolder.exists(folder):
             raise SphereEditError(f"{folder} holds a run already; Editor.open('{folder}') goes on with it")
         loaded = load_model(model, settings.device, settings.dtype, trust_remote_code)
-        return cls(loaded, settings, folder, reporter or Quiet())
+        return cls(loaded, settings, folder, reporter or RichReporter())
 
     @classmethod
     def open(
@@ -135,7 +136,7 @@ class Editor:
                     f"the model at '{source}' is not the one this run edited (its weights have another hash); "
                     "put the original back, or start a new run"
                 )
-            editor = cls(loaded, settings, folder.path, reporter or Quiet())
+            editor = cls(loaded, settings, folder.path, reporter or RichReporter())
             editor._warn_of_other_surroundings(folder.config)
             editor._attach(folder)
         except BaseException:
@@ -292,6 +293,13 @@ class Editor:
         export_model(self.loaded, Path(folder), card)
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def would_supersede(self, facts: Sequence[Fact]) -> int:
+        """How many facts that stand now these would replace."""
+        run = self._run()
+        known = run.facts()
+        new = range(len(known), len(known) + len(facts))
+        return len(superseded_by([*known, *facts], new, run.history.retained))
 
     def _readable(self, facts: Sequence[Fact], skip_bad: bool) -> tuple[list[Fact], list[str]]:
         """Facts whose every prompt this model's tokenizer can place and its positions can hold, and what is wrong elsewhere."""
