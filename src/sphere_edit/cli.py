@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from sphere_edit._version import __version__
 from sphere_edit.errors import SphereEditError
@@ -118,7 +117,7 @@ def demo(
 
     from sphere_edit.editor import Editor
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.reporting.results import metrics_table
+    from sphere_edit.reporting.results import make_table, metrics_table
 
     folder = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     given = read_facts("demo", limit=limit)
@@ -126,9 +125,8 @@ def demo(
     shown = given.facts[:: limit // 6][:6]
     before = [editor.generate(fact.filled_prompt, 6) for fact in shown]
     metrics = _work(editor, lambda: editor.edit(given))
-    table = Table(title="What the model says", title_justify="left", pad_edge=False, show_lines=True)
-    for name in ("prompt", "new answer", "before", "after"):
-        table.add_column(name)
+    columns = ("prompt", "new answer", "before", "after")
+    table = make_table("What the model says", *columns, left=columns)
     for fact, said in zip(shown, before, strict=True):
         now = editor.generate(fact.filled_prompt, 6)
         took = now.strip().startswith(fact.target_new.strip())
@@ -366,7 +364,7 @@ def show(
 ) -> None:
     """What a run's journal says: settings, batches, facts, metrics, timings."""
     from sphere_edit.editing.journal import RunFolder
-    from sphere_edit.reporting.results import batches_table, facts_table, metrics_table, percent, timings
+    from sphere_edit.reporting.results import batches_table, facts_table, make_table, metrics_table, percent, timings
 
     folder = RunFolder.open(run)
     history, config = folder.history, folder.config
@@ -391,8 +389,8 @@ def show(
         out.print(batches_table(history.batches))
         out.print(f"Time by stage: {timings(history.batches)}", highlight=False)
     if history.evaluations:
-        table = Table(title="Evaluations of all facts known by then", title_justify="left", pad_edge=False)
-        for name in (
+        table = make_table(
+            "Evaluations of all facts known by then",
             "after batch",
             "efficacy",
             "strict",
@@ -401,8 +399,7 @@ def show(
             "specificity",
             "strict",
             "perplexity",
-        ):
-            table.add_column(name, justify="right")
+        )
         for entry in history.evaluations:
             cells = [
                 percent(entry["summary"][f"{name}{kind}"])
@@ -498,13 +495,12 @@ def _say_where(folder: Path) -> None:
 def _plan(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     """Check everything, show what would be done and what it would cost, and do nothing."""
     from sphere_edit.planning import check_room, estimate
+    from sphere_edit.reporting.results import make_table
 
     planned, _ = editor.check(given, skip_bad)
     cost = estimate(editor, planned)
     settings, facts = editor.settings, len(planned)
-    table = Table(title="Settings", title_justify="left", pad_edge=False, show_header=False)
-    table.add_column("")
-    table.add_column("")
+    table = make_table("Settings", "", " ", left=("", " "), head=False)
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
@@ -520,11 +516,7 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     for name, value in rows.items():
         table.add_row(name, _escape(value))
     out.print(table)
-    costs = Table(
-        title="Estimate, from short trials on this machine", title_justify="left", pad_edge=False, show_header=False
-    )
-    costs.add_column("")
-    costs.add_column("", justify="right")
+    costs = make_table("Estimate, from short trials on this machine", "", " ", left=("",), head=False)
     for stage, seconds in cost.seconds.items():
         costs.add_row(stage, _duration(seconds))
     costs.add_row("[bold]time, all[/bold]", f"[bold]{_duration(sum(cost.seconds.values()))}[/bold]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +19,19 @@ LABELS = {
 }
 
 
+def make_table(title: str, *columns: str, left: Sequence[str] = (), head: bool = True) -> Table:
+    """An empty table in the house's style; columns hold numbers but for those named in ``left``."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_header=head
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
 def metrics_table(unedited: Mapping[str, Any], edited: Mapping[str, Any], title: str) -> Table:
     """The unedited and the edited model side by side, in both protocols, with perplexity and energies."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("")
-    for name in ("before", "after", "before, strict", "after, strict"):
-        table.add_column(name, justify="right")
+    table = make_table(title, "", "before", "after", "before, strict", "after, strict", left=("",))
     for key, label in LABELS.items():
         cells = [unedited[key], edited[key], unedited[f"{key}_strict"], edited[f"{key}_strict"]]
         table.add_row(label, *(percent(cell) for cell in cells), style="bold" if key == "score" else "")
@@ -46,9 +54,7 @@ def metrics_table(unedited: Mapping[str, Any], edited: Mapping[str, Any], title:
 
 def single_table(scores: Mapping[str, Any], title: str) -> Table:
     """One model alone, in both protocols."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for name in ("", "likelihood", "strict"):
-        table.add_column(name, justify="right" if name else "left")
+    table = make_table(title, "", "likelihood", "strict", left=("",))
     for key, label in LABELS.items():
         table.add_row(label, percent(scores[key]), percent(scores[f"{key}_strict"]))
     return table
@@ -56,8 +62,8 @@ def single_table(scores: Mapping[str, Any], title: str) -> Table:
 
 def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
     """What the journal says of each batch."""
-    table = Table(title="Batches", title_justify="left", pad_edge=False)
-    for name in (
+    table = make_table(
+        "Batches",
         "batch",
         "facts",
         "superseded",
@@ -67,8 +73,7 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
         "‖ΔW‖/‖W‖",
         "‖ΔW U‖/‖ΔW‖",
         "seconds",
-    ):
-        table.add_column(name, justify="right")
+    )
     for entry in batches:
         matrices = entry["matrices"].values()
         sizes = [m["relative_norm"] for m in matrices]
@@ -95,9 +100,8 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
         score = row["edited"]["rewrite"]
         return score["nll_right"] <= score["nll_other"], score["correct"]
 
-    table = Table(title=f"Facts ({count} of {len(per_fact)}, failures first)", title_justify="left", pad_edge=False)
-    for name in ("prompt", "new answer", "batch", "likelihood", "strict"):
-        table.add_column(name)
+    columns = ("prompt", "new answer", "batch", "likelihood", "strict")
+    table = make_table(f"Facts ({count} of {len(per_fact)}, failures first)", *columns, left=columns)
     for row in sorted(per_fact, key=lambda row: (*verdicts(row), row["index"]))[:count]:
         marks = ["yes" if verdict else "no" for verdict in verdicts(row)]
         prompt = row["prompt"].replace("{}", row["subject"])
