@@ -1,0 +1,63 @@
+"""Second moments against their definition, and the sampling of text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import tiny
+from sphere_edit.editing.moments import MomentSettings, draw, load_corpus, sample_text, second_moments
+from sphere_edit.progress import Quiet
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_second_moments_are_the_mean_outer_product_over_all_tokens(family):
+    loaded = tiny(family)
+    names = [loaded.architecture.module_name(layer, "down") for layer in (1, 2)]
+    passages = [[1, 5, 9, 30], [1, 7], [40, 50, 60, 70, 80, 90, 11]]
+    found = second_moments(loaded, passages, names, 16, Quiet())
+    for name in names:
+        keys = []
+        hook = loaded.model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, keys=keys: keys.append(args[0][0])
+        )
+        for passage in passages:
+            loaded.model(torch.tensor([passage]))
+        hook.remove()
+        plain = torch.cat(keys).double()
+        assert len(plain) == 13
+        torch.testing.assert_close(found[name].double(), plain.T @ plain / 13, atol=1e-6, rtol=1e-4)
+
+
+def test_draw_samples_from_the_softmax():
+    torch.manual_seed(0)
+    scores = torch.tensor([2.0, float("-inf"), 0.0, 1.0]).repeat(20_000, 1)
+    drawn = draw(torch.empty(0), scores)
+    assert bool((torch.isfinite(drawn).sum(1) == 1).all())
+    shares = torch.bincount(drawn.argmax(1), minlength=4) / len(scores)
+    torch.testing.assert_close(shares, scores[0].softmax(-1), atol=0.012, rtol=0)
+    assert shares[1] == 0
+
+
+def test_sampled_text_is_seeded_varied_and_as_long_as_asked():
+    loaded = tiny("llama")
+    first, again, other = (sample_text(loaded, 512, seed, Quiet(), length=32) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert len(first) == 16
+    assert len({tuple(row) for row in first}) == 16
+    assert all(len(row) == 33 for row in first)
+
+
+def test_a_corpus_keeps_its_last_passages_out_of_the_statistics(tmp_path):
+    loaded = tiny("llama")
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"Passage {number} about Paris." for number in range(50)))
+    corpus = load_corpus(loaded, MomentSettings(corpus=str(path), heldout=7), 0, Quiet())
+    assert len(corpus.heldout) == 7
+    assert len(corpus.passages) == 43
+    last = loaded.tokenizer.decode(corpus.heldout[-1], skip_special_tokens=True)
+    assert last.strip() == "Passage 49 about Paris."
+    short = load_corpus(loaded, MomentSettings(corpus=str(path), heldout=7, tokens=100), 0, Quiet())
+    assert sum(map(len, short.passages)) >= 100
+    assert len(short.passages) < 43
