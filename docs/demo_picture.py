@@ -13,13 +13,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+_UP, _ERASE = "\x1b[1A", "\x1b[2K"
+_CONTROL = re.compile(r"\x1b\[\?25[lh]|\x1b\[1A|\x1b\[2K")
+
 
 def main(target: str) -> None:
     """Read ANSI text from standard input, echo it, and write the picture."""
-    lines = []
+    lines: list[str] = []
     for line in sys.stdin:
         print(line, end="", flush=True)
-        lines.append(line)
+        if _UP in line:  # the bar above gives way to its summary
+            lines.pop()
+        lines.append(_CONTROL.sub("", line.split(_ERASE)[-1].rsplit("\r", 1)[-1]))
     console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
     console.print(Text("$ make demo"))
     console.print(Text.from_ansi("".join(lines)))

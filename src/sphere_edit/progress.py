@@ -70,5 +70,5 @@ class RichReporter:
         seconds = time.monotonic() - started
         rate = f"{done / seconds:,.1f} {unit}/s" if seconds > 0.05 else ""
         self.console.print(
-            f"  {title:<28} {done:>9,.0f} {unit:<6} {seconds:6.1f} s  [dim]{rate}[/dim]", highlight=False
+            f"  {title:<28} {done:>9,.0f} {unit:<7} {seconds:6.1f} s  [dim]{rate}[/dim]", highlight=False
         )
