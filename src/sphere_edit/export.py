@@ -9,7 +9,7 @@ from typing import Any
 from sphere_edit._version import __version__
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loading import LoadedModel, quiet
 from sphere_edit.reporting.results import LABELS, number, percent
 
 
@@ -19,7 +19,7 @@ def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
     Raises:
         SphereEditError: the folder is not empty or cannot be written; nothing half-written is left behind.
     """
-    with folder_in_place(folder) as temporary:
+    with folder_in_place(folder) as temporary, quiet():
         loaded.model.save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, "utf-8")

@@ -183,7 +183,7 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: b
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **kwargs)
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust, use_safetensors=None if kwargs else True, **kwargs
@@ -218,7 +218,7 @@ def _converted(folder: str, name: str) -> str:
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
         model.config.__dict__.pop("_name_or_path", None)
-        with folder_in_place(target) as temporary, _quiet():
+        with folder_in_place(target) as temporary, quiet():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return str(target)
@@ -273,7 +273,7 @@ def _first_lines(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks about a model's metadata, and the bars it cannot turn off, off the user's screen."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -21,7 +21,9 @@ class Memit(Method):
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.8, basis="current", project="after_all")
 
     second_moment_weight: float = Field(
-        15000.0, gt=0, description="λ, the weight of C0 against the batch's keys (mom2_update_weight)"
+        1000.0,
+        gt=0,
+        description="λ, the weight of C0 against the batch's keys (mom2_update_weight; 15000 is published for 6B and up)",
     )
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
