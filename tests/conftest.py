@@ -23,10 +23,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, request):
     """Statistics of tests stay out of the user's cache; converted GGUF files are taken from it."""
-    if "smollm2" not in request.fixturenames:
-        monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo the one it is given
+        if "smollm2" not in request.fixturenames:
+            patch.setenv("SPHERE_EDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

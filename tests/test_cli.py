@@ -97,8 +97,8 @@ def test_edit_export_load_and_evaluate(family, dtype, tmp_path, facts, settings)
             (ours["rewrite"], row["edited"]["rewrite"]),
             *zip(ours["paraphrases"], row["edited"]["paraphrases"], strict=True),
         ]:
-            assert theirs["nll_right"] == pytest.approx(mine["nll_right"], abs=1e-3 if dtype == "float32" else 5e-2)
-            assert theirs["nll_other"] == pytest.approx(mine["nll_other"], abs=1e-3 if dtype == "float32" else 5e-2)
+            assert theirs["nll_right"] == pytest.approx(mine["nll_right"], abs=1e-3 if dtype == "float32" else 0.15)
+            assert theirs["nll_other"] == pytest.approx(mine["nll_other"], abs=1e-3 if dtype == "float32" else 0.15)
 
 
 def test_a_whole_week(model, tmp_path, facts, settings):

@@ -24,6 +24,7 @@ from sphere_edit.progress import Reporter
 _MAX_PASSAGES = 20_000
 _SAMPLE_LENGTH = 128
 _SAMPLE_ROWS = 64
+_SAMPLER = 2  # to be raised when `sample_text` draws otherwise: cached text of another sampler is not its own
 
 
 class MomentSettings(BaseModel):
@@ -145,7 +146,7 @@ def _hub_passages(name: str) -> list[str]:
 
 def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
     """Sampled text, from the cache where this very model sampled it before."""
-    file = cache_dir() / "samples" / f"{loaded.fingerprint[:32]}-{tokens}-seed-{seed}.json"
+    file = cache_dir() / "samples" / f"{loaded.fingerprint[:32]}-{tokens}-seed-{seed}-sampler-{_SAMPLER}.json"
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):  # not there yet, or damaged
