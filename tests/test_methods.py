@@ -42,9 +42,8 @@ def test_memit_zeroes_its_normal_equations(problem):
 def test_alphaedit_is_its_published_formula_with_earlier_keys(problem):
     method = AlphaEdit(l2=3.0)
     previous = random(D_IN, 6, seed=4)
-    state = method.after_batch(
-        method.after_batch({}, previous[:, :2], problem.statistics), previous[:, 2:], problem.statistics
-    )
+    state = method.after_batch({}, {"keys": previous[:, :2]}, problem.statistics)
+    state = method.after_batch(state, {"keys": previous[:, 2:]}, problem.statistics)
     basis = problem.statistics.null_space
     projector = basis @ basis.T
     keys = problem.keys
@@ -73,10 +72,10 @@ def test_alphaedit_leaves_keys_outside_its_null_space_alone(problem):
 
 def test_states_do_not_leak_between_calls(problem):
     method = AlphaEdit()
-    state = method.after_batch({}, problem.keys, problem.statistics)
+    state = method.after_batch({}, {"keys": problem.keys}, problem.statistics)
     before = {name: value.clone() for name, value in state.items()}
     first = method.solve(problem, state).dense()
-    method.after_batch(state, problem.keys, problem.statistics)
+    method.after_batch(state, {"keys": problem.keys}, problem.statistics)
     assert all(torch.equal(before[name], state[name]) for name in before)
     assert torch.equal(first, method.solve(problem, state).dense())
 
@@ -116,7 +115,7 @@ def test_alphaedit_agrees_with_the_published_code(published):
     assert basis.shape[1] == numbers["update.nullspace_dims"]
     statistics = Statistics(null_space=basis)
     method = AlphaEdit(l2=10.0)
-    state = method.after_batch({}, tensors["update.K_previous"], statistics)
+    state = method.after_batch({}, {"keys": tensors["update.K_previous"]}, statistics)
     problem = LayerProblem(
         tensors["update.W"], tensors["update.W"], tensors["update.K"], tensors["update.R"], statistics
     )

@@ -14,9 +14,10 @@ from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model,
 from sphere_edit import SphereEditError
 from sphere_edit.editing.keys import SubjectPrompts, _averaged, clean_values, subject_keys
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
-from sphere_edit.editing.methods.base import LayerProblem, Statistics
+from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
 from sphere_edit.editing.methods.memit import Memit
-from sphere_edit.editing.sources import OptimisedTargets, TargetSettings, optimise_targets
+from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.targets import TargetSettings, optimise_targets
 from sphere_edit.facts.prompts import Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
@@ -25,11 +26,15 @@ from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_l
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import DenseUpdate
-from sphere_edit.progress import Quiet
 
 LAYER = 2
 TEMPLATES = ["{}", "Ada plays. {}", "It is located in the city. {}"]
 families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def edited(model, layers):
+    architecture = architecture_of(model)
+    return EditedWeights(model, architecture, [architecture.module_name(layer, "down") for layer in layers])
 
 
 def facts(count: int = 4):
@@ -41,10 +46,12 @@ def facts(count: int = 4):
 def test_hit(family, layer):
     """One layer, ridge → 0: the hidden state after the edit equals v*."""
     loaded = tiny(family)
-    weights = EditedWeights(loaded.model, loaded.architecture, [layer])
+    weights = edited(loaded.model, [layer])
     name = weights.names[0]
-    source = OptimisedTargets(loaded, ["{}"], [layer], weights.names, TargetSettings(lr=0.2, steps=6), 256, Quiet())
-    targets = source.begin(facts())
+    settings = TargetSettings(lr=0.2, steps=6)
+    source = OptimisedTargets(loaded, weights, [layer], ["{}"], Needs(), settings, 256)
+    source.begin(facts())
+    targets = source.targets
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
     moment = Statistics(second_moment=torch.eye(INNER))
@@ -109,10 +116,10 @@ def test_replay_of_the_upper_layers_is_the_whole_forward_pass(family):
 def test_a_facts_target_does_not_depend_on_its_batch(family):
     loaded = tiny(family)
     settings = TargetSettings(lr=0.2, steps=8, stop_loss=2.0, tokens=4096)
-    together = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings, Quiet())
+    together = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings)
     lengths = {len(losses) for losses in together.losses}
     for number, fact in enumerate(facts(6)):
-        alone = optimise_targets(loaded, [fact], TEMPLATES, LAYER, settings, Quiet())
+        alone = optimise_targets(loaded, [fact], TEMPLATES, LAYER, settings)
         difference = (alone.values[:, 0] - together.values[:, number]).norm() / alone.values.norm()
         assert float(difference) < 1e-4
         assert len(alone.losses[0]) == len(together.losses[number])
@@ -122,15 +129,13 @@ def test_a_facts_target_does_not_depend_on_its_batch(family):
 def test_finished_facts_leave_the_optimisation_early_and_clamping_holds():
     loaded = tiny("llama")
     settings = TargetSettings(lr=0.5, steps=40, stop_loss=6.3, tokens=4096)
-    result = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings, Quiet())
+    result = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings)
     finished = [losses for losses in result.losses if losses[-1] < 6.3]
     assert len({len(losses) for losses in finished}) > 1, "facts finish at different steps"
     assert all(loss >= 6.3 for losses in result.losses for loss in losses[:-1])
     prompts = SubjectPrompts.of(facts(6), ["{}"], Encoder(loaded.tokenizer))
     h = clean_values(loaded, prompts, LAYER, 256)
-    tight = optimise_targets(
-        loaded, facts(6), TEMPLATES, LAYER, settings.model_copy(update={"clamp_norm_factor": 0.1}), Quiet()
-    )
+    tight = optimise_targets(loaded, facts(6), TEMPLATES, LAYER, settings.model_copy(update={"clamp_norm_factor": 0.1}))
     share = (tight.values - h).norm(dim=0) / h.norm(dim=0)
     assert float(share.max()) <= 0.1 + 1e-5
     assert float(share.max()) > 0.09, "the clamp is what holds it"
@@ -169,7 +174,7 @@ def test_batches_by_length_hold_every_index_once_within_the_limit():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weights_have_three_views_and_a_way_back(family, dtype):
     loaded = tiny(family, dtype)
-    weights = EditedWeights(loaded.model, loaded.architecture, [1, 2])
+    weights = edited(loaded.model, [1, 2])
     name = weights.names[0]
     stored = loaded.model.get_submodule(name).weight.detach().clone()
     assert weights.working[name].shape == (WIDTH, INNER)
@@ -183,7 +188,9 @@ def test_weights_have_three_views_and_a_way_back(family, dtype):
     with weights.unedited():
         assert torch.equal(loaded.model.get_submodule(name).weight, stored)
     assert torch.equal(loaded.model.get_submodule(name).weight, deployed)
-    weights.deploy(lambda original, working: 2 * original)
+    kept = weights.working[name].clone()
+    weights.deploy(name, 2 * weights.original(name))
+    assert torch.equal(weights.working[name], kept)
     assert torch.equal(weights.deployed(name), (2 * weights.original(name)).to(dtype).float())
     weights.reset()
     assert torch.equal(loaded.model.get_submodule(name).weight, stored)
@@ -191,7 +198,7 @@ def test_weights_have_three_views_and_a_way_back(family, dtype):
 
 def test_an_edit_that_overflows_float16_is_refused():
     loaded = tiny("llama", torch.float16)
-    weights = EditedWeights(loaded.model, loaded.architecture, [1])
+    weights = edited(loaded.model, [1])
     with pytest.raises(SphereEditError, match="does not fit float16"):
         weights.add(weights.names[0], DenseUpdate(torch.full((WIDTH, INNER), 1e6)))
 
@@ -210,7 +217,7 @@ def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():
     found = []
     for model in (gpt2, llama):
         loaded = prepare(model, tokenizer, "twin")
-        weights = EditedWeights(model, loaded.architecture, [1, 2])
+        weights = edited(model, [1, 2])
         prompts = SubjectPrompts.of(facts_from(records).facts, TEMPLATES, Encoder(tokenizer))
         targets = clean_values(loaded, prompts, 2, 256) + delta
         for index, name in enumerate(weights.names):
@@ -379,7 +386,7 @@ def test_keys_read_back_from_disk_give_the_same_state_bit_for_bit(tmp_path):
     averaged = _averaged(torch.randn(60, 1024), SubjectPrompts([], 60, 1)).T.contiguous()
     write_tensors(tmp_path / "keys.safetensors", {"keys": averaged})
     read = read_tensors(tmp_path / "keys.safetensors")["keys"]
-    ours, theirs = (AlphaEdit().after_batch({}, keys, statistics)["previous"] for keys in (averaged, read))
+    ours, theirs = (AlphaEdit().after_batch({}, {"keys": keys}, statistics)["previous"] for keys in (averaged, read))
     assert torch.equal(ours, theirs)
     loaded = tiny("llama")
     prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))

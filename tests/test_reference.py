@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
-from sphere_edit.editing.sources import TargetSettings, optimise_targets
+from sphere_edit.editing.targets import TargetSettings, optimise_targets
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
@@ -69,7 +69,7 @@ def test_targets_follow_the_published_loss_step_by_step(as_published, published)
         clamp_norm_factor=published_settings["clamp_norm_factor"],
     )
     facts = facts_from(numbers["targets.facts"]).facts
-    found = optimise_targets(as_published, facts, templates(numbers), numbers["targets.layer"], settings, Quiet())
+    found = optimise_targets(as_published, facts, templates(numbers), numbers["targets.layer"], settings)
     for number, theirs in enumerate(numbers["targets.facts"]):
         assert found.losses[number] == pytest.approx(theirs["loss"], abs=1e-2)
         assert found.probabilities[number] == pytest.approx(theirs["mean_target_prob"], abs=1e-2)

@@ -19,6 +19,7 @@ from sphere_edit import editor as editor_module
 from sphere_edit.editing import journal
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
+from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.progress import RichReporter
 
 QUICK = {
@@ -430,8 +431,8 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     assert editor.run.history.superseded == {0}
     history = editor.run.history
     for name in editor.weights.names:
-        _, keys = editor.run.read_update(2)
-        alone = editor.method.after_batch({}, keys[name], editor._loop.statistics[name])["previous"]
+        _, seen = editor.run.read_update(2)
+        alone = editor.method.after_batch({}, seen[name], editor._loop.statistics[name])["previous"]
         kept = editor._loop.states[name]["previous"]
         torch.testing.assert_close(kept, alone, atol=1e-9 * float(alone.norm()), rtol=1e-6)
     after = editor._loop.states
@@ -527,14 +528,13 @@ def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkey
     editor = start(model, tmp_path / "run")
     editor.edit(fact_records(2))
     before = weights_of(editor)
-    real = editor_module.SequentialLoop._through_sphere
+    real = editor_module.SequentialLoop._finished
 
-    def infinite(self, name, update):
-        projected = real(self, name, update)
-        object.__setattr__(projected.update, "left", projected.update.left * float("inf"))
-        return projected
+    def infinite(self, *args):
+        updates, reports = real(self, *args)
+        return {name: LowRankUpdate(u.left * float("inf"), u.right) for name, u in updates.items()}, reports
 
-    monkeypatch.setattr(editor_module.SequentialLoop, "_through_sphere", infinite)
+    monkeypatch.setattr(editor_module.SequentialLoop, "_finished", infinite)
     with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN|not finite|NaN|overflow"):
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)

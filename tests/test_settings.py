@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sphere_edit.editing.methods import METHODS
-from sphere_edit.editing.settings import Settings, default_layers, make_settings, read_settings_file
+from sphere_edit.editing.settings import Settings, make_settings, read_settings_file
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import FAMILIES
 
@@ -48,13 +49,17 @@ def told(*layers: dict) -> str:
         ({"eval_every": 0}, "settings: 'eval_every': Input should be greater than or equal to 1, not 0"),
         ({"seed": -1}, "settings: 'seed': Input should be greater than or equal to 0, not -1"),
         ({"seed": 2**63}, "settings: 'seed': Input should be less than "),
-        ({"layers": "4-8"}, "settings: 'layers': Input should be a valid tuple, not '4-8'"),
-        ({"layers": [4, "x"]}, "settings: 'layers.1': Input should be a valid integer, unable to parse string as an"),
+        ({"layers": "4-8"}, "settings: 'layers': expected layer numbers such as [4, 5], or those of each role, "),
+        ({"layers": [4, "x"]}, "settings: 'layers': expected layer numbers such as [4, 5], or those of each role, "),
+        ({"layers": {"up": 4}}, "settings: 'layers': expected layer numbers such as [4, 5], or those of each role, "),
         ({"sphere": None}, "settings: 'sphere': Input should be a valid dictionary or instance of SphereSettings, not"),
         ({"sphere": {"eta": 1.5}}, "settings: 'sphere.eta': Input should be less than or equal to 1, not 1.5"),
         ({"sphere": {"alpha": float("nan")}}, "settings: 'sphere.alpha': Input should be "),
         ({"sphere": {"basis": "both"}}, "sphere: 'basis': Input should be 'current' or 'pretrained', not 'both'"),
-        ({"sphere": {"project": "x"}}, "sphere: 'project': Input should be 'per_layer' or 'after_all', not 'x'"),
+        (
+            {"sphere": {"project": "x"}},
+            "sphere: 'project': Input should be 'per_layer', 'after_all' or 'deployed', not 'x'",
+        ),
         ({"targets": {"lr": 0}}, "settings: 'targets.lr': Input should be greater than 0, not 0"),
         ({"targets": {"steps": 0}}, "settings: 'targets.steps': Input should be greater than or equal to 1, not 0"),
         ({"method": "rome2"}, "there is no method 'rome2'; choose one of alphaedit, "),
@@ -110,25 +115,53 @@ def test_settings_survive_the_config_file_of_a_run():
 # --- layers -------------------------------------------------------------------------------------------------------
 
 
-def test_default_layers_of_the_embedded_model():
-    assert default_layers(PRE_NORM, 30) == (4, 5, 6, 7, 8)
-    assert default_layers(POST_NORM, 30) == (8,)
+def down(*layers):
+    return tuple((layer, "down") for layer in layers)
 
 
-@given(st.integers(1, 80))
-def test_default_layers_exist_at_every_depth(depth):
-    layers = default_layers(PRE_NORM, depth)
+@pytest.mark.parametrize(
+    ("method", "depth", "expected"),
+    [
+        ("alphaedit", 30, down(4, 5, 6, 7, 8)),
+        ("rome", 32, down(5)),
+        ("emmet", 30, down(5)),
+        ("ft", 32, down(21)),
+        ("ultraedit", 28, tuple((layer, role) for layer in range(18, 27) for role in ("gate", "up"))),
+    ],
+)
+def test_default_matrices(method, depth, expected):
+    assert make_settings({"method": method}).resolved_matrices(PRE_NORM, depth) == expected
+
+
+def test_ungated_families_take_the_matrix_that_writes_the_output():
+    bare = dataclasses.replace(PRE_NORM, modules={"down": "mlp.out", "up": "mlp.in"})
+    assert make_settings({"method": "ultraedit"}).resolved_matrices(bare, 28) == down(*range(18, 27))
+
+
+@given(st.integers(1, 80), st.sampled_from(list(METHODS)))
+def test_default_layers_exist_at_every_depth(depth, method):
+    kind, settings = METHODS[method], make_settings({"method": method})
+    layers = kind.default_layers(depth)
     assert layers == tuple(range(layers[0], layers[-1] + 1))
-    assert 1 <= len(layers) <= 5
     assert 0 <= layers[0] <= layers[-1] < depth
-    assert default_layers(POST_NORM, depth) == layers[-1:]
-    for family in (PRE_NORM, POST_NORM):
-        assert Settings().resolved_layers(family, depth) == default_layers(family, depth)
+    assert sorted({layer for layer, _ in settings.resolved_matrices(PRE_NORM, depth)}) == list(layers)
+    single = settings.resolved_matrices(POST_NORM, depth)
+    assert kind().needs.source != "targets" or single == ((layers[-1], "down"),)
 
 
 def test_chosen_layers_come_lowest_first():
-    assert make_settings({"layers": [6, 2, 4]}).resolved_layers(PRE_NORM, 7) == (2, 4, 6)
-    assert make_settings({"layers": [0]}).resolved_layers(POST_NORM, 1) == (0,)
+    assert make_settings({"layers": [6, 2, 4]}).resolved_matrices(PRE_NORM, 7) == down(2, 4, 6)
+    assert make_settings({"layers": [0]}).resolved_matrices(POST_NORM, 1) == down(0)
+    chosen = {"method": "ultraedit", "layers": {"up": [5, 3], "gate": [3]}}
+    assert make_settings(chosen).resolved_matrices(PRE_NORM, 7) == ((3, "gate"), (3, "up"), (5, "up"))
+
+
+def test_resolved_settings_choose_the_same_matrices_again():
+    for method in METHODS:
+        settings = make_settings({"method": method})
+        matrices = settings.resolved_matrices(PRE_NORM, 30)
+        kept = make_settings(json.loads(settings.with_resolved(matrices).model_dump_json()))
+        assert kept.resolved_matrices(PRE_NORM, 30) == matrices
 
 
 @pytest.mark.parametrize(
@@ -139,11 +172,15 @@ def test_chosen_layers_come_lowest_first():
         ([28, 30], PRE_NORM, "layers [28, 30] do not all exist: this model has layers 0 to 29"),
         ([-1], PRE_NORM, "layers [-1] do not all exist: this model has layers 0 to 29"),
         ([7, 8], POST_NORM, "this family normalises each MLP's output, so one layer is edited and not 2: "),
+        ({"gate": [3]}, PRE_NORM, "alphaedit edits the matrices that write the MLP's output; give --layers 4-8"),
+        ({"side": [3]}, PRE_NORM, "this family has no 'side' matrix; it has "),
+        ({}, PRE_NORM, "--layers takes layer numbers for at least one role"),
+        ({"down": [3, 3]}, PRE_NORM, "--layers takes different layer numbers, not [3, 3]"),
     ],
 )
 def test_layers_that_cannot_be_edited(layers, family, message):
     with pytest.raises(SphereEditError) as caught:
-        make_settings({"layers": layers}).resolved_layers(family, 30)
+        make_settings({"layers": layers}).resolved_matrices(family, 30)
     assert str(caught.value).startswith(message)
     assert family is PRE_NORM or str(caught.value).endswith("use --layers 8")
 

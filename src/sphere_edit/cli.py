@@ -45,6 +45,13 @@ class MethodName(str, Enum):
 
     alphaedit = "alphaedit"
     memit = "memit"
+    memit_seq = "memit_seq"
+    emmet = "emmet"
+    rect = "rect"
+    prune = "prune"
+    rome = "rome"
+    ft = "ft"
+    ultraedit = "ultraedit"
 
 
 class Basis(str, Enum):
@@ -59,6 +66,7 @@ class Project(str, Enum):
 
     per_layer = "per_layer"
     after_all = "after_all"
+    deployed = "deployed"
 
 
 class Dtype(str, Enum):
@@ -160,7 +168,9 @@ def edit(
     basis: Annotated[Basis | None, typer.Option(help="Weights the directions come from. [default: current]")] = None,
     project: Annotated[Project | None, typer.Option(help="When to project. [default: the method's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. [default: 100]")] = None,
-    layers: Annotated[str | None, typer.Option(help="Edited layers, '4-8' or '4,6'. [default: five from 13 %]")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. [default: the method's]")
+    ] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. [default: the model's own]"),
@@ -534,15 +544,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _layers(text: str) -> list[int]:
-    found: list[int] = []
+def _layers(text: str) -> list[int] | dict[str, list[int]]:
+    """'4-8', '4,6', or by role, each of which holds until the next one: 'gate:11-15,up:18-24,30'."""
+    found: dict[str, list[int]] = {}
+    role = ""
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(?:([a-z_]+)\s*:)?\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
-            raise SphereEditError(f"--layers takes numbers such as 4-8 or 4,6,8, not '{text}'")
-        first, last = int(match[1]), int(match[2] or match[1])
-        found += range(first, last + 1)
-    return found
+            raise SphereEditError(f"--layers takes numbers such as 4-8, 4,6,8 or gate:11-15,up:18-24, not '{text}'")
+        role = match[1] or role
+        first, last = int(match[2]), int(match[3] or match[2])
+        found.setdefault(role, []).extend(range(first, last + 1))
+    if "" in found and len(found) > 1:
+        raise SphereEditError(f"--layers '{text}': name the role of the first layers too, as in gate:11-15,up:18-24")
+    return found.get("", found)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from sphere_edit.editing.journal import SCHEMA, RunFolder
 from sphere_edit.editing.loop import SequentialLoop, plan_batches, superseded_by
 from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.settings import Settings, make_settings
-from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
+from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, perplexity, score_facts, summarise
 from sphere_edit.export import export_model, model_card
@@ -71,9 +72,11 @@ class Editor:
         depth = len(loaded.architecture.decoder_layers(loaded.model))
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
-        self.layers = settings.resolved_layers(loaded.architecture, depth)
-        self.settings = settings.with_resolved(self.layers)
-        self.weights = EditedWeights(loaded.model, loaded.architecture, self.layers, self.method.modules)
+        matrices = settings.resolved_matrices(loaded.architecture, depth)
+        self.settings = settings.with_resolved(matrices)
+        self.layers = [layer for layer, _ in matrices]  # of each edited matrix
+        names = [loaded.architecture.module_name(layer, role) for layer, role in matrices]
+        self.weights = EditedWeights(loaded.model, loaded.architecture, names)
         self.run: RunFolder | None = None
         self._loop: SequentialLoop | None = None
 
@@ -154,11 +157,6 @@ class Editor:
         """The model's tokenizer."""
         return self.loaded.tokenizer
 
-    @property
-    def batch_size(self) -> int:
-        """Facts in one batch: the setting, or fewer where the method takes fewer."""
-        return min(self.settings.batch_size, self.method.max_batch or self.settings.batch_size)
-
     def close(self) -> None:
         """Release the run folder for other processes."""
         if self.run is not None:
@@ -197,7 +195,7 @@ class Editor:
     def check(self, given: FactSet, skip_bad: bool) -> tuple[list[Fact], list[str]]:
         """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens."""
         usable, unreadable = self._readable(given.facts, skip_bad)
-        plan = plan_batches(usable, self.batch_size, skip_bad)
+        plan = plan_batches(usable, self.settings.batch_size, skip_bad)
         left_out = [*given.bad, *unreadable, *plan.bad]
         if left_out:
             self.reporter.say(f"{len(left_out)} records left out; the first: {left_out[0]}")
@@ -213,7 +211,7 @@ class Editor:
             facts = run.facts()
             while pending := run.history.pending:
                 self._evaluate_if_due()
-                batch = pending[: self.batch_size]
+                batch = pending[: self.settings.batch_size]
                 history = run.history
                 replaced = superseded_by(facts, batch, history.retained)
                 number = history.head + 1
@@ -294,6 +292,13 @@ class Editor:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
+    def make_source(self, templates: Sequence[str], targets: TargetSettings) -> Source:
+        """What the method feeds on."""
+        needs = self.method.needs
+        return SOURCES[needs.source](
+            self.loaded, self.weights, self.layers, templates, needs, targets, self.settings.tokens_per_batch
+        )
+
     def would_supersede(self, facts: Sequence[Fact]) -> int:
         """How many facts that stand now these would replace."""
         run = self._run()
@@ -309,8 +314,9 @@ class Editor:
         for fact in facts:
             neighbors = [neighbor.prompt for neighbor in fact.neighbors]
             try:
-                encoder.subject_end(*fill("{}", fact))
-                encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+                if self.method.needs.source == "targets":
+                    encoder.subject_end(*fill("{}", fact))
+                    encoder.subject_end(*fill("{}", fact, KL_PROMPT))
                 for prompt in (fact.filled_prompt, *fact.paraphrases, *neighbors):
                     longest = max((fact.target_new, fact.target_true or ""), key=len)
                     size = len(encoder.with_target(prompt, longest)[0].ids)
@@ -351,7 +357,8 @@ class Editor:
         try:
             with self.weights.unedited():
                 self.reporter.say("Preparing", "bold")
-                templates = sample_context_templates(self.loaded, self.settings.seed, self.settings.templates)
+                count = self.settings.templates if self.method.needs.source == "targets" else 0
+                templates = sample_context_templates(self.loaded, self.settings.seed, count)
                 corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
                 prepare_statistics(
                     self.loaded,
@@ -385,7 +392,7 @@ class Editor:
             "settings": self.settings.model_dump(mode="json"),
             "method_options": self.method.model_dump(mode="json"),
             "sphere": None if self.sphere is None else self.sphere.model_dump(mode="json"),
-            "layers": list(self.layers),
+            "layers": sorted(set(self.layers)),
             "matrices": list(self.weights.names),
             "templates": list(templates),
             "corpus": {
@@ -405,17 +412,15 @@ class Editor:
         with plain_errors(self.folder / "heldout.json", "read"):
             self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.method, self.loaded.device)
-        source = OptimisedTargets(
-            self.loaded,
-            run.config["templates"],
-            self.layers,
-            self.weights.names,
-            self.settings.targets,
-            self.settings.tokens_per_batch,
-            self.reporter,
-        )
         self._loop = SequentialLoop(
-            run, self.weights, source, self.method, self.sphere, self.settings.diagnostic_sphere(), statistics
+            run,
+            self.weights,
+            self.make_source(run.config["templates"], self.settings.targets),
+            self.method,
+            self.sphere,
+            self.settings.diagnostic_sphere(),
+            statistics,
+            self.reporter,
         )
         self._loop.go_to(run.history.head)
         self.run = run

@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sphere_edit.editing.keys import SubjectPrompts, subject_keys
+from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
-from sphere_edit.editing.sources import optimise_targets
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
-from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import TokenBatch, last_hidden
 from sphere_edit.progress import Quiet
@@ -39,40 +37,46 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
 
     Statistics that are in the cache are counted all the same, so that a first run takes no longer than it says.
     """
-    settings, loaded = editor.settings, editor.loaded
-    trial = [_with_truth(fact) for fact in facts[:_TRIAL_FACTS]]
+    settings, loaded, method = editor.settings, editor.loaded, editor.method
+    trial = [_with_truth(fact) for fact in facts[: min(_TRIAL_FACTS, method.max_batch or _TRIAL_FACTS)]]
     share = len(facts) / len(trial)
-    templates = _PADDING[: 1 + 5 * min(settings.templates, 1)]
-    prompts = SubjectPrompts.of(trial, templates, Encoder(loaded.tokenizer))
-    short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
-    steps = settings.targets.steps / _TRIAL_STEPS
     length = min(256, getattr(editor.model.config, "max_position_embeddings", 256))
     passage = [[index % 100 for index in range(length)]] * 2
     reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / (2 * length)
     evaluations = 2 + (len(facts) // settings.batch_size // settings.eval_every if settings.eval_every else 0)
     moments = settings.moments
-    seconds = {
-        "targets v*": share
-        * steps
-        * _timed(lambda: optimise_targets(loaded, trial, templates, editor.layers[-1], short, Quiet())),
-        "keys": share
-        * (len(editor.layers) + 1)
-        * 1.5
-        * _timed(lambda: subject_keys(loaded, prompts, editor.weights.names, settings.tokens_per_batch)),
-        "evaluation": share
-        * evaluations
-        * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet())),
-    }
+    seconds = {stage: share * time for stage, time in _source_times(editor, trial).items()}
+    seconds["evaluation"] = (
+        share * evaluations * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
+    )
     if moments.corpus is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
-        seconds["second moments"] = moments.sampled_tokens * reading
-        heldout = moments.sampled_tokens / 8
-    else:
-        seconds["second moments"] = moments.tokens * reading
-        heldout = moments.heldout * 150.0
+    if method.needs.statistics is not None:
+        tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
+        seconds["second moments"] = tokens * reading
+    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * 150.0
     seconds["perplexity"] = evaluations * heldout * reading
     return Estimate(seconds, _memory(editor), _disk(editor, len(facts)))
+
+
+def _source_times(editor: Editor, trial: Sequence[Fact]) -> dict[str, float]:
+    """Seconds that what the method feeds on takes for some facts."""
+    settings, method = editor.settings, editor.method
+    templates = _PADDING[: 1 + 5 * min(settings.templates, 1)]
+    short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
+    source = editor.make_source(templates, short)
+    begin = _timed(lambda: source.begin(trial))
+    if isinstance(method, JointMethod):
+        weights = editor.weights.snapshot()
+        return {source.stage: method.evaluations * _timed(lambda: source.objective(weights))}
+    if method.needs.source == "gradients":
+        return {source.stage: begin}
+    keys = _timed(lambda: source.all_keys(trial))
+    return {
+        source.stage: begin * settings.targets.steps / _TRIAL_STEPS,
+        "keys": keys * (len(editor.layers) + 1) * 1.5,
+    }
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -107,18 +111,25 @@ def _memory(editor: Editor) -> int:
     model = sum(parameter.numel() * parameter.element_size() for parameter in editor.model.parameters())
     matrices = sum(weight.numel() for weight in editor.weights.working.values())
     inputs = max(weight.shape[1] for weight in editor.weights.working.values())
-    statistics = len(editor.layers) * inputs * inputs * (4 + 8)
-    solving = 4 * inputs * inputs * 8
+    needs = editor.method.needs
+    statistics = len(editor.weights.names) * inputs * inputs * (4 + 8) if needs.statistics else 0
+    solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
     vocabulary = editor.model.get_output_embeddings().weight.shape[0]
-    activations = editor.settings.targets.tokens * editor.model.config.hidden_size * 16 * 4 * _depth(editor)
+    tokens = editor.settings.targets.tokens if needs.source == "targets" else editor.settings.tokens_per_batch
+    activations = tokens * editor.model.config.hidden_size * 16 * 4 * _depth(editor)
     return model + matrices * (4 + 4) + statistics + solving + activations + 512 * vocabulary * 4 * 3
 
 
 def _disk(editor: Editor, facts: int) -> int:
-    widths = [(weight.shape[0], weight.shape[1]) for weight in editor.weights.working.values()]
-    updates = sum(facts * (out + 2 * inner) * 4 for out, inner in widths)
-    checkpoint = sum(out * inner * 4 + inner * inner * 8 for out, inner in widths)
-    statistics = sum(inner * inner * 4 for _, inner in widths)
+    method, widths = editor.method, [weight.shape for weight in editor.weights.working.values()]
+    batches = -(-facts // editor.settings.batch_size)
+    remembered = method.needs.remembers is not None
+    updates = sum(
+        batches * out * inner * 4 if method.dense else facts * (out + (1 + remembered) * inner) * 4
+        for out, inner in widths
+    )
+    checkpoint = sum(out * inner * 4 + remembered * inner * inner * 8 for out, inner in widths)
+    statistics = sum(inner * inner * 4 for _, inner in widths) if method.needs.statistics else 0
     return updates + checkpoint * 3 + statistics + facts * 4000
 
 

@@ -7,7 +7,7 @@ the last line belongs to work that did not finish, and is done again.
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
     journal.jsonl               facts, unedited, batch, evaluation, rollback, finished
-    updates/batch-0001.…        each batch's ΔW (factors) and keys
+    updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     evaluations/…json           per-fact results
     metrics.json                the latest summary
@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import State
+from sphere_edit.editing.methods.base import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import (
@@ -40,6 +40,7 @@ from sphere_edit.files import (
 from sphere_edit.numerics.update import Update, update_from
 
 SCHEMA = 1
+_SEEN = ("keys", "residual")  # parts of an update file that are not the update
 
 Entry = dict[str, Any]
 
@@ -254,22 +255,24 @@ class RunFolder:
 
     # --- updates and checkpoints ----------------------------------------------------------------------------------
 
-    def write_update(self, batch: int, updates: Mapping[str, Update], keys: Mapping[str, Tensor]) -> None:
-        """Store a batch's ΔW and its keys as measured after it."""
+    def write_update(self, batch: int, updates: Mapping[str, Update], seen: Mapping[str, Seen]) -> None:
+        """Store a batch's ΔW and what the method's state learns from the batch."""
         tensors = {
             f"{name}/{part}": value for name, update in updates.items() for part, value in update.tensors().items()
         }
-        tensors |= {f"{name}/keys": value for name, value in keys.items()}
+        tensors |= {f"{name}/{part}": value for name, parts in seen.items() for part, value in parts.items()}
         write_tensors(self._update(batch), tensors)
 
-    def read_update(self, batch: int) -> tuple[dict[str, Update], dict[str, Tensor]]:
-        """A batch's ΔW by matrix, and its keys."""
+    def read_update(self, batch: int) -> tuple[dict[str, Update], dict[str, Seen]]:
+        """A batch's ΔW by matrix, and what the method's state learnt from it."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in read_tensors(self._update(batch)).items():
             matrix, part = name.rsplit("/", 1)
             parts.setdefault(matrix, {})[part] = value
-        keys = {matrix: tensors.pop("keys") for matrix, tensors in parts.items()}
-        return {matrix: update_from(tensors) for matrix, tensors in parts.items()}, keys
+        seen = {
+            matrix: {part: tensors.pop(part) for part in _SEEN if part in tensors} for matrix, tensors in parts.items()
+        }
+        return {matrix: update_from(tensors) for matrix, tensors in parts.items()}, seen
 
     def write_checkpoint(self, batch: int, weights: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
         """Store working weights and method state after a batch, together."""

@@ -8,28 +8,38 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sphere_edit.editing.journal import RunFolder
-from sphere_edit.editing.methods.base import LayerProblem, Method, State, Statistics
-from sphere_edit.editing.sources import OptimisedTargets, Targets
+from sphere_edit.editing.methods.base import (
+    JointMethod,
+    LayerProblem,
+    LayerwiseMethod,
+    Method,
+    Seen,
+    State,
+    Statistics,
+)
+from sphere_edit.editing.sources import Report, Source
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere
-from sphere_edit.numerics.update import Update
+from sphere_edit.numerics.update import Update, joined
+from sphere_edit.progress import Reporter
 
 
 @dataclass
-class _Projected:
-    """One matrix's update as it goes through SPHERE, with what the journal says of it."""
+class _Group:
+    """What solving some facts came to, by matrix: ΔW as solved, ΔW as written, and the method's view of the facts."""
 
-    update: Update
-    report: dict[str, Any]
+    solved: dict[str, Update] = field(default_factory=dict)
+    written: dict[str, Update] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
 
 
 class SequentialLoop:
@@ -39,16 +49,17 @@ class SequentialLoop:
         self,
         run: RunFolder,
         weights: EditedWeights,
-        source: OptimisedTargets,
+        source: Source,
         method: Method,
         sphere: Sphere | None,
         diagnostic: Sphere,
         statistics: Mapping[str, Statistics],
+        reporter: Reporter,
     ):
         self.run, self.weights, self.source, self.method = run, weights, source, method
-        self.sphere, self.diagnostic, self.statistics = sphere, diagnostic, statistics
+        self.sphere, self.diagnostic, self.statistics, self.reporter = sphere, diagnostic, statistics, reporter
         self.states: dict[str, State] = {name: {} for name in weights.names}
-        self._pretrained: dict[str, Tensor] = {}
+        self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self.at: int | None = None  # the batch whose weights and state are in memory
 
     def edit(self, indices: Sequence[int], facts: Sequence[Fact], superseded: Sequence[int]) -> dict[str, Any]:
@@ -59,23 +70,21 @@ class SequentialLoop:
         self.at = None
         self._forget(superseded, batch)
         self.weights.use_working()
-        targets = self.source.begin(facts)
-        clock.lap("targets")
         before = self.weights.snapshot()
-        projected = self._layer_updates(clock)
-        if self.sphere is not None and self.sphere.project == "after_all":
-            self.weights.restore(before)
-            for name in self.weights.names:
-                projected[name] = self._through_sphere(name, projected[name].update)
-                self.weights.add(name, projected[name].update)
-        updates = {name: item.update for name, item in projected.items()}
+        groups, report = self._solve_groups(facts, clock)
+        updates, matrices = self._finished(groups, before, clock)
+        self.weights.restore(before)
+        for name, update in updates.items():
+            self.weights.add(name, update)
         self._check_finite(batch)
-        keys = self.source.all_keys()
-        self._remember(keys)
-        self.weights.deploy(self.method.deploy)
+        seen = self._seen(groups, facts)
+        self._remember(seen)
         clock.lap("keys after the batch")
-        reports = {name: {**item.report, "sha256": self.weights.digest(name)} for name, item in projected.items()}
-        self.run.write_update(batch, updates, keys)
+        self._deploy()
+        clock.lap("deploying")
+        for name, about in matrices.items():
+            about["sha256"] = self.weights.digest(name)
+        self.run.write_update(batch, updates, seen)
         self.run.write_checkpoint(batch, self.weights.working, self.states)
         clock.lap("storing")
         entry = self.run.append(
@@ -83,12 +92,14 @@ class SequentialLoop:
             batch=batch,
             facts=list(indices),
             superseded=list(superseded),
-            targets=_target_report(targets),
-            matrices=reports,
+            targets=report.as_dict(),
+            matrices=matrices,
             seconds=clock.seconds,
         )
         self.at = batch
         self.run.thin(batch)
+        if self.diagnostic.basis == "current":
+            self._bases.clear()
         return entry
 
     def settle(self) -> None:
@@ -112,69 +123,141 @@ class SequentialLoop:
             self.weights.restore(weights)
             self.states |= states
         for number in range(start + 1, batch + 1):
-            updates, keys = self.run.read_update(number)
+            updates, seen = self.run.read_update(number)
             self._forget(self.run.history.batches[number - 1]["superseded"], number)
             for name, update in updates.items():
                 self.weights.add(name, update)
-            self._remember({name: key.to(self.weights.working[name].device) for name, key in keys.items()})
+            self._remember(seen)
         if batch > 0:
             self._check_digests(batch)
-        self.weights.deploy(self.method.deploy)
+            self._deploy()
         self.at = batch
 
-    def _layer_updates(self, clock: _Clock) -> dict[str, _Projected]:
-        """Solve layer by layer, each seeing the weights of those below as already edited."""
-        projected: dict[str, _Projected] = {}
+    # --- solving --------------------------------------------------------------------------------------------------
+
+    def _solve_groups(self, facts: Sequence[Fact], clock: _Clock) -> tuple[list[_Group], Report]:
+        """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
+        size = self.method.max_batch or len(facts)
+        report, groups = Report(), []
+        with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
+            for first in range(0, len(facts), size):
+                self.source.begin(facts[first : first + size], advance)
+                clock.lap(self.source.stage)
+                if isinstance(self.method, LayerwiseMethod):
+                    groups.append(self._solve_layers(self.method, clock))
+                else:
+                    assert isinstance(self.method, JointMethod)
+                    groups.append(self._solve_jointly(self.method, clock))
+                report.add(self.source.report())
+        return groups, report
+
+    def _solve_layers(self, method: LayerwiseMethod, clock: _Clock) -> _Group:
+        """Solve matrix by matrix, each seeing the weights of those below as already edited."""
+        group = _Group()
         for index, name in enumerate(self.weights.names):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
             problem = LayerProblem(
                 self.weights.working[name], self.weights.original(name), keys, residual, self.statistics[name]
             )
-            update = self.method.solve(problem, self.states[name]).to(torch.float32)
+            update = method.solve(problem, self.states[name]).to(torch.float32)
             clock.lap("solve")
-            if self.sphere is None or self.sphere.project == "per_layer":
-                projected[name] = self._through_sphere(name, update)
-            else:
-                projected[name] = _Projected(update, {})
+            self._write(group, name, update)
+            if method.needs.remembers == "problem":
+                group.seen[name] = {"keys": keys, "residual": residual}
             clock.lap("sphere")
-            self.weights.add(name, projected[name].update)
-        return projected
+        return group
 
-    def _through_sphere(self, name: str, update: Update) -> _Projected:
-        """SPHERE on one update (as it is without SPHERE), and its norms before and after."""
-        directions = self._directions(name)
-        result = update if self.sphere is None else self.sphere.suppress(update, directions)
-        weight = self.weights.working[name]
-        report = {
-            "update_norm": result.norm(),
-            "relative_norm": result.norm() / float(weight.norm()),
-            "principal_norm_before": float(update.to(torch.float64).times(directions).norm()),
-            "principal_norm": float(result.to(torch.float64).times(directions).norm()),
-            "principal_rank": directions.shape[1],
-        }
-        return _Projected(result, report)
-
-    def _directions(self, name: str) -> Tensor:
-        if self.diagnostic.basis == "current":
-            return self.diagnostic.directions(self.weights.working[name])
-        if name not in self._pretrained:
-            self._pretrained[name] = self.diagnostic.directions(self.weights.original(name))
-        return self._pretrained[name]
-
-    def _remember(self, keys: Mapping[str, Tensor]) -> None:
+    def _solve_jointly(self, method: JointMethod, clock: _Clock) -> _Group:
+        group = _Group()
+        updates = method.descend(self.source.objective, self.weights.snapshot())
+        clock.lap(self.source.stage)
         for name in self.weights.names:
-            self.states[name] = self.method.after_batch(self.states[name], keys[name], self.statistics[name])
+            self._write(group, name, updates[name].to(torch.float32))
+        clock.lap("sphere")
+        return group
+
+    def _write(self, group: _Group, name: str, update: Update) -> None:
+        """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
+        group.solved[name] = update
+        if self.sphere is not None and self.sphere.project == "per_layer":
+            update = self.sphere.suppress(update, self._directions(name, self.weights.working[name]))
+        group.written[name] = update
+        self.weights.add(name, update)
+
+    def _finished(
+        self, groups: Sequence[_Group], before: Mapping[str, Tensor], clock: _Clock
+    ) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
+        """The whole batch's update of each matrix, through the method's last step and SPHERE; and its norms."""
+        updates: dict[str, Update] = {}
+        reports: dict[str, dict[str, Any]] = {}
+        for name in self.weights.names:
+            directions = self._directions(name, before[name])
+            solved = joined([group.solved[name] for group in groups])
+            update = self.method.finish(joined([group.written[name] for group in groups]), before[name])
+            if self.sphere is not None and self.sphere.project == "after_all":
+                solved = update
+                update = self.sphere.suppress(update, directions)
+            updates[name] = update
+            reports[name] = {
+                "update_norm": update.norm(),
+                "relative_norm": update.norm() / float(before[name].norm()),
+                "principal_norm_before": float(solved.to(torch.float64).times(directions).norm()),
+                "principal_norm": float(update.to(torch.float64).times(directions).norm()),
+                "principal_rank": directions.shape[1],
+            }
+        clock.lap("sphere")
+        return updates, reports
+
+    def _directions(self, name: str, weight: Tensor) -> Tensor:
+        """SPHERE's directions for a matrix: those of ``weight``, or of W0; each is computed once."""
+        key = weight if self.diagnostic.basis == "current" else None
+        known = self._bases.get(name)
+        if known is None or known[0] is not key:
+            known = key, self.diagnostic.directions(self.weights.original(name) if key is None else key)
+            self._bases[name] = known
+        return known[1]
+
+    def _deploy(self) -> None:
+        """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
+        for name in self.weights.names:
+            original, working = self.weights.original(name), self.weights.working[name]
+            deployed = self.method.deploy(original, working)
+            if self.sphere is not None and self.sphere.project == "deployed":
+                change = deployed.double() - original.double()
+                change = self.sphere.suppress(change, self._directions(name, working))
+                deployed = (original.double() + change).float()
+            self.weights.deploy(name, deployed)
+
+    # --- what the method remembers --------------------------------------------------------------------------------
+
+    def _seen(self, groups: Sequence[_Group], facts: Sequence[Fact]) -> dict[str, Seen]:
+        """What the method's state learns from the batch, now that it is written."""
+        if self.method.needs.remembers == "keys":
+            return {name: {"keys": keys} for name, keys in self.source.all_keys(facts).items()}
+        found: dict[str, Seen] = {name: {} for name in self.weights.names}
+        for name, seen in found.items():
+            for part in groups[0].seen.get(name, {}):
+                seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
+        return found
+
+    def _remember(self, seen: Mapping[str, Seen]) -> None:
+        for name in self.weights.names:
+            device = self.weights.working[name].device
+            here = {part: value.to(device) for part, value in seen[name].items()}
+            self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
 
     def _forget(self, superseded: Sequence[int], batch: int) -> None:
         """Take the keys of facts that ``batch`` supersedes out of the method's state, batch by batch they came in."""
+        if self.method.needs.remembers != "keys":
+            return
         gone = set(superseded)
         for earlier in self.run.history.batches[: batch - 1]:
             columns = [column for column, index in enumerate(earlier["facts"]) if index in gone]
             if columns:
-                _, keys = self.run.read_update(earlier["batch"])
+                _, seen = self.run.read_update(earlier["batch"])
                 for name in self.weights.names:
-                    old = keys[name][:, columns].to(self.weights.working[name].device)
+                    old = seen[name]["keys"][:, columns].to(self.weights.working[name].device)
                     self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])
 
     def _check_finite(self, batch: int) -> None:
@@ -205,18 +288,6 @@ class _Clock:
         now = time.monotonic()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
         self._last = now
-
-
-def _target_report(targets: Targets) -> dict[str, Any]:
-    first = [losses[0] for losses in targets.losses]
-    last = [losses[-1] for losses in targets.losses]
-    probability = [values[-1] for values in targets.probabilities]
-    return {
-        "loss_before": sum(first) / len(first),
-        "loss_after": sum(last) / len(last),
-        "probability_after": sum(probability) / len(probability),
-        "evaluations": [len(losses) for losses in targets.losses],
-    }
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sphere_edit.editing.methods import Method, make_method
 from sphere_edit.editing.moments import MomentSettings
-from sphere_edit.editing.sources import TargetSettings
+from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.numerics.projection import Sphere
+
+Matrix = tuple[int, str]  # layer and role
 
 
 class SphereSettings(BaseModel):
@@ -46,7 +49,10 @@ class Settings(BaseModel):
     method: str = Field("alphaedit", description="editing method")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     sphere: SphereSettings = SphereSettings()
-    layers: tuple[int, ...] | None = Field(None, description="edited layers; five from 13 % of the depth by default")
+    layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = Field(
+        None,
+        description="edited layers, or those of each role {gate: …, up: …, down: …}; by default the method's choice",
+    )
     batch_size: int = Field(100, ge=1, description="facts in one batch")
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
@@ -56,6 +62,15 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or the checkpoint's own")
     device: str = Field("auto", description="a PyTorch device, or the one that is there")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_numbers(cls, value: Any) -> Any:
+        lists = list(value.values()) if isinstance(value, dict) else [value]
+        plain = all(isinstance(item, (list, tuple)) and all(type(n) is int for n in item) for item in lists)
+        if value is not None and not plain:
+            raise ValueError("expected layer numbers such as [4, 5], or those of each role, {gate: [4], up: [5]}")
+        return value
 
     def make_method(self) -> Method:
         """The editing method with its options."""
@@ -69,36 +84,58 @@ class Settings(BaseModel):
         """The projection whose directions are reported, for the plain method too."""
         return self.sphere.resolved(self.make_method().sphere)
 
-    def with_resolved(self, layers: tuple[int, ...]) -> Settings:
+    def with_resolved(self, matrices: Sequence[Matrix]) -> Settings:
         """These settings with every default spelled out, so that a run keeps them whatever later versions default to."""
         sphere = self.sphere.model_copy(update=self.diagnostic_sphere().model_dump())
         options = self.make_method().model_dump(mode="json")
-        return self.model_copy(update={"layers": layers, "sphere": sphere, "options": options})
+        layers: dict[str, tuple[int, ...]] = {}
+        for layer, role in matrices:
+            layers[role] = (*layers.get(role, ()), layer)
+        plain = layers["down"] if set(layers) == {"down"} else layers
+        return self.model_copy(update={"layers": plain, "sphere": sphere, "options": options})
 
-    def resolved_layers(self, architecture: Architecture, depth: int) -> tuple[int, ...]:
-        """The edited layers, lowest first.
+    def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
+        """The edited matrices, lowest layer first.
 
         Raises:
-            SphereEditError: layers that do not exist or repeat, or several where the family can take one.
+            SphereEditError: layers or roles that do not exist or repeat, or several layers where one can be edited.
         """
-        layers = default_layers(architecture, depth) if self.layers is None else tuple(sorted(self.layers))
-        if len(set(layers)) != len(layers) or not layers:
-            raise SphereEditError(f"--layers takes different layer numbers, not {list(layers)}")
-        if layers[0] < 0 or layers[-1] >= depth:
-            raise SphereEditError(f"layers {list(layers)} do not all exist: this model has layers 0 to {depth - 1}")
-        if architecture.post_norm and len(layers) > 1:
-            raise SphereEditError(
-                f"this family normalises each MLP's output, so one layer is edited and not {len(layers)}: no other layer "
-                f"can reach the place of the target; use --layers {layers[-1]}"
-            )
-        return layers
+        method = self.make_method()
+        single = method.needs.source == "targets" and (architecture.post_norm or method.needs.site == "mlp")
+        if isinstance(self.layers, dict):
+            chosen = {role: tuple(sorted(layers)) for role, layers in self.layers.items()}
+            if not chosen:
+                raise SphereEditError("--layers takes layer numbers for at least one role")
+            if bad := [role for role in chosen if role not in architecture.modules]:
+                raise SphereEditError(f"this family has no '{bad[0]}' matrix; it has {', '.join(architecture.modules)}")
+            if method.needs.source == "targets" and set(chosen) != {"down"}:
+                raise SphereEditError(
+                    f"{method.name} edits the matrices that write the MLP's output; give --layers 4-8"
+                )
+        else:
+            roles = next((roles for roles in method.roles if set(roles) <= set(architecture.modules)), ("down",))
+            layers = method.default_layers(depth) if self.layers is None else tuple(sorted(self.layers))
+            if self.layers is None and single:
+                layers = layers[-1:]
+            chosen = dict.fromkeys(roles, layers)
+        for layers in chosen.values():
+            _check_layers(layers, depth)
+            if single and len(layers) > 1:
+                why = f"{method.name} sets its target at an MLP's output"
+                if architecture.post_norm:
+                    why = "this family normalises each MLP's output"
+                raise SphereEditError(
+                    f"{why}, so one layer is edited and not {len(layers)}: no other layer can reach the place of the "
+                    f"target; use --layers {layers[-1]}"
+                )
+        return tuple(sorted((layer, role) for role, layers in chosen.items() for layer in layers))
 
 
-def default_layers(architecture: Architecture, depth: int) -> tuple[int, ...]:
-    """Five layers from 13 % of the depth (4–8 of 30), fewer in a shallow model; the last of them for a post-norm one."""
-    first = min(int(0.13 * depth + 0.5), depth - 1)
-    layers = tuple(range(first, max(first + 1, min(first + 5, depth - 1))))
-    return layers[-1:] if architecture.post_norm else layers
+def _check_layers(layers: tuple[int, ...], depth: int) -> None:
+    if len(set(layers)) != len(layers) or not layers:
+        raise SphereEditError(f"--layers takes different layer numbers, not {list(layers)}")
+    if layers[0] < 0 or layers[-1] >= depth:
+        raise SphereEditError(f"layers {list(layers)} do not all exist: this model has layers 0 to {depth - 1}")
 
 
 def make_settings(*layers: dict[str, Any]) -> Settings:
@@ -146,4 +183,4 @@ def _first_error(what: str, error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"{what}: there is no setting '{name}'"
-    return f"{what}: '{name}': {first['msg']}, not {first['input']!r}"
+    return f"{what}: '{name}': {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"

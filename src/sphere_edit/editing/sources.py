@@ -1,258 +1,249 @@
-"""What a method feeds on. Here: optimised targets v*, one δ a fact, found by gradient descent (ROME, MEMIT).
+"""What a method feeds on: optimised targets, gradients, or a loss.
 
-A source gives, batch by batch and layer by layer, the keys K and residuals R of the problem a method solves.
+A source gives, batch by batch, the problems a method solves. All of them see the weights as they stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, averaged_values, clean_values, subject_keys
+from sphere_edit.editing.methods.base import Needs
+from sphere_edit.editing.targets import GRADIENT_SCALE, Targets, TargetSettings, optimise_targets
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
-from sphere_edit.models.forward import UpperLayers, batches_by_length, deterministic
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.models.forward import Graph, TokenBatch, batches_by_length, deterministic
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.progress import Reporter
-
-_GRADIENT_SCALE = 1024.0  # a power of two: changes no bits but those that float16 would lose
-
-
-class TargetSettings(BaseModel):
-    """How v* is optimised. The defaults edit SmolLM2-135M well and carry over to models without a preset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    lr: float = Field(1.0, gt=0, description="Adam's learning rate (v_lr)")
-    steps: int = Field(12, ge=1, description="loss evaluations; one update fewer (v_num_grad_steps)")
-    weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
-    kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
-    clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")
-    stop_loss: float = Field(0.05, ge=0, description="a fact is finished once its loss is below")
-    tokens: int = Field(512, ge=16, description="tokens replayed at once; changes speed, memory and rounding")
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.progress import Advance
 
 
 @dataclass
-class Targets:
-    """v* of a batch of facts, and how it was found."""
+class Report:
+    """What the journal says of a batch's targets: one number a fact, or for a joint descent one a batch."""
 
-    values: Tensor  # v* [d, n], float32
-    losses: list[list[float]]  # a fact's loss at every evaluation
-    probabilities: list[list[float]] = field(repr=False)  # its mean target probability over templates, likewise
+    loss_before: list[float] = field(default_factory=list)
+    loss_after: list[float] = field(default_factory=list)
+    probability_after: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Take in the report of another group of facts."""
+        for name, values in vars(self).items():
+            values += getattr(other, name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means, None where nothing was measured, and every count of evaluations."""
+        means = {name: sum(values) / len(values) if values else None for name, values in vars(self).items()}
+        return {**means, "evaluations": self.evaluations}
 
 
-class OptimisedTargets:
-    """Keys at the subject's last token, and residuals towards optimised targets."""
+class Source:
+    """What every source has in common; each answers those of the questions that its methods ask."""
+
+    stage: ClassVar[str]  # what its work is called where progress is shown
 
     def __init__(
         self,
         loaded: LoadedModel,
-        templates: Sequence[str],
+        weights: EditedWeights,
         layers: Sequence[int],
-        names: Sequence[str],
+        templates: Sequence[str],
+        needs: Needs,
         settings: TargetSettings,
         max_tokens: int,
-        reporter: Reporter,
     ):
-        self._loaded, self._templates, self._settings = loaded, templates, settings
-        self._layers, self._names = layers, names
-        self._max_tokens, self._reporter = max_tokens, reporter
-        self._encoder = Encoder(loaded.tokenizer)
+        self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
+        self.needs, self.settings, self.max_tokens = needs, settings, max_tokens
+        self.encoder = Encoder(loaded.tokenizer)
 
-    def begin(self, facts: Sequence[Fact]) -> Targets:
-        """Optimise v* of a batch with the weights as they stand."""
-        self._prompts = SubjectPrompts.of(facts, self._templates, self._encoder)
-        self._targets = optimise_targets(
-            self._loaded, facts, self._templates, self._layers[-1], self._settings, self._reporter
-        )
-        return self._targets
+    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+        """Take up some facts, with the weights as they stand; ``advance`` is told of those done."""
+        raise NotImplementedError
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """``K [d_in, n]`` and ``R = (V* − h_L) / (n_layers − index)`` for the edited layer number ``index``."""
-        name = self._names[index]
-        keys = subject_keys(self._loaded, self._prompts, [name], self._max_tokens)[name]
-        values = clean_values(self._loaded, self._prompts, self._layers[-1], self._max_tokens)
-        return keys, (self._targets.values - values) / (len(self._layers) - index)
+        """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
+        raise NotImplementedError
 
-    def all_keys(self) -> dict[str, Tensor]:
+    def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss at some values of the edited matrices, and its gradient."""
+        raise NotImplementedError
+
+    def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
-        return subject_keys(self._loaded, self._prompts, self._names, self._max_tokens)
+        prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
+        return subject_keys(self.loaded, prompts, self.weights.names, self.max_tokens)
+
+    def report(self) -> Report:
+        """What came of the facts taken up last."""
+        raise NotImplementedError
 
 
-def optimise_targets(
-    loaded: LoadedModel,
-    facts: Sequence[Fact],
-    templates: Sequence[str],
-    layer: int,
-    settings: TargetSettings,
-    reporter: Reporter,
-) -> Targets:
-    """``v* = h + δ`` for each fact: δ at the value site of ``layer``, at the subject's last token, in every template.
+class OptimisedTargets(Source):
+    """Keys at the subject's last token, and residuals towards optimised targets.
 
-    Loss (DESIGN, section 3): mean over templates of the mean over target tokens of −log p, plus kl_factor times
-    KL(edited ‖ original) after the subject in "{subject} is a", plus weight_decay · ‖δ‖ / ‖h‖². Adam; ‖δ‖ clamped to
-    clamp_norm_factor · ‖h‖ after each update; a fact leaves the optimisation once its loss is below stop_loss. Facts
-    are independent of one another, so that batching changes nothing but rounding.
-
-    Args:
-        layer: the last edited layer L.
-
-    Raises:
-        SphereEditError: a loss is not finite.
+    With δ at the layer's output, ``R = (V* − h_L) / (n − index)`` for n edited layers, h_L measured on the clean prompt
+    again after each layer's update (MEMIT). With δ at the MLP's output, R is V* less the output at the averaged key, so
+    that one key stands in the whole equation (R-ROME, arXiv:2403.07175).
     """
-    encoder = Encoder(loaded.tokenizer)
-    prompts = [_FactPrompts.of(fact, templates, encoder) for fact in facts]
-    sizes = [fact.replayed_tokens for fact in prompts]
-    done: dict[int, tuple[Tensor, list[float], list[float]]] = {}
-    with deterministic(loaded.device), reporter.bar("targets v*", len(facts), "facts") as advance:
-        for chunk in batches_by_length(sizes, settings.tokens):
-            descent = _Descent(loaded, [prompts[index] for index in chunk], layer, settings)
-            for index, result in zip(chunk, descent.run(advance), strict=True):
-                done[index] = result
-    order = [done[index] for index in range(len(facts))]
-    for fact, (_, losses, _) in zip(facts, order, strict=True):
-        if not all(loss < float("inf") for loss in losses):
-            raise SphereEditError(
-                f"the target of record {fact.record} ('{fact.filled_prompt[:60]}') has loss {losses[-1]}: the model overflows "
-                "on it; try --dtype float32 or bfloat16, or a smaller targets.lr"
-            )
-    return Targets(torch.stack([value for value, _, _ in order], dim=1), [o[1] for o in order], [o[2] for o in order])
+
+    stage = "targets v*"
+
+    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+        """Optimise v* of some facts."""
+        self._prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
+        self.targets: Targets = optimise_targets(
+            self.loaded, facts, self.templates, self.layers[-1], self.settings, self._inside, advance
+        )
+
+    @property
+    def _inside(self) -> bool:
+        return self.needs.site == "mlp"
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
+        name = self.weights.names[index]
+        keys = subject_keys(self.loaded, self._prompts, [name], self.max_tokens)[name]
+        if self._inside:
+            values = averaged_values(self.loaded, self._prompts, name, self.max_tokens)
+        else:
+            values = clean_values(self.loaded, self._prompts, self.layers[-1], self.max_tokens)
+        return keys, (self.targets.values - values) / (len(self.layers) - index)
+
+    def report(self) -> Report:
+        """Losses before and after, and how likely the targets became."""
+        losses = self.targets.losses
+        return Report(
+            [loss[0] for loss in losses],
+            [loss[-1] for loss in losses],
+            [values[-1] for values in self.targets.probabilities],
+            [len(loss) for loss in losses],
+        )
 
 
 @dataclass(frozen=True)
-class _FactPrompts:
-    """One fact's rows: a row a template (prompt and target but for its last token), and last the KL prompt's."""
+class _TargetRows:
+    """A chunk of facts: prompt and target but for its last token, and where each target token is predicted."""
 
-    rows: list[list[int]]
-    subjects: list[int]  # subject's last token in each row
-    starts: list[int]  # first target token in each template's row
-    targets: list[list[int]]  # target tokens after each template
+    batch: TokenBatch
+    rows: Tensor  # [m] row of each target token
+    columns: Tensor  # [m] the position that predicts it
+    tokens: Tensor  # [m] the token
+    weights: Tensor  # [facts, m] means over each fact's tokens
 
-    @property
-    def replayed_tokens(self) -> int:
-        """Tokens in one evaluation of the loss: from the subject's last token on, padded."""
-        spans = (len(row) - subject for row, subject in zip(self.rows, self.subjects, strict=True))
-        return len(self.rows) * max(spans)
-
-    @classmethod
-    def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> _FactPrompts:
-        rows, subjects, starts, targets = [], [], [], []
-        for template in templates:
-            text, end = fill(template, fact)
-            tokens, start = encoder.with_target(text, fact.target_new)
-            rows.append(tokens.ids[:-1])
-            subjects.append(tokens.last_token_of(end))
-            starts.append(start)
-            targets.append(tokens.ids[start:])
-        kl_row, kl_subject = encoder.subject_end(*fill("{}", fact, KL_PROMPT))
-        return cls([*rows, kl_row], [*subjects, kl_subject], starts, targets)
+    def losses(self, loaded: LoadedModel, hidden: Tensor) -> Tensor:
+        """Mean −log p of each fact's target tokens, ``[facts]``, from the last layer's output."""
+        logits = loaded.architecture.head(loaded.model, hidden[self.rows, self.columns]).float()
+        return self.weights @ torch.nn.functional.cross_entropy(logits, self.tokens, reduction="none")
 
 
-class _Descent:
-    """Adam on the δs of one chunk of facts. Rows are laid out fact by fact, each fact with the same number of rows."""
+def _target_rows(
+    loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
+) -> Iterator[tuple[list[int], _TargetRows]]:
+    """The facts, cut into chunks: their indices and tokens."""
+    coded = [encoder.with_target(fact.filled_prompt, fact.target_new) for fact in facts]
+    device = loaded.device
+    for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
+        where, answers, weights = [], [], torch.zeros(len(chunk), 0)
+        for number, index in enumerate(chunk):
+            tokens, start = coded[index]
+            answer = tokens.ids[start:]
+            where += [(number, start - 1 + offset) for offset in range(len(answer))]
+            answers += answer
+            column = torch.zeros(len(chunk), len(answer))
+            column[number] = 1 / len(answer)
+            weights = torch.cat([weights, column], dim=1)
+        rows, columns = torch.tensor(where, device=device).T
+        batch = TokenBatch.of([coded[index][0].ids[:-1] for index in chunk], device)
+        yield chunk, _TargetRows(batch, rows, columns, torch.tensor(answers, device=device), weights.to(device))
 
-    def __init__(self, loaded: LoadedModel, prompts: list[_FactPrompts], layer: int, settings: TargetSettings):
-        self.loaded, self.settings, self.prompts = loaded, settings, prompts
-        self.per_fact = len(prompts[0].rows)
-        rows = [row for fact in prompts for row in fact.rows]
-        pivots = [position for fact in prompts for position in fact.subjects]
-        self.upper = UpperLayers(loaded, rows, pivots, layer)
-        self.h = self.upper.value[:: self.per_fact].float()
-        self.delta = torch.zeros_like(self.h, requires_grad=True)
-        self.moments = (torch.zeros_like(self.h), torch.zeros_like(self.h))
-        self.active = list(range(len(prompts)))
-        self.kl_original: Tensor | None = None
-        self._index()
 
-    def _index(self) -> None:
-        """Where logits are read, for the facts still active: columns count from the subject's last token."""
-        device = self.loaded.device
-        prompts = [self.prompts[index] for index in self.active]
-        n, rows = len(prompts), self.per_fact
-        where, tokens, weights = [], [], torch.zeros(n, 0)
-        for number, fact in enumerate(prompts):
-            for template, (start, target) in enumerate(zip(fact.starts, fact.targets, strict=True)):
-                first = start - 1 - fact.subjects[template]
-                where += [(number * rows + template, first + offset) for offset in range(len(target))]
-                tokens += target
-                column = torch.zeros(n, len(target))
-                column[number] = 1 / (len(target) * len(fact.targets))
-                weights = torch.cat([weights, column], dim=1)
-        kl = [(number * rows + rows - 1, 0) for number in range(n)]
-        self.rows, self.columns = torch.tensor(where + kl, device=device).T
-        self.tokens = torch.tensor(tokens, device=device)
-        self.weights = weights.to(device)  # [n, target positions]: means over tokens and templates as one product
+class TargetGradients(Source):
+    """Keys and value gradients where the target's tokens are predicted, all matrices from one backward pass.
 
-    def run(self, advance: Any) -> list[tuple[Tensor, list[float], list[float]]]:
-        count, steps = len(self.prompts), self.settings.steps
-        found: list[Tensor] = [torch.empty(0)] * count
-        losses: list[list[float]] = [[] for _ in range(count)]
-        probabilities: list[list[float]] = [[] for _ in range(count)]
-        for step in range(1, steps + 1):
-            loss, probability = self._loss()
-            now = loss.detach()
-            for index, value, chance in zip(self.active, now.tolist(), probability.tolist(), strict=True):
-                losses[index].append(value)
-                probabilities[index].append(chance)
-            finished = (now < self.settings.stop_loss) | ~torch.isfinite(now)
-            if step == steps:
-                finished[:] = True
-            for number in finished.nonzero().flatten().tolist():
-                found[self.active[number]] = (self.h[number] + self.delta[number]).detach()
-            advance(len(self.active) / steps + int(finished.sum()) * (steps - step) / steps)
-            if bool(finished.all()):
-                break
-            (gradient,) = torch.autograd.grad(loss.sum() * _GRADIENT_SCALE, self.delta)
-            gradient = gradient / _GRADIENT_SCALE
-            if bool(finished.any()):
-                gradient = self._keep((~finished).nonzero().flatten(), gradient)
-            self._step(gradient, step)
-        return list(zip(found, losses, probabilities, strict=True))
+    A column a target token: what enters the matrix, and −∂loss/∂output, the loss being the sum over facts of the mean
+    over target tokens of −log p. No subject and no template is asked for. Source: UltraEdit (arXiv:2505.14679).
+    """
 
-    def _loss(self) -> tuple[Tensor, Tensor]:
-        """Each active fact's loss and mean target probability, ``[n]``."""
-        n, d = self.delta.shape
-        hidden = self.upper.hidden(self.delta[:, None].expand(n, self.per_fact, d).reshape(-1, d))
-        if self.kl_original is None:
-            self.upper.check(hidden.detach())
-        read = hidden[self.rows, self.columns]
-        log_probs = self.loaded.architecture.head(self.loaded.model, read).float().log_softmax(-1)
-        target = log_probs[: len(self.tokens)].gather(1, self.tokens[:, None])[:, 0]
-        kl_probs = log_probs[len(self.tokens) :]
-        if self.kl_original is None:
-            self.kl_original = kl_probs.detach()
-        divergence = (kl_probs.exp() * (kl_probs - self.kl_original)).sum(-1)
-        decay = self.delta.norm(dim=1) / self.h.square().sum(1)
-        loss = -(self.weights @ target) + self.settings.kl_factor * divergence + self.settings.weight_decay * decay
-        return loss, self.weights @ target.detach().exp()
+    stage = "gradients"
 
-    def _step(self, gradient: Tensor, step: int) -> None:
-        """One step of Adam (β 0.9 and 0.999, ε 1e-8), then the clamp of ‖δ‖."""
-        with torch.no_grad():
-            first, second = self.moments
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square(), 0.001)
-            denominator = (second / (1 - 0.999**step)).sqrt() + 1e-8
-            delta = self.delta - self.settings.lr * (first / (1 - 0.9**step)) / denominator
-            limit = self.settings.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-            norm = delta.norm(dim=1, keepdim=True)
-            delta = torch.where(norm > limit, delta * (limit / norm), delta)
-        self.delta = delta.requires_grad_()
+    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+        """One forward and one backward pass."""
+        modules = [self.loaded.model.get_submodule(name) for name in self.weights.names]
+        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
+        self._losses: list[float] = [0.0] * len(facts)
+        with deterministic(self.loaded.device):
+            for chunk, rows in _target_rows(self.loaded, self.encoder, facts, self.max_tokens):
+                graph = Graph(self.loaded, rows.batch, outputs_of=modules)
+                losses = rows.losses(self.loaded, graph.hidden)
+                gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
+                for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
+                    keys.append(inputs[rows.rows, rows.columns].float())
+                    residuals.append(-gradient[rows.rows, rows.columns].float() / GRADIENT_SCALE)
+                for index, loss in zip(chunk, losses.tolist(), strict=True):
+                    self._losses[index] = loss
+                advance(len(chunk))
+        self._problems = [
+            (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
+        ]
+        if not all(loss < float("inf") for loss in self._losses):
+            raise SphereEditError("the model overflows on some of the facts; try --dtype float32 or bfloat16")
 
-    def _keep(self, kept: Tensor, gradient: Tensor) -> Tensor:
-        """Go on with some of the active facts only."""
-        rows = (kept[:, None] * self.per_fact + torch.arange(self.per_fact, device=kept.device)).flatten()
-        self.upper.keep(rows)
-        self.h, self.delta = self.h[kept], self.delta.detach()[kept]
-        self.moments = (self.moments[0][kept], self.moments[1][kept])
-        assert self.kl_original is not None
-        self.kl_original = self.kl_original[kept]
-        self.active = [self.active[number] for number in kept.tolist()]
-        self._index()
-        return gradient[kept]
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """``K [d_in, m]`` and ``R [d_out, m]`` for the edited matrix number ``index``, m target tokens."""
+        return self._problems[index]
+
+    def report(self) -> Report:
+        """Losses before; there is no descent that would tell of an after."""
+        return Report(loss_before=self._losses)
+
+
+class TargetLoss(Source):
+    """The mean over facts of the mean over target tokens of −log p, as a function of the edited matrices.
+
+    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone.
+    """
+
+    stage = "fine-tuning"
+
+    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+        """Tokenise some facts."""
+        self._chunks = list(_target_rows(self.loaded, self.encoder, facts, self.max_tokens))
+        self._count = len(facts)
+        self._seen: list[float] = []
+
+    def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss at some values of the edited matrices, and its gradient, added up over chunks of facts."""
+        leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+        total = 0.0
+        with deterministic(self.loaded.device):
+            for _, rows in self._chunks:
+                graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
+                loss = rows.losses(self.loaded, graph.hidden).sum() / self._count
+                (loss * GRADIENT_SCALE).backward()
+                total += float(loss)
+        if not total < float("inf"):
+            raise SphereEditError(f"fine-tuning diverged: the loss is {total}; use a smaller learning rate (lr)")
+        self._seen.append(total)
+        gradients = {}
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            gradients[name] = leaf.grad / GRADIENT_SCALE
+        return total, gradients
+
+    def report(self) -> Report:
+        """The loss of the first and of the last evaluation."""
+        return Report(loss_before=self._seen[:1], loss_after=self._seen[-1:], evaluations=[len(self._seen)])
+
+
+SOURCES: dict[str, type[Source]] = {
+    "targets": OptimisedTargets,
+    "gradients": TargetGradients,
+    "loss": TargetLoss,
+}

@@ -62,9 +62,8 @@ def load_statistics(folder: Path, names: Sequence[str], method: Method, device: 
 
 
 def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, reporter: Reporter) -> dict[str, Path]:
-    choice = method.null_space_rule()
-    assert choice is not None
-    rule, threshold = choice
+    assert method.needs.null_space is not None
+    rule, threshold = method.needs.null_space
     found: dict[str, Path] = {}
     with reporter.bar("null spaces", len(files), "layers") as advance:
         for name, file in files.items():

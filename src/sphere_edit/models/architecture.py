@@ -49,9 +49,12 @@ class Architecture:
         """Full path of the matrix ``role`` in ``layer``, e.g. ``model.layers.4.mlp.down_proj``."""
         return f"{self.layers}.{layer}.{self.modules[role]}"
 
-    def value_site(self, model: nn.Module, layer: int) -> nn.Module:
-        """The module at whose output δ is added: the layer itself, or its ``down`` matrix before a post-norm."""
-        if self.post_norm:
+    def value_site(self, model: nn.Module, layer: int, inside: bool = False) -> nn.Module:
+        """The module at whose output δ is added: the layer itself, or with ``inside`` its ``down`` matrix.
+
+        Before a post-norm it is always the latter.
+        """
+        if inside or self.post_norm:
             return model.get_submodule(self.module_name(layer, "down"))
         return self.decoder_layers(model)[layer]
 

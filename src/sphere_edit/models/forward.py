@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,45 @@ def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
     return hidden
 
 
+class Graph:
+    """One forward pass whose last hidden states can be differentiated, by parameters or by the outputs of modules.
+
+    Args:
+        parameters: values that stand in for the model's own parameters of these names.
+        outputs_of: modules whose inputs are recorded and whose outputs are made differentiable.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch: TokenBatch,
+        parameters: Mapping[str, Tensor] | None = None,
+        outputs_of: Sequence[nn.Module] = (),
+    ):
+        self.inputs: list[Tensor] = []  # of each module, [B, S, d_in]
+        self.shifts: list[Tensor] = []  # zeros added to each module's output; a gradient by them is one by the output
+        found: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            self.inputs.append(args[0].detach())
+            self.shifts.append(torch.zeros_like(output, requires_grad=True))
+            return output + self.shifts[-1]
+
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found.append(_first(output))
+            raise _Stop
+
+        call = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        with ExitStack() as hooks:
+            for module in outputs_of:
+                hooks.callback(module.register_forward_hook(record).remove)
+            last = loaded.architecture.decoder_layers(loaded.model)[-1]
+            hooks.callback(last.register_forward_hook(stop).remove)
+            with suppress(_Stop), torch.enable_grad():
+                torch.func.functional_call(loaded.model, dict(parameters or {}), (), call)
+        self.hidden = found[0]
+
+
 @torch.no_grad()
 def next_token_scores(loaded: LoadedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats, float32) of ``targets [M]`` and the likeliest token, from ``hidden [M, d_model]``."""
@@ -199,13 +238,21 @@ class UpperLayers:
         rows: token ids.
         pivots: the position in each row at which δ is added.
         layer: the layer whose value site it is (`Architecture.value_site`).
+        inside: the site is the output of the layer's ``down`` matrix.
     """
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[int]], pivots: Sequence[int], layer: int):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        rows: Sequence[Sequence[int]],
+        pivots: Sequence[int],
+        layer: int,
+        inside: bool = False,
+    ):
         architecture, model = loaded.architecture, loaded.model
         self._loaded = loaded
-        self._inside = architecture.post_norm
-        self._site = architecture.value_site(model, layer)
+        self._inside = inside or architecture.post_norm
+        self._site = architecture.value_site(model, layer, inside)
         self._layers = list(architecture.decoder_layers(model))[layer if self._inside else layer + 1 :]
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._record(rows, pivots)

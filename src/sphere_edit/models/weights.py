@@ -6,7 +6,7 @@ GPT-2's Conv1D stores the transpose; that is settled in this file and nowhere el
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,14 +25,8 @@ class EditedWeights:
     differ only for a method whose ``deploy`` is not the identity (PRUNE), and by the cast into the model's dtype.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, layers: Sequence[int], role: str = "down"):
-        count = len(architecture.decoder_layers(model))
-        if bad := [layer for layer in layers if not 0 <= layer < count]:
-            raise SphereEditError(f"layers {bad} do not exist: this model has layers 0 to {count - 1}")
-        if role not in architecture.modules:
-            raise SphereEditError(f"this family has no '{role}' matrix; it has {', '.join(architecture.modules)}")
-        self.layers = tuple(layers)
-        self.names = tuple(architecture.module_name(layer, role) for layer in layers)
+    def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
+        self.names = tuple(names)
         self._transposed = architecture.transposed
         self._parameters = {name: _weight_of(model.get_submodule(name)) for name in self.names}
         for name, parameter in self._parameters.items():
@@ -54,14 +48,20 @@ class EditedWeights:
         self.working[name] = weight.to(self._parameters[name].device, torch.float32)
         self._write(name, self.working[name])
 
+    def as_parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters; differentiable."""
+        return {
+            f"{name}.weight": self._oriented(weight).to(self._parameters[name].dtype)
+            for name, weight in weights.items()
+        }
+
     def add(self, name: str, update: Update) -> None:
         """Add an update to the working weight, and run the model with the sum."""
         self.set(name, update.added_to(self.working[name]))
 
-    def deploy(self, rule: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Run the model with ``rule(W0, W)`` instead of the working weights W, which stay as they are."""
-        for name in self.names:
-            self._write(name, rule(self.original(name), self.working[name]))
+    def deploy(self, name: str, weight: Tensor) -> None:
+        """Run the model with ``weight [d_out, d_in]`` in place of the working weight, which stays as it is."""
+        self._write(name, weight)
 
     def use_working(self) -> None:
         """Run the model with the working weights, as a new batch needs it."""

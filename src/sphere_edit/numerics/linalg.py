@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 import torch
@@ -51,6 +52,32 @@ def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
             return torch.cholesky_solve(b, factor)
         lift = 10.0**exponent
     raise SphereEditError("the linear system for the weight update is not positive definite, not even nearly")
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """The largest singular value of ``matrix``, in float64."""
+    a = matrix.double()
+    gram = a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+
+
+def clamp_spectrum(matrix: Tensor, limit: float, base: float) -> Tensor:
+    """``matrix [m, n]`` (float64) with every singular value σ > limit replaced by ``log_b σ − log_b limit + limit``.
+
+    A value that this would enlarge stays as it is. With all σ ≤ limit the matrix itself is returned. Source: PRUNE
+    (arXiv:2405.16821, eq. 6). Only the singular vectors to be changed are formed, from the smaller Gram matrix.
+    """
+    a = matrix.double()
+    wide = a.shape[0] < a.shape[1]
+    values, vectors = torch.linalg.eigh(a @ a.T if wide else a.T @ a)
+    sigma = values.clamp_min(0).sqrt()
+    large = sigma > limit
+    if not bool(large.any()):
+        return matrix
+    u, s = vectors[:, large], sigma[large]
+    shrunk = ((s.log() - math.log(limit)) / math.log(base) + limit).minimum(s)
+    factor = shrunk / s - 1
+    return a + (u * factor) @ (u.T @ a) if wide else a + (a @ u * factor) @ u.T
 
 
 class NullSpaceRule(str, Enum):

@@ -46,8 +46,10 @@ class Sphere(BaseModel):
     basis: Literal["current", "pretrained"] = Field(
         "current", description="directions of the weights as they stand before the update, or before the first edit"
     )
-    project: Literal["per_layer", "after_all"] = Field(
-        "per_layer", description="inside the layer loop, so that later residuals see it, or once all deltas are known"
+    project: Literal["per_layer", "after_all", "deployed"] = Field(
+        "per_layer",
+        description="inside the layer loop, so that later residuals see it; once all deltas are known; or on all that "
+        "was changed so far, in the deployed weights alone",
     )
 
     def directions(self, weight: Tensor) -> Tensor:

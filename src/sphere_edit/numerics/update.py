@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,3 +91,15 @@ def update_from(tensors: dict[str, Tensor]) -> Update:
     if "delta" in tensors:
         return DenseUpdate(tensors["delta"])
     return LowRankUpdate(tensors["left"], tensors["right"])
+
+
+def joined(updates: Sequence[Update]) -> Update:
+    """The sum of some updates of one matrix, as factors side by side where all of them have factors."""
+    if len(updates) == 1:
+        return updates[0]
+    if all(isinstance(update, LowRankUpdate) for update in updates):
+        parts = [update.tensors() for update in updates]
+        return LowRankUpdate(
+            torch.cat([part["left"] for part in parts], dim=1), torch.cat([part["right"] for part in parts], dim=0)
+        )
+    return DenseUpdate(torch.stack([update.dense() for update in updates]).sum(0))

@@ -8,10 +8,18 @@ from pydantic import ValidationError
 
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import Method
-from sphere_edit.editing.methods.memit import Memit
+from sphere_edit.editing.methods.emmet import Emmet
+from sphere_edit.editing.methods.ft import FineTune
+from sphere_edit.editing.methods.memit import Memit, MemitSeq
+from sphere_edit.editing.methods.prune import Prune
+from sphere_edit.editing.methods.rect import Rect
+from sphere_edit.editing.methods.rome import Rome
+from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.errors import SphereEditError
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AlphaEdit, Memit)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit)
+}
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:

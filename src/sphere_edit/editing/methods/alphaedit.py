@@ -7,13 +7,13 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, eye, float64
 
-from sphere_edit.editing.methods.base import LayerProblem, Method, Needs, State, Statistics
+from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, Seen, State, Statistics
 from sphere_edit.numerics.linalg import NullSpaceRule, spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
 
-class AlphaEdit(Method):
+class AlphaEdit(LayerwiseMethod):
     """``ΔW = R Kᵀ P (Kp Kpᵀ P + K Kᵀ P + L2·I)⁻¹`` with ``P = V Vᵀ`` and all earlier keys ``Kp``.
 
     Solved in the r coordinates of the null space: since ``P (A P + cI)⁻¹ = V (Vᵀ A V + cI)⁻¹ Vᵀ``, with k̃ = Vᵀk,
@@ -25,12 +25,17 @@ class AlphaEdit(Method):
 
     name: ClassVar[str] = "alphaedit"
     paper: ClassVar[str] = "Fang et al. 2025, arXiv:2410.02355"
-    needs: ClassVar[Needs] = Needs(statistics="null_space")
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="per_layer")
 
     l2: float = Field(20.0, gt=0, description="L2, the ridge of the solve; 10 is published")
     null_space: NullSpaceRule = Field(NullSpaceRule.MEAN, description="how the null space of C0 is chosen")
     null_space_threshold: float = Field(1.0, gt=0, description="its threshold; absolute with 0.02 is published")
+
+    @property
+    def needs(self) -> Needs:
+        """Optimised targets, the null space of C0, and the keys of every batch."""
+        rule = (self.null_space, self.null_space_threshold)
+        return Needs(statistics="null_space", null_space=rule, remembers="keys")
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times a right factor in the null space, solved in float64."""
@@ -41,9 +46,9 @@ class AlphaEdit(Method):
             gram += state["previous"].to(gram.device)
         return LowRankUpdate(problem.residual.double(), spd_solve(gram, keys).T @ basis.T)
 
-    def after_batch(self, state: State, keys: Tensor, statistics: Statistics) -> State:
+    def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
-        inside = _basis(statistics).T @ keys.double()
+        inside = _basis(statistics).T @ seen["keys"].double()
         added = inside @ inside.T
         return {"previous": state["previous"].to(added.device) + added if state else added}
 
@@ -51,10 +56,6 @@ class AlphaEdit(Method):
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
         inside = _basis(statistics).T @ keys.double()
         return {"previous": state["previous"].to(inside.device) - inside @ inside.T}
-
-    def null_space_rule(self) -> tuple[NullSpaceRule, float]:
-        """The rule and its threshold."""
-        return self.null_space, self.null_space_threshold
 
 
 def _basis(statistics: Statistics) -> Tensor:

@@ -1,10 +1,11 @@
-"""What a method is: a pure function from a layer's problem and its own explicit state to an update."""
+"""What a method is: a pure function from a problem and its own explicit state to an update."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -14,6 +15,7 @@ from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update
 
 State = dict[str, Tensor]
+Seen = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One matrix, one batch of n facts: write ``residual`` at ``keys``."""
+    """One matrix, one batch: write ``residual`` at ``keys``.
+
+    With optimised targets there is a column a fact, and R is the share of v* − h that falls to this matrix. With
+    gradients there is a column a target token, and R is the direction in which the loss falls, −∂loss/∂output.
+    """
 
     weight: Tensor  # W [d_out, d_in] as it stands, float32
     original: Tensor  # W0 [d_out, d_in] before the first edit, float32
@@ -37,10 +43,23 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method feeds on."""
+    """What a method feeds on.
 
-    source: Literal["targets"] = "targets"
+    Attributes:
+        source: where its problems come from: ``targets`` v* found by optimisation and keys at the subject's last
+            token, ``gradients`` of the target tokens from one backward pass, or the ``loss`` itself.
+        site: where the δ of an optimised target is added: the layer's output, or its MLP's.
+        statistics: what it asks of ordinary keys.
+        null_space: how the null space is chosen, where that is what it asks.
+        remembers: what its state learns from each batch: the ``keys``, measured again once the batch is written, or
+            the ``problem`` (keys and residuals) as it was solved; None for a method without a state.
+    """
+
+    source: Literal["targets", "gradients", "loss"] = "targets"
+    site: Literal["layer", "mlp"] = "layer"
     statistics: Literal["second_moment", "null_space"] | None = None
+    null_space: tuple[NullSpaceRule, float] | None = None
+    remembers: Literal["keys", "problem"] | None = None
 
 
 class Method(BaseModel, ABC):
@@ -54,17 +73,27 @@ class Method(BaseModel, ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    needs: ClassVar[Needs]
-    modules: ClassVar[str] = "down"
-    max_batch: ClassVar[int | None] = None
     sphere: ClassVar[Sphere]
+    max_batch: ClassVar[int | None] = None  # facts solved at one time; a larger batch is written in groups of so many
+    dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
+    roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)  # matrices it edits by default: the first set there is
 
+    @property
     @abstractmethod
-    def solve(self, problem: LayerProblem, state: State) -> Update:
-        """ΔW for one matrix, without SPHERE."""
+    def needs(self) -> Needs:
+        """What it feeds on, with these hyperparameters."""
 
-    def after_batch(self, state: State, keys: Tensor, statistics: Statistics) -> State:
-        """The state after a batch, given its ``keys [d_in, n]`` as measured once all its updates are written."""
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...]:
+        """The layers it edits in a model of ``depth`` layers: five from 13 % of the depth (4–8 of 30)."""
+        return layers_from(0.13, 5, depth)
+
+    def finish(self, update: Update, weight: Tensor) -> Update:
+        """What becomes of a batch's ΔW once all layers are solved; ``weight`` is W before the batch."""
+        return update
+
+    def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
+        """The state after a batch, given what the method ``remembers`` of it."""
         return state
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
@@ -75,6 +104,36 @@ class Method(BaseModel, ABC):
         """The weight the model runs with, from W0 and the working weight."""
         return working
 
-    def null_space_rule(self) -> tuple[NullSpaceRule, float] | None:
-        """How the null space this method needs is chosen."""
-        return None
+
+class LayerwiseMethod(Method):
+    """A method that solves one matrix after another, each with the weights below it as already edited."""
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem, state: State) -> Update:
+        """ΔW for one matrix, without SPHERE."""
+
+
+class Objective(Protocol):
+    """The loss of a batch of facts as a function of the edited matrices."""
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss (nats, mean over facts) and its gradient by each matrix, at ``weights [d_out, d_in]`` by name."""
+
+
+class JointMethod(Method):
+    """A method that moves all its matrices at once, down a loss."""
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """How often it evaluates the loss at most."""
+
+    @abstractmethod
+    def descend(self, objective: Objective, weights: Mapping[str, Tensor]) -> dict[str, Update]:
+        """ΔW of every matrix, starting from ``weights``, without SPHERE."""
+
+
+def layers_from(share: float, count: int, depth: int) -> tuple[int, ...]:
+    """``count`` layers from ``share`` of the depth on, fewer in a shallow model, where the last layer is left alone."""
+    first = min(int(share * depth + 0.5), depth - 1)
+    return tuple(range(first, max(first + 1, min(first + count, depth - 1))))
