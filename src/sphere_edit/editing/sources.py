@@ -227,7 +227,7 @@ class TargetLoss(Source):
                 graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
                 loss = rows.losses(self.loaded, graph.hidden).sum() / self._count
                 (loss * GRADIENT_SCALE).backward()
-                total += float(loss)
+                total += float(loss.detach())
         if not total < float("inf"):
             raise SphereEditError(f"fine-tuning diverged: the loss is {total}; use a smaller learning rate (lr)")
         self._seen.append(total)
