@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -12,8 +14,15 @@ from sphere_edit import SphereEditError
 from sphere_edit.editing.methods import METHODS, make_method
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Statistics
-from sphere_edit.editing.methods.memit import Memit
+from sphere_edit.editing.methods.emmet import Emmet
+from sphere_edit.editing.methods.ft import FineTune
+from sphere_edit.editing.methods.memit import Memit, MemitSeq
+from sphere_edit.editing.methods.prune import Prune
+from sphere_edit.editing.methods.rect import Rect
+from sphere_edit.editing.methods.rome import Rome
+from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.numerics.linalg import NullSpaceRule, null_space
+from sphere_edit.numerics.update import DenseUpdate
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -80,6 +89,176 @@ def test_states_do_not_leak_between_calls(problem):
     assert torch.equal(first, method.solve(problem, state).dense())
 
 
+def test_alphaedit_with_earlier_keys_zeroes_its_normal_equations(problem):
+    method = AlphaEdit(l2=0.5)
+    previous = random(D_IN, 6, seed=4)
+    state = method.after_batch({}, {"keys": previous}, problem.statistics)
+    delta = method.solve(problem, state).dense()
+    basis = problem.statistics.null_space
+    gradient = (delta @ problem.keys - problem.residual) @ problem.keys.T + delta @ previous @ previous.T + 0.5 * delta
+    assert float((gradient @ basis).abs().max()) < 1e-10
+
+
+def test_sequential_memit_without_a_history_is_memit_and_with_one_zeroes_its_normal_equations(problem):
+    plain, method = Memit(second_moment_weight=5.0), MemitSeq(second_moment_weight=5.0)
+    assert torch.equal(method.solve(problem, {}).dense(), plain.solve(problem, {}).dense())
+    previous = random(D_IN, 6, seed=4)
+    state = method.after_batch({}, {"keys": previous[:, :2]}, problem.statistics)
+    state = method.after_batch(state, {"keys": previous[:, 2:]}, problem.statistics)
+    delta = method.solve(problem, state).dense()
+    preserved = 5.0 * problem.statistics.second_moment + previous @ previous.T
+    gradient = delta @ preserved + (delta @ problem.keys - problem.residual) @ problem.keys.T
+    assert float(gradient.abs().max()) < 1e-10
+    assert float((delta @ previous).norm()) < 0.9 * float((plain.solve(problem, {}).dense() @ previous).norm())
+    forgotten = method.forget(state, previous[:, :2], problem.statistics)
+    only = method.after_batch({}, {"keys": previous[:, 2:]}, problem.statistics)
+    torch.testing.assert_close(forgotten["previous"], only["previous"], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("second_moment", [True, False])
+def test_emmet_meets_its_constraint_at_the_least_cost(problem, second_moment):
+    delta = Emmet(second_moment=second_moment).solve(problem, {}).dense()
+    assert float((delta @ problem.keys - problem.residual).abs().max()) < 1e-8
+    cost = problem.statistics.second_moment if second_moment else torch.eye(D_IN, dtype=torch.float64)
+    least = float(torch.trace(delta @ cost @ delta.T))
+    # whatever else meets the constraint differs by something that vanishes on the keys, and costs more
+    free = torch.eye(D_IN, dtype=torch.float64) - problem.keys @ torch.linalg.pinv(problem.keys)
+    for seed in range(20):
+        other = delta + 0.1 * random(D_OUT, D_IN, seed=seed) @ free
+        assert float((other @ problem.keys - problem.residual).abs().max()) < 1e-8
+        assert float(torch.trace(other @ cost @ other.T)) > least
+    # its multipliers: ΔW C lies in the span of the keys
+    assert float((delta @ cost @ free).abs().max()) < 1e-8
+
+
+def test_emmet_with_a_ridge_is_memit(problem):
+    ours = Emmet(ridge=3.0).solve(problem, {}).dense()
+    torch.testing.assert_close(ours, Memit(second_moment_weight=3.0).solve(problem, {}).dense(), atol=1e-9, rtol=1e-9)
+
+
+def test_emmet_survives_two_facts_with_one_key(problem):
+    twins = dataclasses.replace(problem, keys=problem.keys[:, [0, 0, 1, 2]])
+    delta = Emmet().solve(twins, {}).dense()
+    assert bool(torch.isfinite(delta).all())
+    torch.testing.assert_close(delta @ twins.keys[:, 2:], twins.residual[:, 2:], atol=1e-3, rtol=1e-3)
+
+
+def test_rome_is_its_closed_form(problem):
+    single = dataclasses.replace(problem, keys=problem.keys[:, :1], residual=problem.residual[:, :1])
+    delta = Rome().solve(single, {}).dense()
+    assert float((delta @ single.keys - single.residual).abs().max()) < 1e-8
+    direction = torch.linalg.solve(problem.statistics.second_moment, single.keys)
+    expected = single.residual @ direction.T / float(single.keys.T @ direction)
+    torch.testing.assert_close(delta, expected, atol=1e-9, rtol=1e-9)
+    assert Rome.max_batch == 1
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.4, 0.55, 1.0])
+def test_rect_keeps_the_share_it_says_and_that_with_the_largest_relative_change(problem, keep):
+    method = Rect(keep=keep, second_moment_weight=5.0)
+    delta = method.solve(problem, {}).dense()
+    kept = method.finish(DenseUpdate(delta), problem.weight).dense()
+    assert int((kept != 0).sum()) == min(delta.numel(), round(keep * delta.numel()) + 1)
+    assert torch.equal(kept[kept != 0], delta[kept != 0])
+    relative = (delta / problem.weight).abs()
+    if keep < 1:
+        assert float(relative[kept != 0].min()) >= float(relative[kept == 0].max())
+
+
+def test_prune_restrains_the_accumulated_singular_values_and_those_alone():
+    original = random(12, 30, seed=0) / 4
+    limit = float(torch.linalg.matrix_norm(original, 2))
+    assert limit > 1, "otherwise the natural logarithm would not shrink"
+    u, s, v = torch.linalg.svd(random(12, 30, seed=1), full_matrices=False)
+    s = torch.linspace(0.1, 4 * limit, 12, dtype=torch.float64).flip(0)
+    change = u * s @ v
+    for base in (math.e, 1.2):
+        deployed = Prune(log_base=base).deploy(original, original + change)
+        found, values, _ = torch.linalg.svd(deployed - original, full_matrices=False)
+        formula = torch.where(s > limit, (s.log() - math.log(limit)) / math.log(base) + limit, s).minimum(s)
+        torch.testing.assert_close(values, formula.sort(descending=True).values, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close((found.T @ u).abs().diagonal()[-1], torch.ones((), dtype=torch.float64))
+    strict = float(torch.linalg.matrix_norm(Prune().deploy(original, original + change) - original, 2))
+    assert strict == pytest.approx(math.log(4 * limit) - math.log(limit) + limit)
+    small = original + 0.9 * limit * change / float(s[0])
+    assert Prune().deploy(original, small) is small, "nothing to restrain: bit for bit the working weight"
+
+
+def test_prune_never_enlarges():
+    """Below σmax = 1 / ln b the published formula would: its slope at σmax is above 1."""
+    original = random(6, 9, seed=0) / 100
+    change = random(6, 9, seed=1) / 50
+    restrained = Prune().deploy(original, original + change) - original
+    assert float(torch.linalg.matrix_norm(restrained, 2)) <= float(torch.linalg.matrix_norm(change, 2)) * (1 + 1e-12)
+
+
+def test_ultraedit_keeps_the_statistics_that_two_passes_over_everything_would_give(problem):
+    method, state = UltraEdit(), {}
+    batches = [(random(D_IN, n, seed=n) * 3 + 1, random(D_OUT, n, seed=50 + n)) for n in (3, 1, 8)]
+    for keys, residual in batches:
+        state = method.after_batch(state, {"keys": keys, "residual": residual}, Statistics())
+    everything = torch.cat([torch.cat(batch) for batch in batches], dim=1)
+    assert float(state["count"]) == 12
+    torch.testing.assert_close(state["mean"], everything.mean(1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(state["squares"] / 11, everything.var(1), atol=1e-12, rtol=1e-12)
+
+
+def test_ultraedit_is_its_published_formula_and_zeroes_its_normal_equations(problem):
+    method = UltraEdit(rate=0.3, ridge=2.0)
+    earlier = {"keys": random(D_IN, 5, seed=7), "residual": random(D_OUT, 5, seed=8)}
+    delta = method.solve(problem, method.after_batch({}, earlier, Statistics())).dense()
+    features = torch.cat([torch.cat(list(earlier.values())), torch.cat([problem.keys, problem.residual])], dim=1)
+    normal = (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
+    keys, gradients = normal[:, 5:].split([D_IN, D_OUT])
+    values = 0.3 * keys.square().sum(0) * gradients
+    system = problem.keys @ problem.keys.T + 2.0 * torch.eye(D_IN, dtype=torch.float64)
+    torch.testing.assert_close(delta, values @ problem.keys.T @ torch.linalg.inv(system), atol=1e-9, rtol=1e-9)
+    assert float(((delta @ problem.keys - values) @ problem.keys.T + 2.0 * delta).abs().max()) < 1e-8
+
+
+def test_ultraedit_takes_a_single_token(problem):
+    single = dataclasses.replace(problem, keys=problem.keys[:, :1], residual=problem.residual[:, :1])
+    assert bool(torch.isfinite(UltraEdit().solve(single, {}).dense()).all())
+
+
+def quadratic(goal: torch.Tensor):
+    """A loss whose gradient is known, and the weights at which it was asked for."""
+    asked = []
+
+    def objective(weights):
+        asked.append({name: weight.clone() for name, weight in weights.items()})
+        gap = weights["w"] - goal
+        return float(gap.square().sum()) / 2, {"w": gap}
+
+    return objective, asked
+
+
+def test_fine_tuning_is_adam_down_the_loss():
+    start, goal = random(3, 4, seed=0), random(3, 4, seed=1)
+    objective, asked = quadratic(goal)
+    update = FineTune(lr=0.01, steps=5, weight_decay=0.1).descend(objective, {"w": start})["w"]
+    w, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, 6):
+        gradient = w - goal + 0.1 * w
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        w = w - 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(update.dense(), w - start, atol=1e-12, rtol=1e-10)
+    assert len(asked) == FineTune(steps=5).evaluations == 6
+    assert torch.equal(asked[0]["w"], start), "what it was given is left as it is"
+
+
+def test_fine_tuning_stops_once_the_loss_is_low_and_keeps_to_its_norm_constraint():
+    start, goal = random(3, 4, seed=0), random(3, 4, seed=1)
+    objective, asked = quadratic(goal)
+    loss = FineTune(lr=0.1, steps=500, stop_loss=0.1).descend(objective, {"w": start})["w"].dense() + start - goal
+    assert len(asked) < 400
+    assert float(loss.square().sum()) / 2 < 0.1
+    objective, _ = quadratic(goal)
+    held = FineTune(lr=0.1, steps=50, norm_constraint=0.05).descend(objective, {"w": start})["w"].dense()
+    assert float(held.abs().max()) == pytest.approx(0.05)
+    assert float((start + held - goal).norm()) < float((start - goal).norm())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_documents_itself_and_refuses_unknown_options(name):
     kind = METHODS[name]
@@ -131,3 +310,21 @@ def test_memit_agrees_with_the_published_code(published, weight):
     )
     update = Memit(second_moment_weight=weight).solve(problem, {})
     assert relative(update.dense(), tensors[f"update.memit.lambda{weight}"]) < 1e-4
+
+
+def test_rect_agrees_with_the_published_code(published):
+    tensors, _ = published
+    delta = tensors["update.memit.lambda20"]
+    ours = Rect().finish(DenseUpdate(delta), tensors["update.W"]).dense()
+    theirs = tensors["update.rect40.of_memit_lambda20"]
+    assert torch.equal(ours != 0, theirs != 0)
+    assert relative(ours, theirs) < 1e-6
+
+
+def test_prune_agrees_with_the_published_code(published):
+    tensors, numbers = published
+    weight, change = tensors["update.W"].double(), tensors["update.prune.accumulated"].double()
+    ours = Prune().deploy(weight, weight + change) - weight
+    assert relative(ours, tensors["update.prune.out"]) < 1e-4
+    clamped = torch.linalg.svdvals(change) > torch.linalg.matrix_norm(weight, 2)
+    assert int(clamped.sum()) == numbers["update.prune.n_clamped"]

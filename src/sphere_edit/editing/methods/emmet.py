@@ -12,6 +12,8 @@ from sphere_edit.numerics.linalg import spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
+_FLOOR = 1e-11  # of the mean of KᵀC⁻¹K's diagonal: keeps two facts with one key from spoiling all others
+
 
 class Emmet(LayerwiseMethod):
     """``ΔW = R (Kᵀ C⁻¹ K + μ I)⁻¹ Kᵀ C⁻¹``: of all ΔW with ``ΔW K = R``, the one with the least ``tr(ΔW C ΔWᵀ)``.
@@ -43,7 +45,8 @@ class Emmet(LayerwiseMethod):
         keys = problem.keys.double()
         weighted = keys if not self.second_moment else spd_solve(_second_moment(problem), keys)  # C⁻¹ K
         gram = keys.T @ weighted
-        gram = (gram + gram.T) / 2 + self.ridge * eye(keys.shape[1], dtype=float64, device=keys.device)
+        lift = max(self.ridge, _FLOOR * float(gram.diagonal().mean()))
+        gram = (gram + gram.T) / 2 + lift * eye(keys.shape[1], dtype=float64, device=keys.device)
         return LowRankUpdate(problem.residual.double(), spd_solve(gram, weighted.T))
 
 

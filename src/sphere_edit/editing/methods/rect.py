@@ -16,7 +16,8 @@ from sphere_edit.numerics.update import DenseUpdate, Update
 class Rect(Memit):
     """MEMIT's ΔW, of which once all layers are solved only the entries with the largest ``|ΔW / W|`` stay.
 
-    Source: arXiv:2401.04700, section 5, with the 40 % and the order (RECT, then SPHERE) of SPHERE's code.
+    Source: arXiv:2401.04700, section 5, with the 40 % and the order (RECT, then SPHERE) of SPHERE's code, whose
+    threshold, the largest of those below, stays too: one entry more than the share.
     """
 
     name: ClassVar[str] = "rect"
@@ -29,8 +30,7 @@ class Rect(Memit):
     def finish(self, update: Update, weight: Tensor) -> DenseUpdate:
         """ΔW with its relatively smallest entries set to zero; ``weight [d_out, d_in]`` is W before the batch."""
         delta = update.dense()
-        relative = (delta / (weight.to(delta.dtype) + 1e-8)).abs().flatten()
-        dropped = relative.numel() - max(1, round(self.keep * relative.numel()))
-        mask = torch.ones_like(relative, dtype=torch.bool)
-        mask[relative.argsort(stable=True)[:dropped]] = False
-        return DenseUpdate(torch.where(mask.view_as(delta), delta, torch.zeros_like(delta)))
+        relative = (delta / (weight.to(delta.dtype) + 1e-8)).abs()
+        rank = max(1, round((1 - self.keep) * delta.numel()))
+        threshold = relative.flatten().kthvalue(rank).values
+        return DenseUpdate(torch.where(relative >= threshold, delta, torch.zeros_like(delta)))

@@ -36,7 +36,7 @@ class UltraEdit(LayerwiseMethod):
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="after_all")
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("gate", "up"), ("down",))
 
-    rate: float = Field(1e-6, gt=0, description="η, the step along each normalised gradient; 1e-6 is published")
+    rate: float = Field(1e-4, gt=0, description="η, the step along each normalised gradient")
     ridge: float = Field(1.0, gt=0, description="λ of the solve")
 
     @property

@@ -1,0 +1,136 @@
+"""One table: every method, plain and with SPHERE, on three families. Two batches; the targets become likelier; resume and
+rollback are bit for bit. A method that is added to METHODS is in the table by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import fact_records
+from families import save_tiny
+from sphere_edit.editing.loop import SequentialLoop
+from sphere_edit.editing.methods import METHODS
+from sphere_edit.editor import Editor, opened
+from sphere_edit.progress import Quiet
+
+FAMILIES = ("llama", "gpt2", "qwen2")
+COMMON: dict[str, Any] = {
+    "batch_size": 3,
+    "templates": 0,  # a random model's context says nothing: with it, keys of templates and prompt have little in common
+    "targets": {"steps": 12, "lr": 0.5},
+    "moments": {"sampled_tokens": 512},
+    "tokens_per_batch": 256,
+}
+OPTIONS: dict[str, dict[str, Any]] = {  # what suits random models of width 32
+    "alphaedit": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9},
+    "memit": {"second_moment_weight": 0.01},
+    "memit_seq": {"second_moment_weight": 0.01},
+    "rect": {"second_moment_weight": 0.01},
+    "prune": {"second_moment_weight": 0.01},
+    "ft": {"lr": 5e-3},
+    "ultraedit": {"rate": 3e-2},
+}
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    """Facts whose prompt ends with the subject: there, a random model's answer hangs on the edited position."""
+    return [{**record, "prompt": "People speak of {}", "paraphrases": []} for record in fact_records(count)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return {family: save_tiny(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in editor.model.state_dict().items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def losses(metrics: dict[str, Any], which: str) -> torch.Tensor:
+    return torch.tensor([row[which]["rewrite"]["nll_right"] for row in metrics["per_fact"]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sphere", [False, True], ids=["plain", "sphere"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
+    def start(run: str, **more: Any) -> Editor:
+        settings = {**COMMON, "method": method, "options": OPTIONS.get(method, {}), "sphere": {"enabled": sphere}}
+        return Editor.from_pretrained(models[family], tmp_path / run, reporter=Quiet(), **{**settings, **more})
+
+    editor = start("run")
+    original = weights_of(editor)
+    metrics = editor.edit(records(6))
+    assert metrics["after"] == 2
+    assert metrics["facts"] == 6
+    # negative control: before, no fact is known, and its target is as unlikely as a random model has it
+    assert metrics["unedited"]["efficacy_strict"] == 0.0
+    before, after = losses(metrics, "unedited"), losses(metrics, "edited")
+    assert float(before.min()) > 2.0
+    assert float((before - after).mean()) > 1.0, "the targets become likelier, those of the first batch included"
+    edited = weights_of(editor)
+    changed = {name for name in original if not torch.equal(original[name], edited[name])}
+    assert changed == {f"{name}.weight" for name in editor.weights.names}
+
+    # interrupted after its first batch and resumed
+    real = SequentialLoop.edit
+
+    def once(self, *args):
+        if self.run.history.head == 1:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(SequentialLoop, "edit", once)
+    broken = start("broken")
+    with pytest.raises(KeyboardInterrupt):
+        broken.edit(records(6))
+    monkeypatch.undo()
+    after_one = weights_of(broken)
+    assert not same(after_one, edited)
+    broken.close()
+    with opened(tmp_path / "broken", Quiet()) as resumed:
+        assert same(weights_of(resumed), after_one)
+        assert resumed.resume()["edited"] == metrics["edited"]
+        assert same(weights_of(resumed), edited)
+        for name, state in resumed._loop.states.items():
+            for part, value in state.items():
+                assert torch.equal(value, editor._loop.states[name][part])
+
+    # replayed from the first batch on, and rolled back
+    editor.close()
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        checkpoint.unlink()
+    with opened(tmp_path / "run", Quiet()) as again:
+        assert same(weights_of(again), edited)
+        again.rollback(1)
+        assert same(weights_of(again), after_one)
+        again.rollback(0)
+        assert same(weights_of(again), original)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sphere_takes_away_what_it_says(method, models, tmp_path):
+    """α = 1: nothing of what SPHERE acts on is left along the principal directions; plain, there is something."""
+    settings = {**COMMON, "method": method, "options": OPTIONS.get(method, {})}
+    share = {}
+    for alpha in (0.0, 1.0):
+        sphere = {"alpha": alpha, "project": METHODS[method].sphere.project, "basis": "pretrained"}
+        run = tmp_path / f"{alpha}"
+        editor = Editor.from_pretrained(models["llama"], run, reporter=Quiet(), sphere=sphere, **settings)
+        editor.edit(records(3))
+        share[alpha] = []
+        for name in editor.weights.names:
+            original = editor.weights.original(name).double()
+            change = editor.weights.deployed(name).double() - original
+            share[alpha].append(float((change @ editor.sphere.directions(original)).norm() / change.norm()))
+    assert min(share[0.0]) > 0.05
+    if method == "rome":  # each fact is projected as it is written, and so is their sum
+        assert METHODS[method].sphere.project == "per_layer"
+    assert max(share[1.0]) < 1e-4, "float32 weights"
