@@ -15,6 +15,7 @@ from families import FAMILIES, save_tiny
 from sphere_edit import SphereEditError, __version__
 from sphere_edit.cli import MethodName, app
 from sphere_edit.editing.methods import METHODS
+from sphere_edit.editor import opened
 from sphere_edit.models.loading import prepare
 
 SETTINGS = """
@@ -261,3 +262,59 @@ def test_the_readable_outside():
     for command in ("edit", "eval", "show", "rollback", "export", "demo"):
         assert "Usage" in run(command, "--help")
     assert {name.value for name in MethodName} == set(METHODS)
+
+
+def test_methods_lists_every_method_option_and_preset():
+    shown = run("methods")
+    for name, kind in METHODS.items():
+        assert f" {name} " in shown
+        assert kind.paper in shown
+        for field in kind.model_fields:
+            assert f" {field} " in shown
+    for name in ("Llama-3-8B", "Qwen2.5-7B", "GPT-J-6B", "GPT2-XL"):
+        assert name in shown
+
+
+@pytest.mark.parametrize("method", ["rome", "ft", "ultraedit"])
+def test_methods_without_v_at_the_layer_can_be_planned_run_shown_and_exported(model, tmp_path, facts, method):
+    settings = tmp_path / "few.yaml"
+    settings.write_text("{batch_size: 4, targets: {steps: 3}, moments: {sampled_tokens: 256}, tokens_per_batch: 512}")
+    common = [model, facts, "-o", tmp_path / "run", "--config", settings, "--method", method, "--limit", 8]
+    plan = run("edit", *common, "--dry-run")
+    assert {"rome": "targets v*", "ft": "fine-tuning", "ultraedit": "gradients"}[method] in plan
+    assert ("second moments" in plan.split("Estimate")[1]) == (method == "rome")
+    assert "none for this model and method" in plan
+    run("edit", *common)
+    shown = run("show", tmp_path / "run")
+    assert f"{method}" in shown
+    assert "2 batches" in shown
+    run("export", tmp_path / "run", "-o", tmp_path / "exported")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+
+
+def test_pruned_models_are_exported_as_they_are_deployed(model, tmp_path, facts):
+    settings = tmp_path / "few.yaml"
+    settings.write_text(
+        "{batch_size: 4, targets: {steps: 3}, moments: {sampled_tokens: 256}, options: {second_moment_weight: 0.01}}"
+    )
+    run("edit", model, facts, "-o", tmp_path / "run", "--config", settings, "--method", "prune", "--limit", 8)
+    run("export", tmp_path / "run", "-o", tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    with opened(tmp_path / "run") as editor:
+        for name in editor.weights.names:
+            assert torch.equal(exported[f"{name}.weight"], editor.weights.deployed(name))
+            assert not torch.equal(editor.weights.deployed(name), editor.weights.working[name])
+
+
+def test_layers_by_role(model, tmp_path, facts):
+    common = [model, facts, "-o", tmp_path / "run", "--method", "ultraedit", "--limit", 2, "--dry-run"]
+    plan = "".join(run("edit", *common, "--layers", "gate:1-2,up:0,2").split())
+    for name in ("0.mlp.up_proj", "1.mlp.gate_proj", "2.mlp.gate_proj", "2.mlp.up_proj"):
+        assert name in plan
+    for text, message in [
+        ("1,up:2", "name the role of the first layers too"),
+        ("gate:x", "--layers takes numbers such as 4-8, 4,6,8 or gate:11-15,up:18-24, not 'gate:x'"),
+        ("side:1", "this family has no 'side' matrix; it has "),
+    ]:
+        with pytest.raises(SphereEditError, match=message):
+            run("edit", *common, "--layers", text)

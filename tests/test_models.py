@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
 from sphere_edit import SphereEditError
-from sphere_edit.editing.keys import SubjectPrompts, _averaged, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, _averaged, averaged_values, clean_values, subject_keys
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
+from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
-from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.sources import OptimisedTargets, TargetGradients, TargetLoss
 from sphere_edit.editing.targets import TargetSettings, optimise_targets
+from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.prompts import Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
@@ -26,6 +29,7 @@ from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_l
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import DenseUpdate
+from sphere_edit.progress import Quiet
 
 LAYER = 2
 TEMPLATES = ["{}", "Ada plays. {}", "It is located in the city. {}"]
@@ -62,6 +66,104 @@ def test_hit(family, layer):
     prompts = SubjectPrompts.of(facts(), ["{}"], Encoder(loaded.tokenizer))
     after = clean_values(loaded, prompts, layer, 256)
     assert float((after - targets.values).norm() / targets.values.norm()) < 1e-3
+
+
+@families
+@pytest.mark.parametrize("layer", [0, LAYER, DEPTH - 1])
+def test_hit_at_the_mlps_output(family, layer):
+    """The same with δ at the MLP's output (ROME), where the averaged key's output becomes v*."""
+    loaded = tiny(family)
+    weights = edited(loaded.model, [layer])
+    (name,) = weights.names
+    settings = TargetSettings(lr=0.2, steps=6)
+    source = OptimisedTargets(loaded, weights, [layer], TEMPLATES, Needs(site="mlp"), settings, 256)
+    source.begin(facts())
+    keys, residual = source.layer(0)
+    assert float(residual.norm()) > 0.1, "there is something to write"
+    problem = LayerProblem(weights.working[name], weights.original(name), keys, residual, Statistics())
+    weights.add(name, Emmet(second_moment=False).solve(problem, {}))
+    prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))
+    after = averaged_values(loaded, prompts, name, 256)
+    assert float((after - source.targets.values).norm() / source.targets.values.norm()) < 1e-3
+    bias = getattr(loaded.model.get_submodule(name), "bias", None)
+    linear = weights.working[name] @ keys + (0 if bias is None else bias[:, None])
+    torch.testing.assert_close(after, linear, atol=1e-4, rtol=1e-4)
+
+
+@families
+def test_replay_with_delta_inside_a_layer_is_the_whole_forward_pass(family):
+    loaded = tiny(family)
+    encoder = Encoder(loaded.tokenizer)
+    coded = [(encoder.encode(text), end) for f in facts() for text, end in [fill(TEMPLATES[1], f), fill("{}", f)]]
+    rows = [tokens.ids for tokens, _ in coded]
+    pivots = [tokens.last_token_of(end) for tokens, end in coded]
+    delta = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
+    upper = UpperLayers(loaded, rows, pivots, LAYER, inside=True)
+    upper.check(upper.hidden(torch.zeros(len(rows), WIDTH)))
+    replayed = upper.hidden(delta)
+    place = torch.zeros(len(rows), max(map(len, rows)), 1)
+    place[torch.arange(len(rows)), torch.tensor(pivots)] = 1
+    down = loaded.model.get_submodule(loaded.architecture.module_name(LAYER, "down"))
+    hook = down.register_forward_hook(lambda module, args, output: output + place * delta[:, None])
+    whole = last_hidden(loaded, TokenBatch.of(rows, loaded.device))
+    hook.remove()
+    for number, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
+        torch.testing.assert_close(
+            replayed[number, : len(row) - pivot], whole[number, pivot : len(row)], atol=2e-4, rtol=1e-3
+        )
+
+
+@families
+def test_gradients_by_outputs_and_by_weights_are_those_of_the_loss(family):
+    """Against central differences of the plain loss, in float64: one direction for each matrix."""
+    loaded = tiny(family, torch.float64)
+    names = [loaded.architecture.module_name(layer, role) for layer in (1, 2) for role in loaded.architecture.modules]
+    weights = EditedWeights(loaded.model, loaded.architecture, names)
+    setup = (loaded, weights, [1] * len(names), ["{}"], Needs(), TargetSettings(), 64)
+    loss, gradients = TargetLoss(*setup), TargetGradients(*setup)
+    loss.begin(facts()), gradients.begin(facts())
+    weight = {name: weights.original(name).double() for name in names}
+    value, by_weight = loss.objective(weight)
+    scores = score_facts(
+        loaded, [dataclasses.replace(f, neighbors=(), paraphrases=()) for f in answered()], 64, Quiet()
+    )
+    plain = [score.rewrite.nll_right for score in scores]
+    assert value == pytest.approx(sum(plain) / len(plain), rel=1e-6)
+    assert gradients.report().loss_before == pytest.approx(plain, rel=1e-6)
+    for index, name in enumerate(names):
+        direction = torch.randn(weight[name].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
+        up, down = (loss.objective({**weight, name: weight[name] + sign * 1e-3 * direction})[0] for sign in (1, -1))
+        slope = (up - down) / 2e-3
+        assert abs(slope) > 1e-2, "there is a slope to find"
+        assert float((by_weight[name] * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+    # the last edited matrix's input at the predicting positions is all through which it acts on the loss there
+    keys, residual = gradients.layer(len(names) - 1)
+    assert keys.shape[1] == residual.shape[1] == sum(len(row.tokens) for _, row in loss._chunks)
+    assert float(residual.norm()) > 0
+
+
+def answered():
+    return [dataclasses.replace(fact, target_true="Paris") for fact in facts()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_value_gradient_is_the_slope_of_its_output(family):
+    loaded = tiny(family, torch.float64)
+    name = loaded.architecture.module_name(LAYER, "up")
+    weights = EditedWeights(loaded.model, loaded.architecture, [name])
+    source = TargetGradients(loaded, weights, [LAYER], ["{}"], Needs(), TargetSettings(), 64)
+    source.begin(facts(1))
+    _, residual = source.layer(0)
+    before = sum(source.report().loss_before)
+    (tokens, start) = Encoder(loaded.tokenizer).with_target(facts(1)[0].filled_prompt, facts(1)[0].target_new)
+    for column in range(residual.shape[1]):
+        shift = torch.zeros(1, len(tokens.ids) - 1, residual.shape[0], dtype=torch.float64)
+        shift[0, start - 1 + column] = 1e-3 * residual[:, column]
+        hook = loaded.model.get_submodule(name).register_forward_hook(lambda m, a, out, shift=shift: out + shift)
+        source.begin(facts(1))
+        hook.remove()
+        slope = (sum(source.report().loss_before) - before) / 1e-3
+        assert slope == pytest.approx(-float(residual[:, column].square().sum()), rel=2e-2)
 
 
 @families

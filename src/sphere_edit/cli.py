@@ -318,6 +318,15 @@ def _edit_more(
     _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, skip_bad))
 
 
+@app.command()
+def methods() -> None:
+    """List the editing methods: what each needs, its options with defaults and meaning, its source; and the presets."""
+    from sphere_edit.reporting.methods import method_tables
+
+    for table in method_tables():
+        out.print(table)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")],
@@ -514,6 +523,7 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
+        "preset": f"published settings for {editor.preset}" if editor.preset else "none for this model and method",
         "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
         "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
         "matrices": ", ".join(editor.weights.names),

@@ -19,7 +19,7 @@ from sphere_edit._version import __version__
 from sphere_edit.editing.journal import SCHEMA, RunFolder
 from sphere_edit.editing.loop import SequentialLoop, plan_batches, superseded_by
 from sphere_edit.editing.moments import Corpus, load_corpus
-from sphere_edit.editing.settings import Settings, make_settings
+from sphere_edit.editing.settings import Settings, make_settings, with_preset
 from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
@@ -67,8 +67,8 @@ class Editor:
     weights, those that `save_pretrained` writes.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: Settings, folder: Path, reporter: Reporter):
-        self.loaded, self.folder, self.reporter = loaded, folder, reporter
+    def __init__(self, loaded: LoadedModel, settings: Settings, preset: str | None, folder: Path, reporter: Reporter):
+        self.loaded, self.preset, self.folder, self.reporter = loaded, preset, folder, reporter
         depth = len(loaded.architecture.decoder_layers(loaded.model))
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
@@ -105,12 +105,15 @@ class Editor:
         Raises:
             SphereEditError: the model, a setting or the folder cannot be used.
         """
-        settings = make_settings(settings.model_dump() if settings else {}, options)
-        folder = Path(run) if run is not None else _default_folder(str(model), settings.method)
+        given = make_settings(settings.model_dump(exclude_unset=True) if settings else {}, options)
+        folder = Path(run) if run is not None else _default_folder(str(model), given.method)
         if RunFolder.exists(folder):
             raise SphereEditError(f"{folder} holds a run already; Editor.open('{folder}') goes on with it")
-        loaded = load_model(model, settings.device, settings.dtype, trust_remote_code)
-        return cls(loaded, settings, folder, reporter or RichReporter())
+        loaded = load_model(model, given.device, given.dtype, trust_remote_code)
+        editor = cls(loaded, *with_preset(given, loaded.model.config), folder, reporter or RichReporter())
+        if editor.preset is not None:
+            editor.reporter.say(f"Published settings of {given.method} for {editor.preset}, but for what you set")
+        return editor
 
     @classmethod
     def open(
@@ -139,7 +142,7 @@ class Editor:
                     f"the model at '{source}' is not the one this run edited (its weights have another hash); "
                     "put the original back, or start a new run"
                 )
-            editor = cls(loaded, settings, folder.path, reporter or RichReporter())
+            editor = cls(loaded, settings, folder.config.get("preset"), folder.path, reporter or RichReporter())
             editor._warn_of_other_surroundings(folder.config)
             editor._attach(folder)
         except BaseException:
@@ -389,6 +392,7 @@ class Editor:
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             },
+            "preset": self.preset,
             "settings": self.settings.model_dump(mode="json"),
             "method_options": self.method.model_dump(mode="json"),
             "sphere": None if self.sphere is None else self.sphere.model_dump(mode="json"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sphere_edit.editing.methods import Method, make_method
 from sphere_edit.editing.moments import MomentSettings
+from sphere_edit.editing.presets import preset_of
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
@@ -153,6 +154,17 @@ def make_settings(*layers: dict[str, Any]) -> Settings:
         raise SphereEditError(_first_error("settings", error)) from None
     settings.diagnostic_sphere()
     return settings
+
+
+def with_preset(given: Settings, config: Any) -> tuple[Settings, str | None]:
+    """Settings over the published ones for the model that ``config`` describes, and that model's name, if there are any.
+
+    Only what was said counts as given: a default gives way to the preset.
+    """
+    preset = preset_of(config, given.method)
+    if preset is None:
+        return given, None
+    return make_settings(preset.methods[given.method], given.model_dump(exclude_unset=True)), preset.name
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

@@ -60,6 +60,9 @@ def single_table(scores: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+_TARGET_COLUMNS = (("loss_before", 2), ("loss_after", 3), ("probability_after", 3))
+
+
 def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
     """What the journal says of each batch."""
     table = make_table(
@@ -83,9 +86,7 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
             str(entry["batch"]),
             str(len(entry["facts"])),
             str(len(entry["superseded"])),
-            f"{targets['loss_before']:.2f}",
-            f"{targets['loss_after']:.3f}",
-            f"{targets['probability_after']:.3f}",
+            *("–" if targets[key] is None else f"{targets[key]:.{digits}f}" for key, digits in _TARGET_COLUMNS),
             span(sizes),
             span(shares),
             f"{sum(entry['seconds'].values()):.1f}",

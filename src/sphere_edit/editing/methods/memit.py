@@ -14,9 +14,9 @@ from sphere_edit.numerics.update import LowRankUpdate
 
 
 class Memit(LayerwiseMethod):
-    """``ΔW = R Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``: ridge regression that keeps what is written at ordinary keys.
+    """``ΔW = R Kᵀ (λ C0 + K Kᵀ)⁻¹``: ridge regression that keeps what is written at ordinary keys.
 
-    Source: arXiv:2210.07229, eq. 14, where there are no earlier keys Kp. State: ``Kp Kpᵀ [d_in, d_in]``, where any.
+    Source: arXiv:2210.07229, eq. 14.
     """
 
     name: ClassVar[str] = "memit"
@@ -33,7 +33,7 @@ class Memit(LayerwiseMethod):
         return Needs(statistics="second_moment")
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
-        """ΔW as ``R`` times ``Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``, solved in float64."""
+        """ΔW as ``R`` times ``Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``, solved in float64; without a state there is no Kp."""
         assert problem.statistics.second_moment is not None
         keys = problem.keys.double()
         gram = self.second_moment_weight * problem.statistics.second_moment.double() + keys @ keys.T
@@ -45,7 +45,7 @@ class Memit(LayerwiseMethod):
 class MemitSeq(Memit):
     """``ΔW = R Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``: MEMIT that counts all earlier edits' keys Kp among those to be preserved.
 
-    Source: the sequential baseline of AlphaEdit (arXiv:2410.02355) and its published code.
+    Source: the sequential baseline of AlphaEdit (arXiv:2410.02355) and its published code. State: ``Kp Kpᵀ [d_in, d_in]``.
     """
 
     name: ClassVar[str] = "memit_seq"
