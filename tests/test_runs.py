@@ -20,7 +20,7 @@ from sphere_edit.editing import journal
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
 from sphere_edit.numerics.update import LowRankUpdate
-from sphere_edit.progress import RichReporter
+from sphere_edit.progress import Quiet, RichReporter
 
 QUICK = {
     "batch_size": 2,
@@ -539,3 +539,19 @@ def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkey
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)
     json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_evaluating_leaves_out_what_cannot_be_read_and_says_so(model, tmp_path):
+    said = []
+
+    class Listening(Quiet):
+        def say(self, text, style=""):
+            said.append(text)
+
+    long = {**fact_records(1)[0], "paraphrases": ["word " * 300]}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Listening(), **{**QUICK, "device": "cpu"})
+    with pytest.raises(SphereEditError, match="facts this model cannot read"):
+        editor.evaluate([long, *fact_records(1, start=3)])
+    result = editor.evaluate([long, {"subject": ""}, *fact_records(1, start=3)], skip_bad=True)
+    assert len(result.facts) == 1
+    assert said[-1].startswith("2 records left out; the first: record 2: ")

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,13 +211,13 @@ def edit(
         "seed": seed,
         "eval_every": eval_every,
     }
-    options = _given(given)
+    wish = _Wish(facts, _given(given), config, limit, skip_bad, resume, dry_run, trust_remote_code)
     from sphere_edit.editing.journal import RunFolder
 
     if RunFolder.exists(model):
         if output is not None and output != Path(model):
             raise SphereEditError(f"{model} is a run, which continues in its own folder; leave out -o {output}")
-        _edit_more(None, facts, Path(model), options, config, limit, skip_bad, resume, dry_run, trust_remote_code)
+        _edit_more(None, Path(model), wish)
     elif output is None:
         raise SphereEditError("where should the run go? Give a folder: -o runs/NAME")
     elif RunFolder.exists(output):
@@ -224,33 +225,37 @@ def edit(
             raise SphereEditError(
                 f"{output} holds a run already; add --resume to go on with it, or choose another folder"
             )
-        _edit_more(model, None, output, options, config, limit, skip_bad, resume, dry_run, trust_remote_code)
+        _edit_more(model, output, replace(wish, facts=None))
     else:
-        _edit_new(model, facts, output, options, config, limit, skip_bad, dry_run, trust_remote_code)
+        _edit_new(model, output, wish)
 
 
-def _edit_new(
-    model: str,
-    facts: str | None,
-    folder: Path,
-    options: dict[str, Any],
-    config: Path | None,
-    limit: int | None,
-    skip_bad: bool,
-    dry_run: bool,
-    trust_remote_code: bool,
-) -> None:
-    if facts is None:
+@dataclass(frozen=True)
+class _Wish:
+    """What a user wants of ``edit``, beside the model and the folder."""
+
+    facts: str | None
+    options: dict[str, Any]
+    config: Path | None
+    limit: int | None
+    skip_bad: bool
+    resume: bool
+    dry_run: bool
+    trust_remote_code: bool
+
+
+def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
+    if wish.facts is None:
         raise SphereEditError("which facts? Give a file, a data set, or 'demo'")
     from sphere_edit.editing.settings import make_settings, read_settings_file
     from sphere_edit.facts.readers import read_facts
 
-    settings = make_settings(read_settings_file(config) if config else {}, options)
-    given = read_facts(facts, limit=limit, skip_bad=skip_bad)
+    settings = make_settings(read_settings_file(wish.config) if wish.config else {}, wish.options)
+    given = read_facts(wish.facts, limit=wish.limit, skip_bad=wish.skip_bad)
     if settings.moments.corpus is not None:
         from sphere_edit.editing.moments import read_passages
 
-        read_passages(settings.moments.corpus)
+        read_passages(settings.moments.corpus)  # a corpus that cannot be read is told before the model is loaded
     from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editor import Editor
     from sphere_edit.files import cache_dir
@@ -259,25 +264,14 @@ def _edit_new(
     RunFolder.refuse_taken(folder)
     for place in (folder, cache_dir()):
         check_room(place, 0)
-    editor = Editor.from_pretrained(model, folder, settings, _reporter(), trust_remote_code)
-    if dry_run:
-        _plan(editor, given, skip_bad)
+    editor = Editor.from_pretrained(model, folder, settings, _reporter(), wish.trust_remote_code)
+    if wish.dry_run:
+        _plan(editor, given, wish.skip_bad)
         return
-    _finish(editor, lambda: editor.edit(given, skip_bad))
+    _finish(editor, lambda: editor.edit(given, wish.skip_bad))
 
 
-def _edit_more(
-    model: str | None,
-    facts: str | None,
-    folder: Path,
-    options: dict[str, Any],
-    config: Path | None,
-    limit: int | None,
-    skip_bad: bool,
-    resume: bool,
-    dry_run: bool,
-    trust_remote_code: bool,
-) -> None:
+def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
     from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editing.settings import make_settings, read_settings_file
     from sphere_edit.facts.readers import read_facts
@@ -289,33 +283,33 @@ def _edit_more(
     if model is not None and full_name(model) != run.config["model"]["source"]:
         raise SphereEditError(f"{folder} edits '{run.config['model']['source']}', not '{model}'")
     saved = make_settings(run.config["settings"])
-    wanted = make_settings(run.config["settings"], read_settings_file(config) if config else {}, options)
+    wanted = make_settings(run.config["settings"], read_settings_file(wish.config) if wish.config else {}, wish.options)
     changed = [name for name in type(saved).model_fields if getattr(wanted, name) != getattr(saved, name)]
     if set(changed) - {"device"}:
         raise SphereEditError(
             f"a run keeps its settings; these would change: {', '.join(changed)}. Start a new run instead"
         )
-    if dry_run and resume:
+    if wish.dry_run and wish.resume:
         raise SphereEditError("--dry-run tells about facts to come; what waits in this run is in: sphere-edit show RUN")
-    if not resume and facts is None:
+    if not wish.resume and wish.facts is None:
         raise SphereEditError(f"which facts? {folder} is a run: give it more facts, or --resume what was interrupted")
-    if not resume and not history.finished:
+    if not wish.resume and not history.finished:
         raise SphereEditError(
             f"{folder} was interrupted with {len(history.pending)} facts waiting; finish it first: --resume"
         )
-    if resume and facts is not None:
+    if wish.resume and wish.facts is not None:
         raise SphereEditError(f"--resume goes on with the facts {folder} already has; give it more once it is finished")
-    if resume and history.finished:
+    if wish.resume and history.finished:
         out.print(f"{folder} is finished: {history.head} batches, nothing to resume.", highlight=False)
         return
-    given = None if facts is None else read_facts(facts, limit=limit, skip_bad=skip_bad)
+    given = None if wish.facts is None else read_facts(wish.facts, limit=wish.limit, skip_bad=wish.skip_bad)
     from sphere_edit.editor import Editor
 
-    editor = Editor.open(folder, _reporter(), options.get("device"), trust_remote_code)
-    if dry_run and given is not None:
-        _plan(editor, given, skip_bad)
+    editor = Editor.open(folder, _reporter(), wish.options.get("device"), wish.trust_remote_code)
+    if wish.dry_run and given is not None:
+        _plan(editor, given, wish.skip_bad)
         return
-    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, skip_bad))
+    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, wish.skip_bad))
 
 
 @app.command()
@@ -362,7 +356,7 @@ def evaluate(
     else:
         options = _given({"device": device, "dtype": dtype and dtype.value})
         editor = Editor.from_pretrained(model, None, None, _reporter(), trust_remote_code, **options)
-    result = editor.evaluate(given)
+    result = editor.evaluate(given, skip_bad)
     summary = result.summary()
     title = f"{model}, {len(result.facts)} facts"
     out.print(

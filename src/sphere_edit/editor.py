@@ -23,7 +23,7 @@ from sphere_edit.editing.settings import Settings, make_settings, with_preset
 from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
-from sphere_edit.errors import SphereEditError
+from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, perplexity, score_facts, summarise
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
@@ -200,8 +200,7 @@ class Editor:
         usable, unreadable = self._readable(given.facts, skip_bad)
         plan = plan_batches(usable, self.settings.batch_size, skip_bad)
         left_out = [*given.bad, *unreadable, *plan.bad]
-        if left_out:
-            self.reporter.say(f"{len(left_out)} records left out; the first: {left_out[0]}")
+        self._say_left_out(left_out)
         if not plan.facts:
             raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
         return plan.facts, left_out
@@ -261,7 +260,9 @@ class Editor:
 
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> Evaluation:
         """Score any facts on the unedited and on the edited model."""
-        given, _ = self._readable(facts_from(facts, skip_bad).facts, skip_bad)
+        found = facts_from(facts, skip_bad)
+        given, unreadable = self._readable(found.facts, skip_bad)
+        self._say_left_out([*found.bad, *unreadable])
         with self.weights.unedited():
             complete = complete_answers(self.loaded, given)
             before = self._score(complete, "unedited model")
@@ -332,9 +333,12 @@ class Editor:
             else:
                 usable.append(fact)
         if bad and not skip_bad:
-            shown = "\n  ".join(bad[:20])
-            raise SphereEditError(f"facts this model cannot read (--skip-bad goes on without):\n  {shown}")
+            raise refused_records("facts this model cannot read (--skip-bad goes on without)", bad)
         return usable, bad
+
+    def _say_left_out(self, records: Sequence[str]) -> None:
+        if records:
+            self.reporter.say(f"{len(records)} records left out; the first: {records[0]}")
 
     def _warn_of_other_surroundings(self, config: Mapping[str, Any]) -> None:
         now = {**_versions(), "device": str(self.loaded.device), "threads": torch.get_num_threads()}

@@ -5,7 +5,6 @@ facts → targets → keys → update → projection → weights, batch after ba
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from sphere_edit.editing.methods.base import (
     Statistics,
 )
 from sphere_edit.editing.sources import Report, Source
-from sphere_edit.errors import SphereEditError
+from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere
@@ -323,8 +322,7 @@ def plan_batches(facts: Sequence[Fact], batch_size: int, skip_bad: bool) -> Plan
                 f"('{short(fact.filled_prompt)}' → '{short(twin.target_new)}' or '{short(fact.target_new)}'?)"
             )
     if bad and not skip_bad:
-        shown = "\n  ".join(itertools.islice(bad, 20))
-        raise SphereEditError(f"facts that cannot stand in one batch (--skip-bad keeps the first of each):\n  {shown}")
+        raise refused_records("facts that cannot stand in one batch (--skip-bad keeps the first of each)", bad)
     return Plan(kept, bad)
 
 

@@ -16,12 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_edit.errors import SphereEditError
+from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import BadRecord, Fact, as_list, make_fact, short
 
 MAX_LINE = 1 << 20  # bytes of one JSONL line
 MAX_FILE = 1 << 30  # bytes of a JSON or CSV file, which are parsed whole
-_SHOWN = 20  # bad records named in one message
 
 Record = Mapping[str, Any]
 ZsreTarget = Literal["answer", "alternative"]
@@ -89,9 +88,8 @@ def _fact_set(
         if limit is not None and len(facts) == limit:
             break
     if bad and not skip_bad:
-        shown = "\n  ".join(bad[:_SHOWN]) + (f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
         many = "one record" if len(bad) == 1 else f"{len(bad)} records"
-        raise SphereEditError(f"{source}: {many} cannot be used (--skip-bad goes on without):\n  {shown}")
+        raise refused_records(f"{source}: {many} cannot be used (--skip-bad goes on without)", bad)
     if not facts:
         raise SphereEditError(f"{source}: no usable fact in it" + (f" ({len(bad)} bad records)" if bad else ""))
     return FactSet(facts, bad, "; ".join(protocols), source, digest.hexdigest())
