@@ -27,7 +27,7 @@ class FineTune(JointMethod):
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="after_all")
     dense: ClassVar[bool] = True
 
-    lr: float = Field(5e-4, gt=0, description="Adam's learning rate")
+    lr: float = Field(2e-3, gt=0, description="Adam's learning rate; 5e-4 is published")
     steps: int = Field(25, ge=1, description="Adam's steps at most, each on the whole batch")
     stop_loss: float = Field(0.01, ge=0, description="stop once the batch's loss is below")
     weight_decay: float = Field(0.0, ge=0, description="Adam's weight decay, on W itself")
