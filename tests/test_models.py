@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
+from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
-from sphere_edit.editing.keys import SubjectPrompts, _averaged, averaged_values, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
@@ -485,15 +486,37 @@ def test_generation_ignores_the_models_own_sampling_settings():
 def test_keys_read_back_from_disk_give_the_same_state_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     statistics = Statistics(null_space=torch.linalg.qr(torch.randn(1024, 600))[0])
-    averaged = _averaged(torch.randn(60, 1024), SubjectPrompts([], 60, 1)).T.contiguous()
+    averaged = _columns(torch.randn(60, 1024))
     write_tensors(tmp_path / "keys.safetensors", {"keys": averaged})
     read = read_tensors(tmp_path / "keys.safetensors")["keys"]
     ours, theirs = (AlphaEdit().after_batch({}, {"keys": keys}, statistics)["previous"] for keys in (averaged, read))
     assert torch.equal(ours, theirs)
-    loaded = tiny("llama")
-    prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))
-    name = loaded.architecture.module_name(LAYER, "down")
-    assert subject_keys(loaded, prompts, [name], 64)[name].is_contiguous()
+
+
+@families
+@pytest.mark.parametrize("inside", [False, True])
+def test_keys_and_values_read_layer_by_layer_are_those_of_whole_forward_passes(family, inside):
+    loaded = tiny(family)
+    layers = [LAYER] if inside or loaded.architecture.post_norm else [0, 1, LAYER]
+    weights = edited(loaded.model, layers)
+    prompts = SubjectPrompts.of(facts(6), TEMPLATES, Encoder(loaded.tokenizer))
+    reader = SubjectReader(loaded, prompts, weights.names, layers, inside, 64)
+    before = subject_keys(loaded, prompts, weights.names, 64)
+    for _ in range(2):  # a second time, the walk goes back to its beginning
+        for index, name in enumerate(weights.names):
+            keys, values = reader.keys_and_values(index)
+            assert keys.is_contiguous()
+            plain = averaged_values(loaded, prompts, name, 64) if inside else clean_values(loaded, prompts, LAYER, 64)
+            torch.testing.assert_close(keys, subject_keys(loaded, prompts, [name], 64)[name], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(values, plain, atol=1e-4, rtol=1e-4)
+            weights.add(
+                name, DenseUpdate(0.05 * torch.randn(WIDTH, INNER, generator=torch.Generator().manual_seed(index)))
+            )
+        after, expected = reader.all_keys(), subject_keys(loaded, prompts, weights.names, 64)
+        for name in weights.names:
+            torch.testing.assert_close(after[name], expected[name], atol=1e-5, rtol=1e-4)
+    last = weights.names[-1]
+    assert float((after[last] - before[last]).norm()) > 1e-2 or len(layers) == 1, "what was written is seen above"
 
 
 def test_gguf_file_is_converted_once_and_loads_like_the_published_weights(smollm2):

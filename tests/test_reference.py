@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from sphere_edit.editing.keys import SubjectPrompts, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.targets import TargetSettings, optimise_targets
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
@@ -52,10 +52,11 @@ def test_keys_and_hidden_states(as_published, published):
     facts = facts_from([{**fact, "target_new": "x"} for fact in numbers["keys.facts"]]).facts
     prompts = SubjectPrompts.of(facts, templates(numbers), Encoder(as_published.tokenizer))
     names = {layer: f"model.layers.{layer}.mlp.down_proj" for layer in (4, 8)}
-    keys = subject_keys(as_published, prompts, list(names.values()), 4096)
+    reader = SubjectReader(as_published, prompts, list(names.values()), list(names), False, 4096)
+    keys, (_, values) = reader.all_keys(), reader.keys_and_values(1)
     for layer, name in names.items():
         assert relative(keys[name].T, tensors[f"keys.layer{layer}"]) < 1e-4
-    assert relative(clean_values(as_published, prompts, 8, 4096).T, tensors["hidden.layer8"]) < 1e-4
+    assert relative(values.T, tensors["hidden.layer8"]) < 1e-4
 
 
 def test_targets_follow_the_published_loss_step_by_step(as_published, published):

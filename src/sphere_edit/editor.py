@@ -31,7 +31,7 @@ from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_t
 from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.forward import generate
-from sphere_edit.models.loading import LoadedModel, load_model
+from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter, RichReporter
@@ -73,7 +73,7 @@ class Editor:
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
         matrices = settings.resolved_matrices(loaded.architecture, depth)
-        self.settings = settings.with_resolved(matrices)
+        self.settings = settings.with_resolved(matrices, fast_bfloat16(loaded.device))
         self.layers = [layer for layer, _ in matrices]  # of each edited matrix
         names = [loaded.architecture.module_name(layer, role) for layer, role in matrices]
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)

@@ -72,11 +72,8 @@ def _source_times(editor: Editor, trial: Sequence[Fact]) -> dict[str, float]:
         return {source.stage: method.evaluations * _timed(lambda: source.objective(weights))}
     if method.needs.source == "gradients":
         return {source.stage: begin}
-    keys = _timed(lambda: source.all_keys(trial))
-    return {
-        source.stage: begin * settings.targets.steps / _TRIAL_STEPS,
-        "keys": keys * (len(editor.layers) + 1) * 1.5,
-    }
+    keys = _timed(lambda: [*map(source.layer, range(len(editor.layers))), source.all_keys(trial)])
+    return {source.stage: begin * settings.targets.steps / _TRIAL_STEPS, "keys": keys}
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder, fill
-from sphere_edit.models.forward import TokenBatch, activations, at, batches_by_length
+from sphere_edit.models.forward import LayerWalk
 from sphere_edit.models.loading import LoadedModel
 
 
@@ -29,61 +28,63 @@ class SubjectPrompts:
         return cls(rows, len(facts), len(templates))
 
 
-def subject_keys(
-    loaded: LoadedModel, prompts: SubjectPrompts, names: Sequence[str], max_tokens: int
-) -> dict[str, Tensor]:
-    """``K [d_in, n]`` (float32) of each named matrix: the mean of the clean prompt's key and of the templates' average.
+class SubjectReader:
+    """Keys and values at the subjects' last tokens, while the edited layers are written one after another.
 
-    Source: DESIGN (keys), as in the code of MEMIT (arXiv:2210.07229). One forward pass, up to the last named matrix.
+    Keys (DESIGN, as in the code of MEMIT, arXiv:2210.07229) are the mean of the clean prompt's and of the other templates'
+    average. Layers below the edited ones, and those already written, are not run again.
+
+    Args:
+        layers: of each matrix in ``names``, lowest first.
+        inside: values stand at the output of the last ``down`` matrix and are averaged as keys are (R-ROME); otherwise
+            they are what stands at the last layer's value site in the clean prompt.
     """
-    modules = [loaded.model.get_submodule(name) for name in names]
-    found, _ = _at_last_tokens(loaded, prompts.rows, max_tokens, inputs_of=modules)
-    return {name: _columns(_averaged(keys, prompts)) for name, keys in zip(names, found, strict=True)}
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompts: SubjectPrompts,
+        names: Sequence[str],
+        layers: Sequence[int],
+        inside: bool,
+        max_tokens: int,
+    ):
+        self._names, self._layers, self._inside = names, layers, inside
+        self._modules = [loaded.model.get_submodule(name) for name in names]
+        self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside)
+        clean = prompts.rows[:: prompts.templates]
+        others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
+        self._clean = LayerWalk(loaded, clean, layers[0], layers[-1], max_tokens)
+        self._others = LayerWalk(loaded, others, layers[0], layers[-1], max_tokens) if others else None
+
+    def keys_and_values(self, index: int) -> tuple[Tensor, Tensor]:
+        """``K [d_in, n]`` of matrix number ``index``, those below it being written, and ``h [d, n]``; float32."""
+        layer, last, module = self._layers[index], self._layers[-1], self._modules[index]
+        self._clean.stand_at(layer)
+        (keys,), values = self._clean.read(last, [module], self._site)
+        assert values is not None
+        if self._others is None:
+            return _columns(keys), _columns(values)
+        self._others.stand_at(layer)
+        (others,), other_values = self._others.read(layer, [module], self._site if self._inside else None)
+        if other_values is not None:
+            values = _averaged(values, other_values)
+        return _columns(_averaged(keys, others)), _columns(values)
+
+    def all_keys(self) -> dict[str, Tensor]:
+        """``K [d_in, n]`` of every matrix, all being written, in one pass."""
+        found = []
+        for walk in (self._clean, self._others):
+            if walk is not None:
+                walk.stand_at(self._layers[0])
+                found.append(walk.read(self._layers[-1], self._modules)[0])
+        averaged = [_averaged(*parts) for parts in zip(*found, strict=True)]
+        return {name: _columns(keys) for name, keys in zip(self._names, averaged, strict=True)}
 
 
-def clean_values(
-    loaded: LoadedModel, prompts: SubjectPrompts, layer: int, max_tokens: int, inside: bool = False
-) -> Tensor:
-    """``h [d, n]`` (float32): what stands at the value site of ``layer`` at the subject's last token of the clean prompt."""
-    site = loaded.architecture.value_site(loaded.model, layer, inside)
-    _, values = _at_last_tokens(loaded, prompts.rows[:: prompts.templates], max_tokens, output_of=site)
-    return _columns(values)
-
-
-def averaged_values(loaded: LoadedModel, prompts: SubjectPrompts, name: str, max_tokens: int) -> Tensor:
-    """``[d_out, n]`` (float32): the output of the matrix ``name``, averaged over the templates just as its keys are.
-
-    The output being linear in the key, this is W times the averaged key (and the bias, where there is one).
-    """
-    site = loaded.model.get_submodule(name)
-    _, values = _at_last_tokens(loaded, prompts.rows, max_tokens, output_of=site)
-    return _columns(_averaged(values, prompts))
-
-
-def _at_last_tokens(
-    loaded: LoadedModel,
-    rows: Sequence[list[int]],
-    max_tokens: int,
-    inputs_of: Sequence[nn.Module] = (),
-    output_of: nn.Module | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Inputs of some modules and the output of one at each row's last token, ``[rows, d]`` each, float32."""
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in (*inputs_of, output_of)]
-    for chunk in batches_by_length([len(row) for row in rows], max_tokens):
-        batch = TokenBatch.of([rows[index] for index in chunk], loaded.device)
-        inputs, output = activations(loaded, batch, inputs_of, output_of)
-        for kept, hidden in zip(found, (*inputs, output), strict=True):
-            if hidden is not None:
-                for index, vector in zip(chunk, at(hidden, batch.mask.sum(1) - 1).float(), strict=True):
-                    kept[index] = vector
-    *stacked, last = [torch.stack(vectors) for vectors in found]
-    return stacked, last
-
-
-def _averaged(vectors: Tensor, prompts: SubjectPrompts) -> Tensor:
-    vectors = vectors.view(prompts.facts, prompts.templates, -1)
-    clean = vectors[:, 0]
-    return clean if prompts.templates == 1 else (clean + vectors[:, 1:].mean(1)) / 2
+def _averaged(clean: Tensor, others: Tensor | None = None) -> Tensor:
+    """Mean of the clean prompt's vectors ``[n, d]`` and the average of the other templates' ``[n · templates, d]``."""
+    return clean if others is None else (clean + others.view(len(clean), -1, clean.shape[1]).mean(1)) / 2
 
 
 def _columns(vectors: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Settings(BaseModel):
         """The projection whose directions are reported, for the plain method too."""
         return self.sphere.resolved(self.make_method().sphere)
 
-    def with_resolved(self, matrices: Sequence[Matrix]) -> Settings:
+    def with_resolved(self, matrices: Sequence[Matrix], fast_bfloat16: bool = False) -> Settings:
         """These settings with every default spelled out, so that a run keeps them whatever later versions default to."""
         sphere = self.sphere.model_copy(update=self.diagnostic_sphere().model_dump())
         options = self.make_method().model_dump(mode="json")
@@ -93,7 +93,11 @@ class Settings(BaseModel):
         for layer, role in matrices:
             layers[role] = (*layers.get(role, ()), layer)
         plain = layers["down"] if set(layers) == {"down"} else layers
-        return self.model_copy(update={"layers": plain, "sphere": sphere, "options": options})
+        compute = self.targets.compute
+        if compute == "auto":
+            compute = "bfloat16" if fast_bfloat16 else "model"
+        targets = self.targets.model_copy(update={"compute": compute})
+        return self.model_copy(update={"layers": plain, "sphere": sphere, "options": options, "targets": targets})
 
     def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
         """The edited matrices, lowest layer first.

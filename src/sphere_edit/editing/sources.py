@@ -6,20 +6,20 @@ A source gives, batch by batch, the problems a method solves. All of them see th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, averaged_values, clean_values, subject_keys
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.methods.base import Needs
 from sphere_edit.editing.targets import GRADIENT_SCALE, Targets, TargetSettings, optimise_targets
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, TokenBatch, batches_by_length, deterministic
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
 
@@ -76,9 +76,8 @@ class Source:
         raise NotImplementedError
 
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
-        """Keys of every edited matrix with the weights as they stand, in one pass."""
-        prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
-        return subject_keys(self.loaded, prompts, self.weights.names, self.max_tokens)
+        """Keys of every edited matrix with the weights as they stand."""
+        raise NotImplementedError
 
     def report(self) -> Report:
         """What came of the facts taken up last."""
@@ -94,13 +93,39 @@ class OptimisedTargets(Source):
     """
 
     stage = "targets v*"
+    _copy: LoadedModel | None = None
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
-        self._prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
+        self._facts = list(facts)
+        self._reader = self._read(facts)
+        computing = self._computing()
         self.targets: Targets = optimise_targets(
-            self.loaded, facts, self.templates, self.layers[-1], self.settings, self._inside, advance
+            computing, facts, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
+        if computing is not self.loaded:  # v* is measured from the model's own h
+            _, clean = self._reader.keys_and_values(0)
+            self.targets = replace(self.targets, values=clean + self.targets.deltas)
+
+    def _read(self, facts: Sequence[Fact]) -> SubjectReader:
+        prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
+        return SubjectReader(self.loaded, prompts, self.weights.names, self.layers, self._inside, self.max_tokens)
+
+    def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
+        """Keys of every edited matrix with the weights as they stand, in one pass."""
+        reader = self._reader if list(facts) == self._facts else self._read(facts)
+        return reader.all_keys()
+
+    def _computing(self) -> LoadedModel:
+        """What the targets are optimised with: the model, or a bfloat16 copy with the edited weights as they stand."""
+        if self.settings.compute != "bfloat16" or next(self.loaded.model.parameters()).dtype == torch.bfloat16:
+            return self.loaded
+        if self._copy is None:
+            self._copy = cast_copy(self.loaded, torch.bfloat16)
+        for name in self.weights.names:
+            theirs, ours = (model.model.get_submodule(name).weight for model in (self._copy, self.loaded))
+            theirs.copy_(ours)
+        return self._copy
 
     @property
     def _inside(self) -> bool:
@@ -108,12 +133,7 @@ class OptimisedTargets(Source):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
-        name = self.weights.names[index]
-        keys = subject_keys(self.loaded, self._prompts, [name], self.max_tokens)[name]
-        if self._inside:
-            values = averaged_values(self.loaded, self._prompts, name, self.max_tokens)
-        else:
-            values = clean_values(self.loaded, self._prompts, self.layers[-1], self.max_tokens)
+        keys, values = self._reader.keys_and_values(index)
         return keys, (self.targets.values - values) / (len(self.layers) - index)
 
     def report(self) -> Report:

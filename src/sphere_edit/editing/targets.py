@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +31,11 @@ class TargetSettings(BaseModel):
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
     clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")
     stop_loss: float = Field(0.05, ge=0, description="a fact is finished once its loss is below")
+    compute: Literal["auto", "model", "bfloat16"] = Field(
+        "auto",
+        description="what the model computes with meanwhile: its own numbers, or bfloat16 (auto: where the device is faster "
+        "in it); δ, Adam and the loss are float32 in any case",
+    )
     tokens: int = Field(512, ge=16, description="tokens replayed at once; changes speed, memory and rounding")
 
 
@@ -38,6 +44,7 @@ class Targets:
     """v* of a batch of facts, and how it was found."""
 
     values: Tensor  # v* [d, n], float32
+    deltas: Tensor  # δ [d, n], float32
     losses: list[list[float]]  # a fact's loss at every evaluation
     probabilities: list[list[float]] = field(repr=False)  # its mean target probability over templates, likewise
 
@@ -69,20 +76,32 @@ def optimise_targets(
     encoder = Encoder(loaded.tokenizer)
     prompts = [_FactPrompts.of(fact, templates, encoder) for fact in facts]
     sizes = [fact.replayed_tokens for fact in prompts]
-    done: dict[int, tuple[Tensor, list[float], list[float]]] = {}
+    done: dict[int, _Found] = {}
     with deterministic(loaded.device):
         for chunk in batches_by_length(sizes, settings.tokens):
             descent = _Descent(loaded, [prompts[index] for index in chunk], layer, settings, inside)
             for index, result in zip(chunk, descent.run(advance), strict=True):
                 done[index] = result
     order = [done[index] for index in range(len(facts))]
-    for fact, (_, losses, _) in zip(facts, order, strict=True):
-        if not all(loss < float("inf") for loss in losses):
+    for fact, found in zip(facts, order, strict=True):
+        if not all(loss < float("inf") for loss in found.losses):
             raise SphereEditError(
-                f"the target of record {fact.record} ('{fact.filled_prompt[:60]}') has loss {losses[-1]}: the model overflows "
+                f"the target of record {fact.record} ('{fact.filled_prompt[:60]}') has loss {found.losses[-1]}: the model overflows "
                 "on it; try --dtype float32 or bfloat16, or a smaller targets.lr"
             )
-    return Targets(torch.stack([value for value, _, _ in order], dim=1), [o[1] for o in order], [o[2] for o in order])
+    deltas = torch.stack([found.delta for found in order], dim=1)
+    values = torch.stack([found.clean for found in order], dim=1) + deltas
+    return Targets(values, deltas, [found.losses for found in order], [found.probabilities for found in order])
+
+
+@dataclass
+class _Found:
+    """One fact's descent."""
+
+    clean: Tensor  # h [d]
+    delta: Tensor  # [d]
+    losses: list[float] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -151,22 +170,20 @@ class _Descent:
         self.tokens = torch.tensor(tokens, device=device)
         self.weights = weights.to(device)  # [n, target positions]: means over tokens and templates as one product
 
-    def run(self, advance: Advance) -> list[tuple[Tensor, list[float], list[float]]]:
-        count, steps = len(self.prompts), self.settings.steps
-        found: list[Tensor] = [torch.empty(0)] * count
-        losses: list[list[float]] = [[] for _ in range(count)]
-        probabilities: list[list[float]] = [[] for _ in range(count)]
+    def run(self, advance: Advance) -> list[_Found]:
+        steps = self.settings.steps
+        found = [_Found(h, torch.empty(0)) for h in self.h]
         for step in range(1, steps + 1):
             loss, probability = self._loss()
             now = loss.detach()
             for index, value, chance in zip(self.active, now.tolist(), probability.tolist(), strict=True):
-                losses[index].append(value)
-                probabilities[index].append(chance)
+                found[index].losses.append(value)
+                found[index].probabilities.append(chance)
             finished = (now < self.settings.stop_loss) | ~torch.isfinite(now)
             if step == steps:
                 finished[:] = True
             for number in finished.nonzero().flatten().tolist():
-                found[self.active[number]] = (self.h[number] + self.delta[number]).detach()
+                found[self.active[number]].delta = self.delta[number].detach()
             advance(len(self.active) / steps + int(finished.sum()) * (steps - step) / steps)
             if bool(finished.all()):
                 break
@@ -175,7 +192,7 @@ class _Descent:
             if bool(finished.any()):
                 gradient = self._keep((~finished).nonzero().flatten(), gradient)
             self._step(gradient, step)
-        return list(zip(found, losses, probabilities, strict=True))
+        return found
 
     def _loss(self) -> tuple[Tensor, Tensor]:
         """Each active fact's loss and mean target probability, ``[n]``."""

@@ -83,6 +83,32 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@contextmanager
+def _watched(
+    inputs_of: Sequence[nn.Module], output_of: nn.Module | None
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Record inputs of some modules and the output of one while a model runs; it stops after the last of them."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def take_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0].detach())
+        if output_of is None and module is inputs_of[-1]:
+            raise _Stop
+
+    def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(_first(output).detach())
+        raise _Stop
+
+    with ExitStack() as hooks:
+        for module in inputs_of:
+            hooks.callback(module.register_forward_pre_hook(take_input).remove)
+        if output_of is not None:
+            hooks.callback(output_of.register_forward_hook(take_output).remove)
+        with suppress(_Stop):
+            yield inputs, outputs
+
+
 @torch.no_grad()
 def activations(
     loaded: LoadedModel,
@@ -94,26 +120,9 @@ def activations(
 
     The modules must be called in the order given, ``output_of`` last.
     """
-    seen: list[Tensor] = []
-    result: list[Tensor] = []
-
-    def take_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach())
-        if output_of is None and module is inputs_of[-1]:
-            raise _Stop
-
-    def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        result.append(_first(output).detach())
-        raise _Stop
-
-    with ExitStack() as hooks:
-        for module in inputs_of:
-            hooks.callback(module.register_forward_pre_hook(take_input).remove)
-        if output_of is not None:
-            hooks.callback(output_of.register_forward_hook(take_output).remove)
-        with suppress(_Stop):
-            loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return seen, (result[0] if result else None)
+    with _watched(inputs_of, output_of) as (inputs, outputs):
+        loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return inputs, (outputs[0] if outputs else None)
 
 
 def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
@@ -225,6 +234,99 @@ def generate(
     return [row[: next((i for i in range(given, len(row)) if row[i] in ends), len(row))] for row in said]
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer was called with, hidden states first
+
+
+def _hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    if args:
+        return args, kwargs
+    kwargs = dict(kwargs)
+    return (kwargs.pop("hidden_states"),), kwargs
+
+
+@dataclass
+class _WalkedChunk:
+    """Some rows of a walk: what each layer is called with beside the hidden states, and those at the standing point."""
+
+    rows: list[int]
+    last: Tensor  # each row's last token
+    calls: list[Call]  # of the layers from the first on
+    entering: Tensor  # hidden states before the first layer
+    hidden: Tensor  # and before the layer the walk stands at
+
+
+class LayerWalk:
+    """Hidden states of some rows, carried from layer to layer while the weights of those behind are final.
+
+    One forward pass records, by hook, what the layers from ``first`` to ``last`` are called with (masks, rotary tables, …,
+    whatever the family passes). After that only layers from the standing point on are run, so that reading n edited layers one
+    after another costs one pass over them and not n passes from the embedding on.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: Sequence[list[int]], first: int, last: int, max_tokens: int):
+        self._layers = list(loaded.architecture.decoder_layers(loaded.model))
+        self._first, self._at, self._count = first, first, len(rows)
+        self._chunks = [
+            self._record(loaded, [rows[index] for index in chunk], chunk, last)
+            for chunk in batches_by_length([len(row) for row in rows], max_tokens)
+        ]
+
+    @torch.no_grad()
+    def _record(self, loaded: LoadedModel, rows: list[list[int]], indices: list[int], last: int) -> _WalkedChunk:
+        batch = TokenBatch.of(rows, loaded.device)
+        calls: list[Call] = []
+
+        def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(_hidden_first(args, kwargs))
+            if module is self._layers[last]:
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for layer in self._layers[self._first : last + 1]:
+                hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
+            with suppress(_Stop):
+                loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        entering = calls[0][0][0]
+        rest = [(args[1:], kwargs) for args, kwargs in calls]
+        return _WalkedChunk(indices, batch.mask.sum(1) - 1, rest, entering, entering)
+
+    @torch.no_grad()
+    def stand_at(self, layer: int) -> None:
+        """Run the layers up to ``layer``, whose weights must be final; backwards, start again from the first."""
+        if layer < self._at:
+            self._at = self._first
+            for chunk in self._chunks:
+                chunk.hidden = chunk.entering
+        for chunk in self._chunks:
+            for number in range(self._at, layer):
+                chunk.hidden = self._run(chunk, number, chunk.hidden)
+        self._at = layer
+
+    @torch.no_grad()
+    def read(
+        self, last: int, inputs_of: Sequence[nn.Module] = (), output_of: nn.Module | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Inputs of some modules and the output of one at each row's last token, ``[rows, d]`` each, float32.
+
+        The modules stand in the layers from the standing point to ``last``; nothing after the last of them is computed.
+        """
+        found: list[list[Tensor]] = [[torch.empty(0)] * self._count for _ in (*inputs_of, output_of)]
+        for chunk in self._chunks:
+            hidden = chunk.hidden
+            with _watched(inputs_of, output_of) as (inputs, outputs):
+                for number in range(self._at, last + 1):
+                    hidden = self._run(chunk, number, hidden)
+            for kept, seen in zip(found, (*inputs, *outputs), strict=False):
+                for index, vector in zip(chunk.rows, at(seen, chunk.last).float(), strict=True):
+                    kept[index] = vector
+        *stacked, final = [torch.stack(vectors) for vectors in found]
+        return stacked, (None if output_of is None else final)
+
+    def _run(self, chunk: _WalkedChunk, number: int, hidden: Tensor) -> Tensor:
+        args, kwargs = chunk.calls[number - self._first]
+        return _first(self._layers[number](hidden, *args, **kwargs))
+
+
 class UpperLayers:
     """The layers above a value site, replayed with δ added there, from the subject's last token on.
 
@@ -254,7 +356,7 @@ class UpperLayers:
         self._inside = inside or architecture.post_norm
         self._site = architecture.value_site(model, layer, inside)
         self._layers = list(architecture.decoder_layers(model))[layer if self._inside else layer + 1 :]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[Call] = []
         self._record(rows, pivots)
 
     @torch.no_grad()
@@ -276,10 +378,11 @@ class UpperLayers:
         clean: list[Tensor] = []
 
         def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not args:  # hidden_states came by name
-                kwargs = dict(kwargs)
-                args = (kwargs.pop("hidden_states"),)
-            self._calls.append((args, kwargs))
+            self._calls.append(_hidden_first(args, kwargs))
+
+        def take_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            clean.append(_first(output))
+            raise _Stop
 
         cache: Any = DynamicCache()
         with ExitStack() as hooks:
@@ -287,15 +390,15 @@ class UpperLayers:
             for layer in self._layers:
                 hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
             last = self._loaded.architecture.decoder_layers(self._loaded.model)[-1]
-            hooks.callback(last.register_forward_hook(lambda m, a, output: clean.append(_first(output))).remove)
-            self._loaded.model(
-                input_ids=ids.to(device),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            hooks.callback(last.register_forward_hook(take_last).remove)
+            with suppress(_Stop):
+                self._loaded.model(
+                    input_ids=ids.to(device),
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         self._keys_values = _Prefix(
             [(layer.keys[:, :, :column], layer.values[:, :, :column]) for layer in cache.layers]
         )
