@@ -7,6 +7,8 @@ GGUF file; the file itself, and so the model a user gets here, says 100,000. The
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.progress import Quiet
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import textbook
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,21 @@ def test_evaluation(as_published, published):
         assert new_first == pytest.approx([nll["target_new"] for nll in record["nll"]], abs=1e-3)
         assert true_second == pytest.approx([nll["target_true"] for nll in record["nll"]], abs=1e-3)
         assert [rewrite.correct, rephrase.correct, locality.correct] == record["correct"]
+
+
+def test_the_textbook_of_the_benchmarks_follows_the_published_loss_too(as_published, published):
+    """The yardstick of `benchmarks/edit_speed.py` is the published loop, or the comparison means nothing."""
+    tensors, numbers = published
+    hparams = numbers["targets.hparams"]
+    settings = TargetSettings(
+        lr=hparams["v_lr"],
+        steps=hparams["v_num_grad_steps"],
+        weight_decay=hparams["v_weight_decay"],
+        kl_factor=hparams["kl_factor"],
+        clamp_norm_factor=hparams["clamp_norm_factor"],
+    )
+    theirs = numbers["targets.facts"][0]
+    (fact,) = facts_from([theirs]).facts
+    value, losses = textbook.target(as_published, fact, templates(numbers), numbers["targets.layer"], settings)
+    assert losses == pytest.approx(theirs["loss"], abs=1e-2)
+    assert relative(value[None], tensors["targets.v_star"][:1]) < 2e-2

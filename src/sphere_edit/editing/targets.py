@@ -26,7 +26,7 @@ class TargetSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(1.0, gt=0, description="Adam's learning rate (v_lr)")
-    steps: int = Field(12, ge=1, description="loss evaluations; one update fewer (v_num_grad_steps)")
+    steps: int = Field(13, ge=1, description="loss evaluations; one update fewer (v_num_grad_steps)")
     weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
     clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")
