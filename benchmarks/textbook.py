@@ -3,7 +3,7 @@
 One fact at a time; at every step of its target a whole forward pass over every template and the whole vocabulary's logits at
 every position; a whole forward pass for every reading of keys and values; a d_in × d_in system and a d_in × d_in eigenbasis
 for every batch and layer. AlphaEdit + SPHERE as in arXiv:2410.02355 and arXiv:2510.01172. Nothing of the package's engine is used
-but the model, the tokens' positions and the settings' names; `tests/test_textbook.py` holds it against the authors' numbers.
+but the model, the tokens' positions and the settings' names; `tests/test_reference.py` holds it against the authors' numbers.
 """
 
 from __future__ import annotations

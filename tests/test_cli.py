@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import fact_records
 from families import FAMILIES, save_tiny
 from sphere_edit import SphereEditError, __version__
-from sphere_edit.cli import MethodName, app
+from sphere_edit.cli import app
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editor import opened
 from sphere_edit.models.loading import prepare
@@ -259,9 +259,13 @@ def test_bad_records_stop_a_run_before_it_starts_and_skip_bad_goes_on(model, tmp
 
 def test_the_readable_outside():
     assert __version__ in run("--version")
-    for command in ("edit", "eval", "show", "rollback", "export", "demo"):
+    for command in ("edit", "eval", "show", "rollback", "export", "demo", "methods"):
         assert "Usage" in run(command, "--help")
-    assert {name.value for name in MethodName} == set(METHODS)
+
+
+def test_an_unknown_method_is_told_which_exist(tmp_path, facts):
+    with pytest.raises(SphereEditError, match="there is no method 'magic'; choose one of alphaedit, memit"):
+        run("edit", "no-such-model", facts, "-o", tmp_path / "run", "--method", "magic")
 
 
 def test_methods_lists_every_method_option_and_preset():

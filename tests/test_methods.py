@@ -218,7 +218,9 @@ def test_ultraedit_is_its_published_formula_and_zeroes_its_normal_equations(prob
 
 def test_ultraedit_takes_a_single_token(problem):
     single = dataclasses.replace(problem, keys=problem.keys[:, :1], residual=problem.residual[:, :1])
-    assert bool(torch.isfinite(UltraEdit().solve(single, {}).dense()).all())
+    delta = UltraEdit().solve(single, {}).dense()
+    assert bool(torch.isfinite(delta).all())
+    assert float((delta @ single.keys).flatten() @ single.residual.flatten()) > 0, "the output moves as the loss asks"
 
 
 def quadratic(goal: torch.Tensor):

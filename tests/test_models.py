@@ -71,14 +71,17 @@ def test_hit(family, layer):
 
 @families
 @pytest.mark.parametrize("layer", [0, LAYER, DEPTH - 1])
-def test_hit_at_the_mlps_output(family, layer):
+@pytest.mark.parametrize("compute", ["model", "bfloat16"])
+def test_hit_at_the_mlps_output(family, layer, compute):
     """The same with δ at the MLP's output (ROME), where the averaged key's output becomes v*."""
     loaded = tiny(family)
     weights = edited(loaded.model, [layer])
     (name,) = weights.names
-    settings = TargetSettings(lr=0.2, steps=6)
+    settings = TargetSettings(lr=0.2, steps=6, compute=compute)
     source = OptimisedTargets(loaded, weights, [layer], TEMPLATES, Needs(site="mlp"), settings, 256)
     source.begin(facts())
+    clean = clean_values(loaded, SubjectPrompts.of(facts(), ["{}"], Encoder(loaded.tokenizer)), layer, 256, inside=True)
+    torch.testing.assert_close(source.targets.values, clean + source.targets.deltas, atol=1e-4, rtol=1e-4)
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
     problem = LayerProblem(weights.working[name], weights.original(name), keys, residual, Statistics())

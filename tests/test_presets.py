@@ -74,6 +74,11 @@ def test_what_is_said_wins_even_where_it_is_a_default():
     assert settings.layers == (3,)
 
 
+def test_layers_by_role_are_one_choice():
+    given = make_settings({"method": "ultraedit", "layers": {"gate": [3]}})
+    assert with_preset(given, CONFIGS["Llama-3-8B"])[0].layers == {"gate": (3,)}
+
+
 def test_a_run_shows_its_preset_and_keeps_it(tmp_path, monkeypatch):
     shape = {"model_type": "llama", "num_hidden_layers": 4}
     rows = (Preset("Tiny", shape, {"memit": {"layers": [2], "targets": {"steps": 2, "lr": 0.3}}}),)

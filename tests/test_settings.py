@@ -157,8 +157,11 @@ def test_chosen_layers_come_lowest_first():
 
 
 def test_resolved_settings_choose_the_same_matrices_again():
-    for method in METHODS:
-        settings = make_settings({"method": method})
+    chosen = [{"method": method} for method in METHODS]
+    chosen += [{"method": method, "layers": {"down": [3, 9]}} for method in METHODS if method not in ("rome",)]
+    chosen += [{"method": "ultraedit", "layers": [3]}, {"method": "ft", "layers": {"gate": [2], "down": [2]}}]
+    for wish in chosen:
+        settings = make_settings(wish)
         matrices = settings.resolved_matrices(PRE_NORM, 30)
         kept = make_settings(json.loads(settings.with_resolved(matrices).model_dump_json()))
         assert kept.resolved_matrices(PRE_NORM, 30) == matrices

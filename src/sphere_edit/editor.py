@@ -73,7 +73,7 @@ class Editor:
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
         matrices = settings.resolved_matrices(loaded.architecture, depth)
-        self.settings = settings.with_resolved(matrices, fast_bfloat16(loaded.device))
+        self.settings = settings.with_resolved(matrices, loaded.dtype == torch.float32 and fast_bfloat16(loaded.device))
         self.layers = [layer for layer, _ in matrices]  # of each edited matrix
         names = [loaded.architecture.module_name(layer, role) for layer, role in matrices]
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)
@@ -394,7 +394,7 @@ class Editor:
                 "fingerprint": self.loaded.fingerprint,
                 "family": self.model.config.model_type,
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                "dtype": str(self.loaded.dtype).removeprefix("torch."),
             },
             "preset": self.preset,
             "settings": self.settings.model_dump(mode="json"),

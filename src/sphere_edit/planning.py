@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
+from sphere_edit.facts.prompts import Encoder, joined
 from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import TokenBatch, last_hidden
 from sphere_edit.progress import Quiet
@@ -57,7 +60,7 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         seconds["second moments"] = tokens * reading
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * 150.0
     seconds["perplexity"] = evaluations * heldout * reading
-    return Estimate(seconds, _memory(editor), _disk(editor, len(facts)))
+    return Estimate(seconds, _memory(editor), _disk(editor, facts))
 
 
 def _source_times(editor: Editor, trial: Sequence[Fact]) -> dict[str, float]:
@@ -106,6 +109,9 @@ def _with_truth(fact: Fact) -> Fact:
 
 def _memory(editor: Editor) -> int:
     model = sum(parameter.numel() * parameter.element_size() for parameter in editor.model.parameters())
+    copied = editor.settings.targets.compute == "bfloat16" and editor.loaded.dtype != torch.bfloat16
+    if copied and editor.method.needs.source == "targets":
+        model += 2 * sum(parameter.numel() for parameter in editor.model.parameters())
     matrices = sum(weight.numel() for weight in editor.weights.working.values())
     inputs = max(weight.shape[1] for weight in editor.weights.working.values())
     needs = editor.method.needs
@@ -117,17 +123,20 @@ def _memory(editor: Editor) -> int:
     return model + matrices * (4 + 4) + statistics + solving + activations + 512 * vocabulary * 4 * 3
 
 
-def _disk(editor: Editor, facts: int) -> int:
+def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
+    facts = len(planned)
     method, widths = editor.method, [weight.shape for weight in editor.weights.working.values()]
     batches = -(-facts // editor.settings.batch_size)
-    remembered = method.needs.remembers is not None
-    updates = sum(
-        batches * out * inner * 4 if method.dense else facts * (out + (1 + remembered) * inner) * 4
-        for out, inner in widths
-    )
-    checkpoint = sum(out * inner * 4 + remembered * inner * inner * 8 for out, inner in widths)
+    remembers = method.needs.remembers
+    if method.needs.source == "gradients":  # a column a target token
+        encoder = Encoder(editor.tokenizer)
+        facts = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
+    column = {"keys": lambda o, i: o + 2 * i, "problem": lambda o, i: 2 * (o + i), None: lambda o, i: o + i}[remembers]
+    updates = sum(4 * (batches * out * inner if method.dense else facts * column(out, inner)) for out, inner in widths)
+    state = {"keys": lambda inner: inner * inner * 8, "problem": lambda inner: 0, None: lambda inner: 0}[remembers]
+    checkpoint = sum(out * inner * 4 + state(inner) for out, inner in widths)
     statistics = sum(inner * inner * 4 for _, inner in widths) if method.needs.statistics else 0
-    return updates + checkpoint * 3 + statistics + facts * 4000
+    return updates + checkpoint * 3 + statistics + len(planned) * 4000
 
 
 def _depth(editor: Editor) -> int:

@@ -71,6 +71,13 @@ class SubjectReader:
             values = _averaged(values, other_values)
         return _columns(_averaged(keys, others)), _columns(values)
 
+    def clean_values(self) -> Tensor:
+        """``h [d, n]`` (float32) of the clean prompts, with the weights as they stand."""
+        self._clean.stand_at(self._layers[0])
+        _, values = self._clean.read(self._layers[-1], output_of=self._site)
+        assert values is not None
+        return _columns(values)
+
     def all_keys(self) -> dict[str, Tensor]:
         """``K [d_in, n]`` of every matrix, all being written, in one pass."""
         found = []

@@ -147,6 +147,7 @@ class SequentialLoop:
                 else:
                     assert isinstance(self.method, JointMethod)
                     groups.append(self._solve_jointly(self.method, clock))
+                    advance(len(facts))
                 report.add(self.source.report())
         return groups, report
 

@@ -92,7 +92,8 @@ class Settings(BaseModel):
         layers: dict[str, tuple[int, ...]] = {}
         for layer, role in matrices:
             layers[role] = (*layers.get(role, ()), layer)
-        plain = layers["down"] if set(layers) == {"down"} else layers
+        only_down = set(layers) == {"down"} and self.make_method().roles == (("down",),)
+        plain = layers["down"] if only_down else layers
         compute = self.targets.compute
         if compute == "auto":
             compute = "bfloat16" if fast_bfloat16 else "model"
@@ -189,7 +190,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for name, value in over.items():
-        nested = isinstance(value, dict) and isinstance(result.get(name), dict)
+        # layers by role are one choice: what one source of settings says replaces what another said
+        nested = isinstance(value, dict) and isinstance(result.get(name), dict) and name != "layers"
         result[name] = _merged(result[name], value) if nested else value
     return result
 

@@ -94,31 +94,38 @@ class OptimisedTargets(Source):
 
     stage = "targets v*"
     _copy: LoadedModel | None = None
+    _reader: SubjectReader | None = None
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
-        self._facts = list(facts)
-        self._reader = self._read(facts)
+        self._facts, self._reader = list(facts), None
         computing = self._computing()
         self.targets: Targets = optimise_targets(
             computing, facts, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
-            _, clean = self._reader.keys_and_values(0)
-            self.targets = replace(self.targets, values=clean + self.targets.deltas)
+            values = self._the_reader().clean_values() + self.targets.deltas
+            self.targets = replace(self.targets, values=values)
 
-    def _read(self, facts: Sequence[Fact]) -> SubjectReader:
-        prompts = SubjectPrompts.of(facts, self.templates, self.encoder)
-        return SubjectReader(self.loaded, prompts, self.weights.names, self.layers, self._inside, self.max_tokens)
+    def _the_reader(self) -> SubjectReader:
+        """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
+        if self._reader is None:
+            prompts = SubjectPrompts.of(self._facts, self.templates, self.encoder)
+            names, layers = self.weights.names, self.layers
+            self._reader = SubjectReader(self.loaded, prompts, names, layers, self._inside, self.max_tokens)
+        return self._reader
 
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
-        reader = self._reader if list(facts) == self._facts else self._read(facts)
-        return reader.all_keys()
+        if list(facts) != self._facts:  # a batch of several groups
+            self._facts, self._reader = list(facts), None
+        keys = self._the_reader().all_keys()
+        self._reader = None
+        return keys
 
     def _computing(self) -> LoadedModel:
         """What the targets are optimised with: the model, or a bfloat16 copy with the edited weights as they stand."""
-        if self.settings.compute != "bfloat16" or next(self.loaded.model.parameters()).dtype == torch.bfloat16:
+        if self.settings.compute != "bfloat16" or self.loaded.dtype == torch.bfloat16:
             return self.loaded
         if self._copy is None:
             self._copy = cast_copy(self.loaded, torch.bfloat16)
@@ -133,7 +140,9 @@ class OptimisedTargets(Source):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
-        keys, values = self._reader.keys_and_values(index)
+        keys, values = self._the_reader().keys_and_values(index)
+        if index == len(self.layers) - 1 and self.needs.remembers != "keys":
+            self._reader = None
         return keys, (self.targets.values - values) / (len(self.layers) - index)
 
     def report(self) -> Report:

@@ -38,6 +38,11 @@ class LoadedModel:
     fingerprint: str
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Numbers the model's first parameter is made of."""
+        return next(self.model.parameters()).dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the model's first parameter lives."""
         return next(self.model.parameters()).device
@@ -48,7 +53,10 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         answers = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return any(answer is not None and answer() for answer in answers)
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def cast_copy(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:

@@ -44,7 +44,9 @@ class Sphere(BaseModel):
     eta: float = Field(0.5, ge=0, le=1, description="share of the neurons' spectrum that counts as principal")
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the update along it is taken away")
     basis: Literal["current", "pretrained"] = Field(
-        "current", description="directions of the weights as they stand before the update, or before the first edit"
+        "current",
+        description="directions of the weights as they stand (before the update; with 'deployed', after the batch), or of "
+        "those before the first edit",
     )
     project: Literal["per_layer", "after_all", "deployed"] = Field(
         "per_layer",

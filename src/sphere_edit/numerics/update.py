@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """``ΔW = left @ right`` with ``left [d_out, n]`` and ``right [n, d_in]``, n the number of facts."""
+    """``ΔW = left @ right`` with ``left [d_out, n]`` and ``right [n, d_in]``, n the number of facts or tokens."""
 
     left: Tensor
     right: Tensor
@@ -40,8 +40,8 @@ class LowRankUpdate:
         return float(squared.clamp_min(0).sqrt())
 
     def to(self, dtype: torch.dtype) -> LowRankUpdate:
-        """The same update with both factors cast."""
-        return LowRankUpdate(self.left.to(dtype), self.right.to(dtype))
+        """The same update with both factors cast, and laid out as they are stored and read back."""
+        return LowRankUpdate(self.left.to(dtype).contiguous(), self.right.to(dtype).contiguous())
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store: ``left`` and ``right``."""
@@ -50,7 +50,7 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """``ΔW = delta [d_out, d_in]``, for methods whose update has no small rank (RECT, PRUNE)."""
+    """``ΔW = delta [d_out, d_in]``, for methods whose update has no small rank (RECT, fine-tuning)."""
 
     delta: Tensor
 
@@ -76,7 +76,7 @@ class DenseUpdate:
 
     def to(self, dtype: torch.dtype) -> DenseUpdate:
         """The same update, cast."""
-        return DenseUpdate(self.delta.to(dtype))
+        return DenseUpdate(self.delta.to(dtype).contiguous())
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store: ``delta``."""

@@ -53,10 +53,11 @@ class UltraEdit(LayerwiseMethod):
         """ΔW as ``V`` times ``(Kᵀ K + λ I)⁻¹ Kᵀ``, the same by the push-through identity, solved in float64."""
         keys, residual = problem.keys.double(), problem.residual.double()
         running = _merged(state, keys, residual)
-        # the published deviation has count − 1 in it; a single token, which has none, is left as it is
-        deviation = (running["squares"] / (running["count"] - 1).clamp_min(1)).sqrt()
-        scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        normal = (torch.cat([keys, residual]) - running["mean"][:, None]) / scale[:, None]
+        normal = torch.cat([keys, residual])
+        if float(running["count"]) > 1:  # a single token has no spread to be normalised by
+            deviation = (running["squares"] / (running["count"] - 1)).sqrt()
+            scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+            normal = (normal - running["mean"][:, None]) / scale[:, None]
         normal_keys, normal_residual = normal.split([len(keys), len(residual)])
         values = self.rate * normal_keys.square().sum(0) * normal_residual
         gram = keys.T @ keys
