@@ -52,6 +52,12 @@ def templates(numbers) -> list[str]:
     return [template for group in numbers["targets.context_templates"] for template in group]
 
 
+def settings_of(numbers) -> TargetSettings:
+    hparams = numbers["targets.hparams"]
+    names = {"v_lr": "lr", "v_num_grad_steps": "steps", "v_weight_decay": "weight_decay"}
+    return TargetSettings(**{names.get(name, name): value for name, value in hparams.items()})
+
+
 def test_keys_and_hidden_states(as_published, published):
     tensors, numbers = published
     facts = facts_from([{**fact, "target_new": "x"} for fact in numbers["keys.facts"]]).facts
@@ -66,14 +72,7 @@ def test_keys_and_hidden_states(as_published, published):
 
 def test_targets_follow_the_published_loss_step_by_step(as_published, published):
     tensors, numbers = published
-    published_settings = numbers["targets.hparams"]
-    settings = TargetSettings(
-        lr=published_settings["v_lr"],
-        steps=published_settings["v_num_grad_steps"],
-        weight_decay=published_settings["v_weight_decay"],
-        kl_factor=published_settings["kl_factor"],
-        clamp_norm_factor=published_settings["clamp_norm_factor"],
-    )
+    settings = settings_of(numbers)
     facts = facts_from(numbers["targets.facts"]).facts
     found = optimise_targets(as_published, facts, templates(numbers), numbers["targets.layer"], settings)
     for number, theirs in enumerate(numbers["targets.facts"]):
@@ -103,14 +102,7 @@ def test_evaluation(as_published, published):
 def test_the_textbook_of_the_benchmarks_follows_the_published_loss_too(as_published, published):
     """The yardstick of `benchmarks/edit_speed.py` is the published loop, or the comparison means nothing."""
     tensors, numbers = published
-    hparams = numbers["targets.hparams"]
-    settings = TargetSettings(
-        lr=hparams["v_lr"],
-        steps=hparams["v_num_grad_steps"],
-        weight_decay=hparams["v_weight_decay"],
-        kl_factor=hparams["kl_factor"],
-        clamp_norm_factor=hparams["clamp_norm_factor"],
-    )
+    settings = settings_of(numbers)
     theirs = numbers["targets.facts"][0]
     (fact,) = facts_from([theirs]).facts
     value, losses = textbook.target(as_published, fact, templates(numbers), numbers["targets.layer"], settings)
