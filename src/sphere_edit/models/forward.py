@@ -244,6 +244,15 @@ def _hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return (kwargs.pop("hidden_states"),), kwargs
 
 
+def _mapped(change: Callable[[Any], Any], item: Any) -> Any:
+    """``item`` with everything in it changed. Not a closure that calls itself, which would live on with all it holds."""
+    if isinstance(item, (tuple, list)):
+        return type(item)(_mapped(change, part) for part in item)
+    if isinstance(item, dict):
+        return {name: _mapped(change, part) for name, part in item.items()}
+    return change(item)
+
+
 @dataclass
 class _WalkedChunk:
     """Some rows of a walk: what each layer is called with beside the hidden states, and those at the standing point."""
@@ -411,11 +420,9 @@ class UpperLayers:
                 dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(item.dim())
                 if dim is not None and item.shape[dim] == width:
                     return item.narrow(dim, column, width - column)
-            if isinstance(item, (tuple, list)):
-                return type(item)(suffix(part) for part in item)
             return item
 
-        self._calls = [(suffix(args), {name: suffix(item) for name, item in kw.items()}) for args, kw in self._calls]
+        self._calls = [_mapped(suffix, call) for call in self._calls]
         site = values[0][:, column:]
         self.value = site[:, 0]  # [B, d]: what stands at the pivots
         self._start = self._calls[0][0][0] if self._inside else site
@@ -427,13 +434,11 @@ class UpperLayers:
         self._keys_values.keep(rows)
 
         def pick(item: Any) -> Any:
-            if isinstance(item, Tensor):
-                return item[rows] if item.dim() > 1 and size > 1 and len(item) == size else item
-            if isinstance(item, (tuple, list)):
-                return type(item)(pick(part) for part in item)
+            if isinstance(item, Tensor) and item.dim() > 1 and size > 1 and len(item) == size:
+                return item[rows]
             return item
 
-        self._calls = [(pick(args), {name: pick(item) for name, item in kw.items()}) for args, kw in self._calls]
+        self._calls = [_mapped(pick, call) for call in self._calls]
         self.value, self._start = self.value[rows], self._start[rows]
         self._clean, self._real = self._clean[rows], self._real[rows]
 
