@@ -42,6 +42,13 @@ def edited(model, layers):
     return EditedWeights(model, architecture, [architecture.module_name(layer, "down") for layer in layers])
 
 
+def rows_and_pivots(loaded) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every fact in two templates, and where the subject's last token stands."""
+    encoder = Encoder(loaded.tokenizer)
+    coded = [(encoder.encode(text), end) for f in facts() for text, end in [fill(TEMPLATES[1], f), fill("{}", f)]]
+    return [tokens.ids for tokens, _ in coded], [tokens.last_token_of(end) for tokens, end in coded]
+
+
 def facts(count: int = 4):
     return facts_from(fact_records(count)).facts
 
@@ -97,10 +104,7 @@ def test_hit_at_the_mlps_output(family, layer, compute):
 @families
 def test_replay_with_delta_inside_a_layer_is_the_whole_forward_pass(family):
     loaded = tiny(family)
-    encoder = Encoder(loaded.tokenizer)
-    coded = [(encoder.encode(text), end) for f in facts() for text, end in [fill(TEMPLATES[1], f), fill("{}", f)]]
-    rows = [tokens.ids for tokens, _ in coded]
-    pivots = [tokens.last_token_of(end) for tokens, end in coded]
+    rows, pivots = rows_and_pivots(loaded)
     delta = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(1))
     upper = UpperLayers(loaded, rows, pivots, LAYER, inside=True)
     upper.check(upper.hidden(torch.zeros(len(rows), WIDTH)))
@@ -174,10 +178,7 @@ def test_a_value_gradient_is_the_slope_of_its_output(family):
 def test_replay_of_the_upper_layers_is_the_whole_forward_pass(family):
     """Values and gradients of a replay equal those of a plain, right-padded forward pass with δ added by a hook."""
     loaded = tiny(family)
-    encoder = Encoder(loaded.tokenizer)
-    coded = [(encoder.encode(text), end) for f in facts() for text, end in [fill(TEMPLATES[1], f), fill("{}", f)]]
-    rows = [tokens.ids for tokens, _ in coded]
-    pivots = [tokens.last_token_of(end) for tokens, end in coded]
+    rows, pivots = rows_and_pivots(loaded)
     torch.manual_seed(1)
     delta = torch.randn(len(rows), WIDTH).requires_grad_()
     upper = UpperLayers(loaded, rows, pivots, LAYER)

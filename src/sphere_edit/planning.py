@@ -133,8 +133,7 @@ def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
         facts = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
     column = {"keys": lambda o, i: o + 2 * i, "problem": lambda o, i: 2 * (o + i), None: lambda o, i: o + i}[remembers]
     updates = sum(4 * (batches * out * inner if method.dense else facts * column(out, inner)) for out, inner in widths)
-    state = {"keys": lambda inner: inner * inner * 8, "problem": lambda inner: 0, None: lambda inner: 0}[remembers]
-    checkpoint = sum(out * inner * 4 + state(inner) for out, inner in widths)
+    checkpoint = sum(out * inner * 4 + (inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
     statistics = sum(inner * inner * 4 for _, inner in widths) if method.needs.statistics else 0
     return updates + checkpoint * 3 + statistics + len(planned) * 4000
 

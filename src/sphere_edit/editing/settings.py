@@ -88,11 +88,12 @@ class Settings(BaseModel):
     def with_resolved(self, matrices: Sequence[Matrix], fast_bfloat16: bool = False) -> Settings:
         """These settings with every default spelled out, so that a run keeps them whatever later versions default to."""
         sphere = self.sphere.model_copy(update=self.diagnostic_sphere().model_dump())
-        options = self.make_method().model_dump(mode="json")
+        method = self.make_method()
+        options = method.model_dump(mode="json")
         layers: dict[str, tuple[int, ...]] = {}
         for layer, role in matrices:
             layers[role] = (*layers.get(role, ()), layer)
-        only_down = set(layers) == {"down"} and self.make_method().roles == (("down",),)
+        only_down = set(layers) == {"down"} and method.roles == (("down",),)
         plain = layers["down"] if only_down else layers
         compute = self.targets.compute
         if compute == "auto":

@@ -7,7 +7,16 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, eye, float64
 
-from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, Seen, State, Statistics
+from sphere_edit.editing.methods.base import (
+    LayerProblem,
+    LayerwiseMethod,
+    Needs,
+    Seen,
+    State,
+    Statistics,
+    with_keys,
+    without_keys,
+)
 from sphere_edit.numerics.linalg import NullSpaceRule, spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -48,14 +57,11 @@ class AlphaEdit(LayerwiseMethod):
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
-        inside = _basis(statistics).T @ seen["keys"].double()
-        added = inside @ inside.T
-        return {"previous": state["previous"].to(added.device) + added if state else added}
+        return with_keys(state, _basis(statistics).T @ seen["keys"].double())
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
-        inside = _basis(statistics).T @ keys.double()
-        return {"previous": state["previous"].to(inside.device) - inside @ inside.T}
+        return without_keys(state, _basis(statistics).T @ keys.double())
 
 
 def _basis(statistics: Statistics) -> Tensor:

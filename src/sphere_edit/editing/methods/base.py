@@ -133,6 +133,19 @@ class JointMethod(Method):
         """ΔW of every matrix, starting from ``weights``, without SPHERE."""
 
 
+def with_keys(state: State, keys: Tensor) -> State:
+    """The state ``Kp Kpᵀ`` of all earlier keys with more ``keys [d, n]`` in it, in float64."""
+    keys = keys.double()
+    added = keys @ keys.T
+    return {"previous": state["previous"].to(added.device) + added if state else added}
+
+
+def without_keys(state: State, keys: Tensor) -> State:
+    """The state ``Kp Kpᵀ`` without some ``keys [d, m]`` that are in it."""
+    keys = keys.double()
+    return {"previous": state["previous"].to(keys.device) - keys @ keys.T}
+
+
 def layers_from(share: float, count: int, depth: int) -> tuple[int, ...]:
     """``count`` layers from ``share`` of the depth on, fewer in a shallow model, where the last layer is left alone."""
     first = min(int(share * depth + 0.5), depth - 1)

@@ -7,7 +7,16 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, Seen, State, Statistics
+from sphere_edit.editing.methods.base import (
+    LayerProblem,
+    LayerwiseMethod,
+    Needs,
+    Seen,
+    State,
+    Statistics,
+    with_keys,
+    without_keys,
+)
 from sphere_edit.numerics.linalg import spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -58,11 +67,8 @@ class MemitSeq(Memit):
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
-        keys = seen["keys"].double()
-        added = keys @ keys.T
-        return {"previous": state["previous"].to(added.device) + added if state else added}
+        return with_keys(state, seen["keys"])
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
-        old = keys.double()
-        return {"previous": state["previous"].to(old.device) - old @ old.T}
+        return without_keys(state, keys)
