@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import Editor, read_facts
-from sphere_edit.editing.targets import _FactPrompts
+from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet
@@ -130,14 +130,14 @@ def floor(editor: Editor, facts: Sequence[Fact], evaluations: Sequence[int]) -> 
     templates = editor._the_loop().source.templates
     targets = keys = 0.0
     for fact, count in zip(facts, evaluations, strict=True):
-        prompts = _FactPrompts.of(fact, templates, encoder)
+        prompts = FactPrompts.of(fact, templates, encoder)
         whole = sum(map(len, prompts.rows))
         suffix = sum(len(row) - subject for row, subject in zip(prompts.rows, prompts.subjects, strict=True))
         read = sum(map(len, prompts.targets)) + 1
         targets += 2 * whole * layer * len(layers) + count * 4 * (
             suffix * layer * (len(layers) - last - 1) + read * logits
         )
-        keys += 2 * 2 * sum(subject + 1 for subject in prompts.subjects[:-1]) * layer * (last + 1)
+        keys += 2 * 2 * sum(subject + 1 for subject in prompts.subjects[: len(templates)]) * layer * (last + 1)
     return {"targets v*": targets, "keys": keys}
 
 

@@ -20,12 +20,13 @@ from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.sources import OptimisedTargets, TargetGradients, TargetLoss
-from sphere_edit.editing.targets import TargetSettings, optimise_targets
+from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.metrics import score_facts
-from sphere_edit.facts.prompts import Encoder, fill
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models.architecture import architecture_of
+from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, generate, last_hidden
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
@@ -53,6 +54,11 @@ def facts(count: int = 4):
     return facts_from(fact_records(count)).facts
 
 
+def within_reach(layer: int):
+    """Facts on whose targets a δ in ``layer`` can act: after the last layer nothing carries it on to later positions."""
+    return [dataclasses.replace(fact, prompt="They say {}") for fact in facts()] if layer == DEPTH - 1 else facts()
+
+
 @families
 @pytest.mark.parametrize("layer", [0, LAYER, DEPTH - 1])
 def test_hit(family, layer):
@@ -62,7 +68,7 @@ def test_hit(family, layer):
     name = weights.names[0]
     settings = TargetSettings(lr=0.2, steps=6)
     source = OptimisedTargets(loaded, weights, [layer], ["{}"], Needs(), settings, 256)
-    source.begin(facts())
+    source.begin(within_reach(layer))
     targets = source.targets
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
@@ -71,7 +77,7 @@ def test_hit(family, layer):
         LayerProblem(weights.working[name], weights.original(name), keys, residual, moment), {}
     )
     weights.add(name, update)
-    prompts = SubjectPrompts.of(facts(), ["{}"], Encoder(loaded.tokenizer))
+    prompts = SubjectPrompts.of(within_reach(layer), ["{}"], Encoder(loaded.tokenizer))
     after = clean_values(loaded, prompts, layer, 256)
     assert float((after - targets.values).norm() / targets.values.norm()) < 1e-3
 
@@ -86,14 +92,16 @@ def test_hit_at_the_mlps_output(family, layer, compute):
     (name,) = weights.names
     settings = TargetSettings(lr=0.2, steps=6, compute=compute)
     source = OptimisedTargets(loaded, weights, [layer], TEMPLATES, Needs(site="mlp"), settings, 256)
-    source.begin(facts())
-    clean = clean_values(loaded, SubjectPrompts.of(facts(), ["{}"], Encoder(loaded.tokenizer)), layer, 256, inside=True)
+    source.begin(within_reach(layer))
+    clean = clean_values(
+        loaded, SubjectPrompts.of(within_reach(layer), ["{}"], Encoder(loaded.tokenizer)), layer, 256, inside=True
+    )
     torch.testing.assert_close(source.targets.values, clean + source.targets.deltas, atol=1e-4, rtol=1e-4)
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
     problem = LayerProblem(weights.working[name], weights.original(name), keys, residual, Statistics())
     weights.add(name, Emmet(second_moment=False).solve(problem, {}))
-    prompts = SubjectPrompts.of(facts(), TEMPLATES, Encoder(loaded.tokenizer))
+    prompts = SubjectPrompts.of(within_reach(layer), TEMPLATES, Encoder(loaded.tokenizer))
     after = averaged_values(loaded, prompts, name, 256)
     assert float((after - source.targets.values).norm() / source.targets.values.norm()) < 1e-3
     bias = getattr(loaded.model.get_submodule(name), "bias", None)
@@ -146,7 +154,7 @@ def test_gradients_by_outputs_and_by_weights_are_those_of_the_loss(family):
         assert float((by_weight[name] * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-3)
     # the last edited matrix's input at the predicting positions is all through which it acts on the loss there
     keys, residual = gradients.layer(len(names) - 1)
-    assert keys.shape[1] == residual.shape[1] == sum(len(row.tokens) for _, row in loss._chunks)
+    assert keys.shape[1] == residual.shape[1] == sum(len(row.predictions.tokens) for _, row in loss._chunks)
     assert float(residual.norm()) > 0
 
 
@@ -531,3 +539,83 @@ def test_gguf_file_is_converted_once_and_loads_like_the_published_weights(smollm
     assert len(smollm2.architecture.decoder_layers(smollm2.model)) == 30
     again = AutoModelForCausalLM.from_config(config)
     assert again.num_parameters() == smollm2.model.num_parameters()
+
+
+@families
+def test_loss_and_gradient_of_a_target_are_those_of_its_definition(family):
+    """The loss as DESIGN states it, over whole forward passes with δ added by hook, differentiated by autograd."""
+    loaded = tiny(family)
+    settings = TargetSettings(kl_factor=0.5, weight_decay=0.3)
+    given = [
+        dataclasses.replace(fact, prompt=prompt)
+        for fact, prompt in zip(facts(), ["In truth {} is", "{} has"] * 2, strict=True)
+    ]
+    encoder = Encoder(loaded.tokenizer)
+    prompts = [FactPrompts.of(fact, TEMPLATES, encoder) for fact in given]
+    assert {prompt.kl_row for prompt in prompts} == {0, len(TEMPLATES)}, "both ways of the KL prompt occur"
+    descent = _Descent(loaded, prompts, LAYER, settings, inside=False)
+    descent._evaluate()  # δ = 0: fixes the distribution that the KL divergence is taken from
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(descent.delta.shape, generator=generator)
+    descent.delta = deltas.clone().requires_grad_()
+    evaluation = descent._evaluate()
+    gradient = descent._gradient(evaluation)
+    for number, fact in enumerate(given):
+        delta = deltas[number].clone().requires_grad_()
+        loss = defined_loss(loaded, fact, delta, descent.h[number], settings, encoder)
+        (expected,) = torch.autograd.grad(loss, delta)
+        assert float(evaluation.loss[number]) == pytest.approx(float(loss.detach()), rel=1e-5)
+        torch.testing.assert_close(gradient[number], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def defined_loss(loaded, fact, delta, h, settings, encoder):
+    site = loaded.architecture.value_site(loaded.model, LAYER)
+
+    def log_probs(ids, position, shift):
+        def add(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = torch.cat([hidden[:, :position], hidden[:, position, None] + shift, hidden[:, position + 1 :]], 1)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        hook = site.register_forward_hook(add)
+        logits = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        hook.remove()
+        return logits.log_softmax(-1)
+
+    nll = []
+    for template in TEMPLATES:
+        text, end = fill(template, fact)
+        tokens, start = encoder.with_target(text, fact.target_new)
+        found = log_probs(tokens.ids, tokens.last_token_of(end), delta)
+        target = torch.tensor(tokens.ids[start:])
+        nll.append(-found[start - 1 : -1].gather(1, target[:, None]).mean())
+    ids, position = encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+    now = log_probs(ids, position, delta)[position]
+    before = log_probs(ids, position, torch.zeros_like(delta))[position].detach()
+    divergence = (now.exp() * (now - before)).sum()
+    decay = delta.norm() / h.square().sum()
+    return torch.stack(nll).mean() + settings.kl_factor * divergence + settings.weight_decay * decay
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_grouped_attention_is_attention_over_repeated_keys(softcap):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    key.requires_grad_()
+    mask = torch.full((2, 1, 3, 5), 0.0, dtype=torch.float64)
+    mask[0, 0, 0, 3:] = mask[1, 0, :2, 2:] = float("-inf")
+    output, weights = grouped_attention(nn.Identity(), query, key, value, mask, scaling=0.3, softcap=softcap)
+    repeated_key, repeated_value = key.repeat_interleave(3, dim=1), value.repeat_interleave(3, dim=1)
+    scores = torch.einsum("bhsd,bhtd->bhst", query, repeated_key) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    plain = (scores + mask).softmax(-1)
+    torch.testing.assert_close(weights, plain, rtol=0, atol=1e-6)
+    expected = torch.einsum("bhst,bhtd->bshd", plain, repeated_value)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    pick = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad((output * pick).sum(), (query, key))
+    theirs = torch.autograd.grad((expected * pick).sum(), (query, key))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-6)

@@ -18,7 +18,7 @@ from sphere_edit.editing.targets import GRADIENT_SCALE, Targets, TargetSettings,
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import Graph, TokenBatch, batches_by_length, deterministic
+from sphere_edit.models.forward import Graph, Predictions, TokenBatch, batches_by_length, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
@@ -161,15 +161,13 @@ class _TargetRows:
     """A chunk of facts: prompt and target but for its last token, and where each target token is predicted."""
 
     batch: TokenBatch
-    rows: Tensor  # [m] row of each target token
-    columns: Tensor  # [m] the position that predicts it
-    tokens: Tensor  # [m] the token
-    weights: Tensor  # [facts, m] means over each fact's tokens
+    predictions: Predictions
 
     def losses(self, loaded: LoadedModel, hidden: Tensor) -> Tensor:
         """Mean −log p of each fact's target tokens, ``[facts]``, from the last layer's output."""
-        logits = loaded.architecture.head(loaded.model, hidden[self.rows, self.columns]).float()
-        return self.weights @ torch.nn.functional.cross_entropy(logits, self.tokens, reduction="none")
+        where = self.predictions
+        logits = loaded.architecture.head(loaded.model, hidden[where.rows, where.columns]).float()
+        return where.means @ torch.nn.functional.cross_entropy(logits, where.tokens, reduction="none")
 
 
 def _target_rows(
@@ -177,20 +175,11 @@ def _target_rows(
 ) -> Iterator[tuple[list[int], _TargetRows]]:
     """The facts, cut into chunks: their indices and tokens."""
     coded = [encoder.with_target(fact.filled_prompt, fact.target_new) for fact in facts]
-    device = loaded.device
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
-        where, answers, weights = [], [], torch.zeros(len(chunk), 0)
-        for number, index in enumerate(chunk):
-            tokens, start = coded[index]
-            answer = tokens.ids[start:]
-            where += [(number, start - 1 + offset) for offset in range(len(answer))]
-            answers += answer
-            column = torch.zeros(len(chunk), len(answer))
-            column[number] = 1 / len(answer)
-            weights = torch.cat([weights, column], dim=1)
-        rows, columns = torch.tensor(where, device=device).T
-        batch = TokenBatch.of([coded[index][0].ids[:-1] for index in chunk], device)
-        yield chunk, _TargetRows(batch, rows, columns, torch.tensor(answers, device=device), weights.to(device))
+        chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
+        answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
+        batch = TokenBatch.of([ids[:-1] for ids, _ in chosen], loaded.device)
+        yield chunk, _TargetRows(batch, Predictions.of(answers, len(chunk), loaded.device))
 
 
 class TargetGradients(Source):
@@ -212,9 +201,10 @@ class TargetGradients(Source):
                 graph = Graph(self.loaded, rows.batch, outputs_of=modules)
                 losses = rows.losses(self.loaded, graph.hidden)
                 gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
+                where = (rows.predictions.rows, rows.predictions.columns)
                 for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
-                    keys.append(inputs[rows.rows, rows.columns].float())
-                    residuals.append(-gradient[rows.rows, rows.columns].float() / GRADIENT_SCALE)
+                    keys.append(inputs[where].float())
+                    residuals.append(-gradient[where].float() / GRADIENT_SCALE)
                 for index, loss in zip(chunk, losses.tolist(), strict=True):
                     self._losses[index] = loss
                 advance(len(chunk))

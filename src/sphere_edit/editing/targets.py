@@ -13,11 +13,12 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
-from sphere_edit.models.forward import UpperLayers, batches_by_length, deterministic
+from sphere_edit.models.forward import Predictions, UpperLayers, batches_by_length, deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance
 
 GRADIENT_SCALE = 1024.0  # a power of two: changes no bits but those that float16 would lose
+_VOCABULARY_ROWS = 16  # positions whose logits are normalised at one time, so that they stay in a processor's cache
 
 
 class TargetSettings(BaseModel):
@@ -74,7 +75,7 @@ def optimise_targets(
         SphereEditError: a loss is not finite.
     """
     encoder = Encoder(loaded.tokenizer)
-    prompts = [_FactPrompts.of(fact, templates, encoder) for fact in facts]
+    prompts = [FactPrompts.of(fact, templates, encoder) for fact in facts]
     sizes = [fact.replayed_tokens for fact in prompts]
     done: dict[int, _Found] = {}
     with deterministic(loaded.device):
@@ -105,13 +106,22 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _FactPrompts:
-    """One fact's rows: a row a template (prompt and target but for its last token), and last the KL prompt's."""
+class FactPrompts:
+    """One fact's rows of token ids: one a template (prompt and target but for its last token), then the KL prompt's.
+
+    The KL prompt ends with the subject: that is where its next token is predicted, and nothing after it can matter. If
+    the fact's own prompt begins with the subject, the first row says the same up to there, and there is no other.
+    """
 
     rows: list[list[int]]
     subjects: list[int]  # subject's last token in each row
-    starts: list[int]  # first target token in each template's row
-    targets: list[list[int]]  # target tokens after each template
+    starts: list[int]  # first target token after each template's prompt
+    targets: list[list[int]]  # target tokens after each template's prompt
+
+    @property
+    def kl_row(self) -> int:
+        """The row whose next-token distribution at the subject's last token the KL divergence is about."""
+        return len(self.targets) if len(self.rows) > len(self.targets) else 0
 
     @property
     def replayed_tokens(self) -> int:
@@ -120,7 +130,8 @@ class _FactPrompts:
         return len(self.rows) * max(spans)
 
     @classmethod
-    def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> _FactPrompts:
+    def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> FactPrompts:
+        """The prompts of one fact in every template, the first of which is the bare one."""
         rows, subjects, starts, targets = [], [], [], []
         for template in templates:
             text, end = fill(template, fact)
@@ -129,54 +140,67 @@ class _FactPrompts:
             subjects.append(tokens.last_token_of(end))
             starts.append(start)
             targets.append(tokens.ids[start:])
-        kl_row, kl_subject = encoder.subject_end(*fill("{}", fact, KL_PROMPT))
-        return cls([*rows, kl_row], [*subjects, kl_subject], starts, targets)
+        kl_tokens, kl_subject = encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+        kl_row = kl_tokens[: kl_subject + 1]
+        if rows[0][: subjects[0] + 1] != kl_row:
+            rows.append(kl_row)
+            subjects.append(kl_subject)
+        return cls(rows, subjects, starts, targets)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The loss of each active fact, and what its gradient is made from."""
+
+    loss: Tensor  # [n]
+    probability: Tensor  # [n] mean over target tokens and templates
+    logits: Tensor  # [target positions + n, V], to be differentiated; the last n are the KL prompts'
+    normaliser: Tensor  # [target positions + n], log Σ exp of each row of them, float32
+    target: Tensor  # [target positions], log p of each target token
+    kl_log_probs: Tensor  # [n, V]
+    divergence: Tensor  # [n], KL(edited ‖ original)
 
 
 class _Descent:
-    """Adam on the δs of one chunk of facts. Rows are laid out fact by fact, each fact with the same number of rows."""
+    """Adam on the δs of one chunk of facts. Rows are laid out fact by fact."""
 
     def __init__(
-        self, loaded: LoadedModel, prompts: list[_FactPrompts], layer: int, settings: TargetSettings, inside: bool
+        self, loaded: LoadedModel, prompts: list[FactPrompts], layer: int, settings: TargetSettings, inside: bool
     ):
         self.loaded, self.settings, self.prompts = loaded, settings, prompts
-        self.per_fact = len(prompts[0].rows)
         rows = [row for fact in prompts for row in fact.rows]
         pivots = [position for fact in prompts for position in fact.subjects]
         self.upper = UpperLayers(loaded, rows, pivots, layer, inside)
-        self.h = self.upper.value[:: self.per_fact].float()
+        self.active = list(range(len(prompts)))
+        self._index()
+        self.h = self.upper.value[self.first_rows].float()
         self.delta = torch.zeros_like(self.h, requires_grad=True)
         self.moments = (torch.zeros_like(self.h), torch.zeros_like(self.h))
-        self.active = list(range(len(prompts)))
         self.kl_original: Tensor | None = None
-        self._index()
 
     def _index(self) -> None:
-        """Where logits are read, for the facts still active: columns count from the subject's last token."""
-        device = self.loaded.device
-        prompts = [self.prompts[index] for index in self.active]
-        n, rows = len(prompts), self.per_fact
-        where, tokens, weights = [], [], torch.zeros(n, 0)
+        """Which rows are whose, and where logits are read: columns count from the subject's last token."""
+        prompts, device = [self.prompts[index] for index in self.active], self.loaded.device
+        answers, kl_rows, first_rows = [], [], []
+        owners: list[int] = []
         for number, fact in enumerate(prompts):
-            for template, (start, target) in enumerate(zip(fact.starts, fact.targets, strict=True)):
-                first = start - 1 - fact.subjects[template]
-                where += [(number * rows + template, first + offset) for offset in range(len(target))]
-                tokens += target
-                column = torch.zeros(n, len(target))
-                column[number] = 1 / (len(target) * len(fact.targets))
-                weights = torch.cat([weights, column], dim=1)
-        kl = [(number * rows + rows - 1, 0) for number in range(n)]
-        self.rows, self.columns = torch.tensor(where + kl, device=device).T
-        self.tokens = torch.tensor(tokens, device=device)
-        self.weights = weights.to(device)  # [n, target positions]: means over tokens and templates as one product
+            first_rows.append(len(owners))
+            kl_rows.append(len(owners) + fact.kl_row)
+            for row, (start, target) in enumerate(zip(fact.starts, fact.targets, strict=True)):
+                answers.append((number, len(owners) + row, start - 1 - fact.subjects[row], target))
+            owners += [number] * len(fact.rows)
+        self.predictions = Predictions.of(answers, len(prompts), device)
+        self.kl_rows, self.first_rows, self.owners = (
+            torch.tensor(numbers, device=device) for numbers in (kl_rows, first_rows, owners)
+        )
 
     def run(self, advance: Advance) -> list[_Found]:
         steps = self.settings.steps
         found = [_Found(h, torch.empty(0)) for h in self.h]
         for step in range(1, steps + 1):
-            loss, probability = self._loss()
-            now = loss.detach()
-            for index, value, chance in zip(self.active, now.tolist(), probability.tolist(), strict=True):
+            evaluation = self._evaluate()
+            now = evaluation.loss
+            for index, value, chance in zip(self.active, now.tolist(), evaluation.probability.tolist(), strict=True):
                 found[index].losses.append(value)
                 found[index].probabilities.append(chance)
             finished = (now < self.settings.stop_loss) | ~torch.isfinite(now)
@@ -187,29 +211,59 @@ class _Descent:
             advance(len(self.active) / steps + int(finished.sum()) * (steps - step) / steps)
             if bool(finished.all()):
                 break
-            (gradient,) = torch.autograd.grad(loss.sum() * GRADIENT_SCALE, self.delta)
-            gradient = gradient / GRADIENT_SCALE
+            gradient = self._gradient(evaluation)
             if bool(finished.any()):
                 gradient = self._keep((~finished).nonzero().flatten(), gradient)
             self._step(gradient, step)
         return found
 
-    def _loss(self) -> tuple[Tensor, Tensor]:
-        """Each active fact's loss and mean target probability, ``[n]``."""
-        n, d = self.delta.shape
-        hidden = self.upper.hidden(self.delta[:, None].expand(n, self.per_fact, d).reshape(-1, d))
+    def _evaluate(self) -> _Evaluation:
+        """Run the upper layers and the head with the δs as they stand."""
+        hidden = self.upper.hidden(self.delta.index_select(0, self.owners))
         if self.kl_original is None:
             self.upper.check(hidden.detach())
-        read = hidden[self.rows, self.columns]
-        log_probs = self.loaded.architecture.head(self.loaded.model, read).float().log_softmax(-1)
-        target = log_probs[: len(self.tokens)].gather(1, self.tokens[:, None])[:, 0]
-        kl_probs = log_probs[len(self.tokens) :]
-        if self.kl_original is None:
-            self.kl_original = kl_probs.detach()
-        divergence = (kl_probs.exp() * (kl_probs - self.kl_original)).sum(-1)
-        decay = self.delta.norm(dim=1) / self.h.square().sum(1)
-        loss = -(self.weights @ target) + self.settings.kl_factor * divergence + self.settings.weight_decay * decay
-        return loss, self.weights @ target.detach().exp()
+        where, settings = self.predictions, self.settings
+        rows = torch.cat([where.rows, self.kl_rows])
+        columns = torch.cat([where.columns, torch.zeros_like(self.kl_rows)])
+        read = hidden[rows, columns]
+        logits = self.loaded.architecture.head(self.loaded.model, read)
+        with torch.no_grad():
+            normaliser = torch.cat([block.float().logsumexp(-1) for block in logits.split(_VOCABULARY_ROWS)])
+            m = len(where.tokens)
+            target = logits[torch.arange(m, device=logits.device), where.tokens].float() - normaliser[:m]
+            kl_log_probs = logits[m:].float() - normaliser[m:, None]
+            if self.kl_original is None:
+                self.kl_original = kl_log_probs
+            divergence = (kl_log_probs.exp() * (kl_log_probs - self.kl_original)).sum(-1)
+            decay = self.delta.norm(dim=1) / self.h.square().sum(1)
+            loss = -(where.means @ target) + settings.kl_factor * divergence + settings.weight_decay * decay
+            probability = where.means @ target.exp()
+        return _Evaluation(loss, probability, logits, normaliser, target, kl_log_probs, divergence)
+
+    def _gradient(self, evaluation: _Evaluation) -> Tensor:
+        """The loss's gradient by each fact's δ, ``[n, d]``.
+
+        By the logits it is written out, which takes fewer passes over the vocabulary than autograd: for a target token of
+        weight w in its mean, ``w (p − e_target)``; for KL(p ‖ q), ``p ⊙ (log p − log q − KL)``.
+        """
+        where, settings, logits = self.predictions, self.settings, evaluation.logits
+        m, shares = len(where.tokens), where.means.sum(0) * GRADIENT_SCALE
+        slope = torch.empty_like(logits)
+        with torch.no_grad():
+            for first in range(0, m, _VOCABULARY_ROWS):
+                block = slice(first, min(first + _VOCABULARY_ROWS, m))
+                log_probs = logits[block].float() - evaluation.normaliser[block, None]
+                slope[block] = log_probs.exp_().mul_(shares[block, None])
+            # in float32, for 1 - p must not be lost where p is all but 1
+            right = (evaluation.target.exp() - 1) * shares
+            slope[torch.arange(m, device=slope.device), where.tokens] = right.to(slope.dtype)
+            assert self.kl_original is not None
+            surplus = evaluation.kl_log_probs - self.kl_original - evaluation.divergence[:, None]
+            slope[m:] = evaluation.kl_log_probs.exp() * surplus * (settings.kl_factor * GRADIENT_SCALE)
+        (gradient,) = torch.autograd.grad(logits, self.delta, slope)
+        delta = self.delta.detach()
+        decay = delta / (delta.norm(dim=1, keepdim=True) * self.h.square().sum(1, keepdim=True)).clamp_min(1e-30)
+        return gradient / GRADIENT_SCALE + settings.weight_decay * decay
 
     def _step(self, gradient: Tensor, step: int) -> None:
         """One step of Adam (β 0.9 and 0.999, ε 1e-8), then the clamp of ‖δ‖."""
@@ -226,8 +280,7 @@ class _Descent:
 
     def _keep(self, kept: Tensor, gradient: Tensor) -> Tensor:
         """Go on with some of the active facts only."""
-        rows = (kept[:, None] * self.per_fact + torch.arange(self.per_fact, device=kept.device)).flatten()
-        self.upper.keep(rows)
+        self.upper.keep(torch.isin(self.owners, kept).nonzero().flatten())
         self.h, self.delta = self.h[kept], self.delta.detach()[kept]
         self.moments = (self.moments[0][kept], self.moments[1][kept])
         assert self.kl_original is not None

@@ -35,6 +35,30 @@ class TokenBatch:
         return cls(ids.to(device), mask.to(device))
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Where the tokens of some answers are predicted, and how their means over tokens and answers are taken."""
+
+    rows: Tensor  # [m] the answer's row of the batch
+    columns: Tensor  # [m] the position that predicts the token
+    tokens: Tensor  # [m] the token
+    means: Tensor  # [groups, m]: times a number a token, the mean over tokens, then over a group's answers
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[tuple[int, int, int, Sequence[int]]], groups: int, device: torch.device
+    ) -> Predictions:
+        """Lay out answers: the group each belongs to, its row, the column that predicts its first token, its tokens."""
+        numbers = [(row, first + offset, token) for _, row, first, ids in answers for offset, token in enumerate(ids)]
+        rows, columns, tokens = torch.tensor(numbers).T
+        group = torch.tensor([group for group, *_ in answers])
+        sizes = torch.tensor([len(ids) for *_, ids in answers])
+        shares = 1 / (sizes * group.bincount(minlength=groups)[group])
+        means = torch.zeros(groups, len(tokens))
+        means[group.repeat_interleave(sizes), torch.arange(len(tokens))] = shares.repeat_interleave(sizes)
+        return cls(rows.to(device), columns.to(device), tokens.to(device), means.to(device))
+
+
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least)."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))

