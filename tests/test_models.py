@@ -21,7 +21,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.sources import OptimisedTargets, TargetGradients, TargetLoss
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
-from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.evaluation.metrics import Answer, _answer_scores, _hosts, score_facts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
@@ -73,9 +73,7 @@ def test_hit(family, layer):
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
     moment = Statistics(second_moment=torch.eye(INNER))
-    update = Memit(second_moment_weight=1e-9).solve(
-        LayerProblem(weights.working[name], weights.original(name), keys, residual, moment), {}
-    )
+    update = Memit(second_moment_weight=1e-9).solve(LayerProblem(weights.working[name], keys, residual, moment), {})
     weights.add(name, update)
     prompts = SubjectPrompts.of(within_reach(layer), ["{}"], Encoder(loaded.tokenizer))
     after = clean_values(loaded, prompts, layer, 256)
@@ -99,7 +97,7 @@ def test_hit_at_the_mlps_output(family, layer, compute):
     torch.testing.assert_close(source.targets.values, clean + source.targets.deltas, atol=1e-4, rtol=1e-4)
     keys, residual = source.layer(0)
     assert float(residual.norm()) > 0.1, "there is something to write"
-    problem = LayerProblem(weights.working[name], weights.original(name), keys, residual, Statistics())
+    problem = LayerProblem(weights.working[name], keys, residual, Statistics())
     weights.add(name, Emmet(second_moment=False).solve(problem, {}))
     prompts = SubjectPrompts.of(within_reach(layer), TEMPLATES, Encoder(loaded.tokenizer))
     after = averaged_values(loaded, prompts, name, 256)
@@ -338,9 +336,7 @@ def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():
         for index, name in enumerate(weights.names):
             keys = subject_keys(loaded, prompts, [name], 256)[name]
             residual = (targets - clean_values(loaded, prompts, 2, 256)) / (2 - index)
-            problem = LayerProblem(
-                weights.working[name], weights.original(name), keys, residual, Statistics(torch.eye(INNER))
-            )
+            problem = LayerProblem(weights.working[name], keys, residual, Statistics(torch.eye(INNER)))
             weights.add(name, Memit(second_moment_weight=0.1).solve(problem, {}))
         found.append([weights.working[name] - weights.original(name) for name in weights.names])
     for ours, theirs in zip(*found, strict=True):
@@ -501,7 +497,7 @@ def test_keys_read_back_from_disk_give_the_same_state_bit_for_bit(tmp_path):
     averaged = _columns(torch.randn(60, 1024))
     write_tensors(tmp_path / "keys.safetensors", {"keys": averaged})
     read = read_tensors(tmp_path / "keys.safetensors")["keys"]
-    ours, theirs = (AlphaEdit().after_batch({}, {"keys": keys}, statistics)["previous"] for keys in (averaged, read))
+    ours, theirs = (AlphaEdit().after_batch({}, {"keys": keys}, statistics)["system"] for keys in (averaged, read))
     assert torch.equal(ours, theirs)
 
 
@@ -619,3 +615,30 @@ def test_grouped_attention_is_attention_over_repeated_keys(softcap):
     theirs = torch.autograd.grad((expected * pick).sum(), (query, key))
     for mine, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_scores_read_off_shared_rows_are_those_of_each_answer_alone(family):
+    """Answers of one and of several tokens after shared prompts, against one whole forward pass an answer."""
+    loaded = tiny(family)
+    encoder = Encoder(loaded.tokenizer)
+    pairs = [
+        (prompt, Answer(text)) for prompt in ("They say", "They say so") for text in ("so", "so far off", "x", "y")
+    ]
+    scored = _answer_scores(loaded, pairs, 64, Quiet(), "")
+    for prompt, answer in pairs:
+        tokens, start = encoder.with_target(prompt, answer.text)
+        logits = loaded.model(input_ids=torch.tensor([tokens.ids]), use_cache=False).logits[0].float().log_softmax(-1)
+        target = torch.tensor(tokens.ids[start:])
+        found = logits[start - 1 : -1]
+        nll, correct = scored[prompt, answer]
+        assert nll == pytest.approx(-float(found.gather(1, target[:, None]).mean().detach()), rel=1e-4)
+        assert correct == bool((found.argmax(-1) == target).all())
+
+
+def test_rows_that_begin_another_are_not_run():
+    rows = [(1, 2), (1, 2, 3), (4,), (1, 2), (1, 3), (4, 5), (4, 6), (1,)]
+    hosts = _hosts(rows)
+    assert set(hosts) == {(1, 2, 3), (1, 3), (4, 5), (4, 6)}
+    assert sorted(index for guests in hosts.values() for index in guests) == list(range(len(rows)))
+    assert all(host[: len(rows[index])] == rows[index] for host, guests in hosts.items() for index in guests)

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sphere_edit import Sphere, SphereEditError, hyperspherical_energy
-from sphere_edit.numerics.linalg import NullSpaceRule, null_space, right_eigenbasis, spd_solve
+from sphere_edit.numerics.linalg import (
+    NullSpaceRule,
+    grown_inverse,
+    grown_solution,
+    null_space,
+    right_eigenbasis,
+    spd_solve,
+)
 from sphere_edit.numerics.projection import principal_rank, unit_rows
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, update_from
 
@@ -199,3 +206,14 @@ def test_projection_agrees_with_the_published_code(shared, name):
     assert sphere.directions(tensors["projection.W"]).shape[1] == ranks[f"projection.rank.eta{eta:g}"]
     ours, theirs = sphere(tensors["projection.delta"], tensors["projection.W"]), tensors[f"projection.out.{name}"]
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_growing_by_keys_equals_the_whole_solve(n):
+    generator = torch.Generator().manual_seed(n)
+    rows, keys = (torch.randn(12, k, generator=generator, dtype=torch.float64) for k in (30, n))
+    base = rows @ rows.T
+    grown = base + keys @ keys.T
+    inverse = torch.linalg.inv(base)
+    torch.testing.assert_close(grown_solution(inverse @ keys, keys), torch.linalg.solve(grown, keys))
+    torch.testing.assert_close(grown_inverse(inverse, keys), torch.linalg.inv(grown))

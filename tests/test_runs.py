@@ -432,8 +432,8 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     history = editor.run.history
     for name in editor.weights.names:
         _, seen = editor.run.read_update(2)
-        alone = editor.method.after_batch({}, seen[name], editor._loop.statistics[name])["previous"]
-        kept = editor._loop.states[name]["previous"]
+        alone = editor.method.after_batch({}, seen[name], editor._loop.statistics[name])["system"]
+        kept = editor._loop.states[name]["system"]
         torch.testing.assert_close(kept, alone, atol=1e-9 * float(alone.norm()), rtol=1e-6)
     after = editor._loop.states
     editor.rollback(1)
@@ -441,7 +441,7 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     assert editor.run.history.superseded == {0}
     assert len(history.batches) == 2
     for name in editor.weights.names:
-        assert torch.equal(editor._loop.states[name]["previous"], after[name]["previous"])
+        assert torch.equal(editor._loop.states[name]["system"], after[name]["system"])
 
 
 def test_a_lock_keeps_two_off_one_run(model, tmp_path):

@@ -39,7 +39,7 @@ from sphere_edit.files import (
 )
 from sphere_edit.numerics.update import Update, update_from
 
-SCHEMA = 1
+SCHEMA = 2
 _SEEN = ("keys", "residual")  # parts of an update file that are not the update
 
 Entry = dict[str, Any]
@@ -171,8 +171,9 @@ class RunFolder:
         with plain_errors(path, "read"):
             config = json.loads((path / "config.json").read_text("utf-8"))
             lines = (path / "journal.jsonl").read_bytes().split(b"\n")
-        if config["schema"] > SCHEMA:
-            raise SphereEditError(f"{path} was written by a newer sphere-edit (schema {config['schema']}); upgrade")
+        if config["schema"] != SCHEMA:
+            age, advice = ("a newer", "upgrade") if config["schema"] > SCHEMA else ("an older", "go on with that one")
+            raise SphereEditError(f"{path} was written by {age} sphere-edit (schema {config['schema']}); {advice}")
         entries = []
         for number, line in enumerate(lines[:-1], 1):
             try:

@@ -120,7 +120,9 @@ class SequentialLoop:
         else:
             weights, states = self.run.read_checkpoint(start)
             self.weights.restore(weights)
-            self.states |= states
+            for name, state in states.items():
+                device = self.weights.working[name].device
+                self.states[name] = {part: value.to(device) for part, value in state.items()}
         for number in range(start + 1, batch + 1):
             updates, seen = self.run.read_update(number)
             self._forget(self.run.history.batches[number - 1]["superseded"], number)
@@ -157,9 +159,7 @@ class SequentialLoop:
         for index, name in enumerate(self.weights.names):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
-            problem = LayerProblem(
-                self.weights.working[name], self.weights.original(name), keys, residual, self.statistics[name]
-            )
+            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name])
             update = method.solve(problem, self.states[name]).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import (
+    Predictions,
     TokenBatch,
     batches_by_length,
     greedy_continuations,
@@ -147,26 +146,38 @@ def _answer_scores(
     """For each (prompt, answer): mean NLL per answer token, and whether each of them is the argmax."""
     encoder = Encoder(loaded.tokenizer)
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
-    rows = [[*before, *answer][:-1] for before, answer in coded]
-    answers = [answer for _, answer in coded]
+    hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
+    rows = list(hosts)
     found: dict[tuple[str, Answer], tuple[float, bool]] = {}
     with reporter.bar(title, len(pairs), "answers") as advance:
         for chunk in batches_by_length([len(row) for row in rows], max_tokens):
             hidden = last_hidden(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device))
-            where = [
-                (row, len(rows[index]) - len(answers[index]) + offset)
-                for row, index in enumerate(chunk)
-                for offset in range(len(answers[index]))
-            ]
-            row_of, column_of = torch.tensor(where, device=hidden.device).T
-            wanted = torch.tensor([token for index in chunk for token in answers[index]], device=hidden.device)
-            losses, likeliest = next_token_scores(loaded, hidden[row_of, column_of], wanted)
-            sizes = [len(answers[index]) for index in chunk]
-            right = (likeliest == wanted).split(sizes)
-            for index, loss, hits in zip(chunk, losses.split(sizes), right, strict=True):
+            guests = [(row, index) for row, host in enumerate(chunk) for index in hosts[rows[host]]]
+            answers = [(at, row, len(coded[index][0]) - 1, coded[index][1]) for at, (row, index) in enumerate(guests)]
+            where = Predictions.of(answers, len(guests), hidden.device)
+            losses, likeliest = next_token_scores(loaded, hidden[where.rows, where.columns], where.tokens)
+            sizes = [len(answer) for *_, answer in answers]
+            right = (likeliest == where.tokens).split(sizes)
+            for (_, index), loss, hits in zip(guests, losses.split(sizes), right, strict=True):
                 found[pairs[index]] = (float(loss.double().mean()), bool(hits.all()))
-            advance(len(chunk))
+            advance(len(guests))
     return found
+
+
+def _hosts(rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Which rows have to be run, and for each the indices of the rows that it begins with, its own included.
+
+    What a causal model computes at a position depends on what stands before it alone, so a row that begins another one
+    need not be run: two answers of one token each after a prompt are both read off the prompt.
+    """
+    hosts: dict[tuple[int, ...], list[int]] = {}
+    host: tuple[int, ...] = ()
+    for index in sorted(range(len(rows)), key=lambda index: rows[index], reverse=True):
+        row = rows[index]
+        if host[: len(row)] != row:  # in this order a row comes right after those that it begins
+            host = row
+        hosts.setdefault(host, []).append(index)
+    return hosts
 
 
 def perplexity(

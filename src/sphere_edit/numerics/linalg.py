@@ -32,26 +32,64 @@ def right_eigenbasis(rows: Tensor) -> tuple[Tensor, Tensor]:
     return values / n, vectors
 
 
-def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix⁻¹ right`` for a symmetric positive semidefinite ``matrix [d, d]`` and ``right [d, n]``, in float64.
+def spd_factor(matrix: Tensor) -> Tensor:
+    """Cholesky factor ``L [d, d]`` (float64) of a symmetric positive semidefinite ``matrix = L Lᵀ``.
 
     A singular matrix (fewer tokens seen than it has rows) is lifted by the smallest multiple of its mean diagonal,
     from 1e-12 up, that makes it positive definite.
+
+    Raises:
+        SphereEditError: it holds NaN or infinite numbers, or is far from semidefinite.
     """
-    a, b = matrix.double(), right.double()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise SphereEditError(
-            "the linear system for the weight update holds NaN or infinite numbers; "
-            "check the model's weights and, for a float16 model, that its activations do not overflow"
-        )
+    a = matrix.double()
+    if not bool(torch.isfinite(a).all()):
+        raise _not_finite()
     scale = a.diagonal().mean()
     lift = 0.0
     for exponent in range(-12, 0):
         factor, failed = torch.linalg.cholesky_ex(a + lift * scale * torch.eye(len(a), dtype=a.dtype, device=a.device))
         if not failed:
-            return torch.cholesky_solve(b, factor)
+            return factor
         lift = 10.0**exponent
     raise SphereEditError("the linear system for the weight update is not positive definite, not even nearly")
+
+
+def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix⁻¹ right`` for a symmetric positive semidefinite ``matrix [d, d]`` and ``right [d, n]``; see `spd_factor`."""
+    return factor_solve(spd_factor(matrix), right)
+
+
+def factor_solve(factor: Tensor, right: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹ right`` for a lower triangular ``factor [d, d]`` and ``right [d, n]``, in float64."""
+    b = right.double()
+    if not bool(torch.isfinite(b).all()):
+        raise _not_finite()
+    return torch.cholesky_solve(b, factor)
+
+
+def _not_finite() -> SphereEditError:
+    return SphereEditError(
+        "the linear system for the weight update holds NaN or infinite numbers; "
+        "check the model's weights and, for a float16 model, that its activations do not overflow"
+    )
+
+
+def grown_solution(solved: Tensor, keys: Tensor) -> Tensor:
+    """``(B + K Kᵀ)⁻¹ K`` from ``solved = B⁻¹ K [d, n]`` and ``keys = K [d, n]``: Woodbury, O(d n²) instead of O(d³)."""
+    return spd_solve(_capacitance(solved, keys), solved.T).T
+
+
+def grown_inverse(inverse: Tensor, keys: Tensor) -> Tensor:
+    """``(B + K Kᵀ)⁻¹`` from ``inverse = B⁻¹ [d, d]`` by one step of rank n, O(d² n); stays symmetric."""
+    solved = inverse @ keys
+    half = torch.linalg.solve_triangular(spd_factor(_capacitance(solved, keys)), solved.T, upper=False)
+    return inverse - half.T @ half
+
+
+def _capacitance(solved: Tensor, keys: Tensor) -> Tensor:
+    """``I + Kᵀ B⁻¹ K``, made symmetric."""
+    inner = keys.T @ solved
+    return (inner + inner.T) / 2 + torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from sphere_edit.numerics.linalg import NullSpaceRule
+from sphere_edit.numerics.linalg import NullSpaceRule, grown_inverse, spd_factor
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update
+
+_DRIFT = 1e-7
 
 State = dict[str, Tensor]
 Seen = dict[str, Tensor]
@@ -25,6 +29,12 @@ class Statistics:
     second_moment: Tensor | None = None  # C0 [d_in, d_in]
     null_space: Tensor | None = None  # V [d_in, r], orthonormal columns; P = V Vᵀ
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """Cholesky factor of C0 (`spd_factor`), float64, found once."""
+        assert self.second_moment is not None
+        return spd_factor(self.second_moment)
+
 
 @dataclass(frozen=True)
 class LayerProblem:
@@ -35,7 +45,6 @@ class LayerProblem:
     """
 
     weight: Tensor  # W [d_out, d_in] as it stands, float32
-    original: Tensor  # W0 [d_out, d_in] before the first edit, float32
     keys: Tensor  # K [d_in, n]
     residual: Tensor  # R [d_out, n]
     statistics: Statistics
@@ -133,17 +142,29 @@ class JointMethod(Method):
         """ΔW of every matrix, starting from ``weights``, without SPHERE."""
 
 
+def memory(system: Tensor, inverse: Tensor) -> State:
+    """The state of a method that must leave earlier keys alone: ``B + Kp Kpᵀ [d, d]`` and its inverse, float64."""
+    return {"system": system, "inverse": inverse}
+
+
 def with_keys(state: State, keys: Tensor) -> State:
-    """The state ``Kp Kpᵀ`` of all earlier keys with more ``keys [d, n]`` in it, in float64."""
+    """The `memory` with more ``keys [d, n]`` in it.
+
+    The inverse takes a step of rank n, O(d² n). How far it has drifted is measured at these keys; beyond 1e-7 of
+    their norm, which float32 updates would show, it is made afresh, O(d³).
+    """
     keys = keys.double()
-    added = keys @ keys.T
-    return {"previous": state["previous"].to(added.device) + added if state else added}
+    system = state["system"] + keys @ keys.T
+    inverse = grown_inverse(state["inverse"], keys)
+    drift = (system @ (inverse @ keys) - keys).norm() / keys.norm()
+    return memory(system, inverse if bool(drift < _DRIFT) else torch.cholesky_inverse(spd_factor(system)))
 
 
 def without_keys(state: State, keys: Tensor) -> State:
-    """The state ``Kp Kpᵀ`` without some ``keys [d, m]`` that are in it."""
+    """The `memory` without some ``keys [d, m]`` that are in it; its inverse is made afresh, for a step back may cancel."""
     keys = keys.double()
-    return {"previous": state["previous"].to(keys.device) - keys @ keys.T}
+    system = state["system"] - keys @ keys.T
+    return memory(system, torch.cholesky_inverse(spd_factor(system)))
 
 
 def layers_from(share: float, count: int, depth: int) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor, eye, float64
+from torch import eye, float64
 
 from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, State, layers_from
-from sphere_edit.numerics.linalg import spd_solve
+from sphere_edit.numerics.linalg import factor_solve, spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
@@ -43,13 +43,8 @@ class Emmet(LayerwiseMethod):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``(Kᵀ C⁻¹ K + μ I)⁻¹ Kᵀ C⁻¹``, solved in float64."""
         keys = problem.keys.double()
-        weighted = keys if not self.second_moment else spd_solve(_second_moment(problem), keys)  # C⁻¹ K
+        weighted = keys if not self.second_moment else factor_solve(problem.statistics.factor, keys)  # C⁻¹ K
         gram = keys.T @ weighted
         lift = max(self.ridge, _FLOOR * float(gram.diagonal().mean()))
         gram = (gram + gram.T) / 2 + lift * eye(keys.shape[1], dtype=float64, device=keys.device)
         return LowRankUpdate(problem.residual.double(), spd_solve(gram, weighted.T))
-
-
-def _second_moment(problem: LayerProblem) -> Tensor:
-    assert problem.statistics.second_moment is not None
-    return problem.statistics.second_moment.double()

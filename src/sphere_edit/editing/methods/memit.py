@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, cholesky_inverse
 
 from sphere_edit.editing.methods.base import (
     LayerProblem,
@@ -14,10 +14,11 @@ from sphere_edit.editing.methods.base import (
     Seen,
     State,
     Statistics,
+    memory,
     with_keys,
     without_keys,
 )
-from sphere_edit.numerics.linalg import spd_solve
+from sphere_edit.numerics.linalg import factor_solve, grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
@@ -42,19 +43,17 @@ class Memit(LayerwiseMethod):
         return Needs(statistics="second_moment")
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
-        """ΔW as ``R`` times ``Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``, solved in float64; without a state there is no Kp."""
-        assert problem.statistics.second_moment is not None
+        """ΔW as ``R`` times ``Kᵀ (λ C0 + K Kᵀ)⁻¹``, in float64; C0 is factored once for all batches."""
         keys = problem.keys.double()
-        gram = self.second_moment_weight * problem.statistics.second_moment.double() + keys @ keys.T
-        if state:
-            gram += state["previous"].to(gram.device)
-        return LowRankUpdate(problem.residual.double(), spd_solve(gram, keys).T)
+        solved = factor_solve(problem.statistics.factor, keys) / self.second_moment_weight
+        return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T)
 
 
 class MemitSeq(Memit):
     """``ΔW = R Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``: MEMIT that counts all earlier edits' keys Kp among those to be preserved.
 
-    Source: the sequential baseline of AlphaEdit (arXiv:2410.02355) and its published code. State: ``Kp Kpᵀ [d_in, d_in]``.
+    Source: the sequential baseline of AlphaEdit (arXiv:2410.02355) and its published code. State: ``λ C0 + Kp Kpᵀ [d_in, d_in]``
+    and its inverse, which grows by steps of rank n.
     """
 
     name: ClassVar[str] = "memit_seq"
@@ -65,8 +64,18 @@ class MemitSeq(Memit):
         """Optimised targets, C0, and the keys of every batch."""
         return Needs(statistics="second_moment", remembers="keys")
 
+    def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
+        """ΔW as ``R`` times ``Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``, in float64."""
+        if not state:
+            return super().solve(problem, state)
+        keys = problem.keys.double()
+        return LowRankUpdate(problem.residual.double(), grown_solution(state["inverse"] @ keys, keys).T)
+
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
+        if not state:
+            factor, weight = statistics.factor, self.second_moment_weight
+            state = memory(weight * (factor @ factor.T), cholesky_inverse(factor) / weight)
         return with_keys(state, seen["keys"])
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
