@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import tiny
-from sphere_edit.editing.moments import MomentSettings, draw, load_corpus, sample_text, second_moments
+from sphere_edit.editing.moments import MomentSettings, _Sums, draw, load_corpus, sample_text, second_moments
 from sphere_edit.progress import Quiet
 
 
@@ -61,3 +61,52 @@ def test_a_corpus_keeps_its_last_passages_out_of_the_statistics(tmp_path):
     short = load_corpus(loaded, MomentSettings(corpus=str(path), heldout=7, tokens=100), 0, Quiet())
     assert sum(map(len, short.passages)) >= 100
     assert len(short.passages) < 43
+
+
+def test_second_moments_stop_once_they_have_converged_and_say_how_well(monkeypatch):
+    """The error they say is the one they have, against all of a long text; a stopped and stored pass goes on bitwise."""
+    loaded = tiny("llama")
+    (name,) = names = [loaded.architecture.module_name(1, "down")]
+    generator = torch.Generator().manual_seed(0)
+    passages = torch.randint(100, (3000, 8), generator=generator).tolist()
+    whole = second_moments(loaded, passages, names, 64, Quiet())[name]
+    said = []
+
+    class Telling(Quiet):
+        def say(self, text, style=""):
+            said.append(text)
+
+    early = second_moments(loaded, passages, names, 64, Telling(), tolerance=0.15)[name]
+    assert "of 24,000" in said[0]
+    tokens = int(said[0].split()[3].replace(",", ""))
+    assert tokens < 12_000
+    error = float((early - whole).norm() / whole.norm())
+    assert 0.07 < error < 0.25
+
+
+def test_an_interrupted_pass_over_the_text_goes_on_where_it_was_stored(tmp_path, monkeypatch):
+    loaded = tiny("llama")
+    names = [loaded.architecture.module_name(layer, "down") for layer in (1, 2)]
+    passages = torch.randint(100, (100, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    monkeypatch.setattr("sphere_edit.editing.moments._STORE_SECONDS", 0.0)
+    whole = second_moments(loaded, passages, names, 64, Quiet())
+    partial, calls = tmp_path / "partial.safetensors", []
+    add = _Sums.add
+
+    def dies(sums, keys):
+        calls.append(sums.windows)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        add(sums, keys)
+
+    with monkeypatch.context() as context:
+        context.setattr(_Sums, "add", dies)
+        with pytest.raises(KeyboardInterrupt):
+            second_moments(loaded, passages, names, 64, Quiet(), partial=partial)
+    assert partial.is_file()
+    monkeypatch.setattr(_Sums, "add", lambda sums, keys: (calls.append(sums.windows), add(sums, keys))[1])
+    calls.clear()
+    again = second_moments(loaded, passages, names, 64, Quiet(), partial=partial)
+    assert calls[0] > 0, "it did not begin at the beginning"
+    assert all(torch.equal(again[name], whole[name]) for name in names)
+    assert not partial.exists()

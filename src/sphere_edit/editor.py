@@ -374,6 +374,7 @@ class Editor:
                     self.weights.names,
                     self.method,
                     self.settings.tokens_per_batch,
+                    self.settings.moments.tolerance,
                     self.reporter,
                     self.folder / "statistics",
                 )

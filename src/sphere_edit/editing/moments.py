@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.files import cache_dir, write_json
+from sphere_edit.files import cache_dir, is_whole, read_tensors, write_json, write_tensors
 from sphere_edit.models.forward import TokenBatch, activations, batches_by_length, generate, seeded
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
@@ -24,6 +25,9 @@ from sphere_edit.progress import Reporter
 _MAX_PASSAGES = 20_000
 _SAMPLE_LENGTH = 128
 _SAMPLE_ROWS = 64
+_WINDOW_BATCHES = 2  # padded batches' worth of tokens in a window, between two looks at the convergence
+_LEAST_WINDOWS = 4
+_STORE_SECONDS = 120.0
 _SAMPLER = 2  # to be raised when `sample_text` draws otherwise: cached text of another sampler is not its own
 
 
@@ -39,6 +43,9 @@ class MomentSettings(BaseModel):
     )
     tokens: int = Field(100_000, ge=100, description="tokens of a corpus that are looked at")
     sampled_tokens: int = Field(32_768, ge=100, description="tokens that are sampled where no corpus is given")
+    tolerance: float = Field(
+        0.05, ge=0, lt=1, description="relative error of the second moments at which reading ends; 0 reads all tokens"
+    )
     max_length: int = Field(512, ge=8, description="tokens of one passage; the rest of a longer one is left out")
     heldout: int = Field(300, ge=1, description="passages at the corpus's end kept for perplexity (a fifth at most)")
 
@@ -186,26 +193,111 @@ def draw(ids: Tensor, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def second_moments(
-    loaded: LoadedModel, passages: Sequence[Sequence[int]], names: Sequence[str], max_tokens: int, reporter: Reporter
+    loaded: LoadedModel,
+    passages: Sequence[Sequence[int]],
+    names: Sequence[str],
+    max_tokens: int,
+    reporter: Reporter,
+    tolerance: float = 0.0,
+    partial: Path | None = None,
 ) -> dict[str, Tensor]:
     """``C0 = E[k kᵀ]`` (float32 ``[d_in, d_in]``, summed in float64) of the inputs of the named matrices, in one pass.
+
+    The passages are read in windows, which go to two halves in turn. By how much the means of the halves differ tells
+    how far their common mean still is from that of all such text: half as much, in the Frobenius norm, relative to it.
+    Reading ends when that is below ``tolerance`` for every matrix, or with the passages.
 
     Args:
         passages: token ids; every token counts once.
         names: full module names, from the lowest layer up.
         max_tokens: tokens in one padded batch.
+        partial: a file that keeps the sums every few minutes, and is gone on from if it is there.
     """
     modules = [loaded.model.get_submodule(name) for name in names]
-    sums: dict[str, Tensor] = {}
-    count = sum(len(passage) for passage in passages)
-    with reporter.bar("second moments", count, "tokens") as advance:
-        for chunk in batches_by_length([len(passage) for passage in passages], max_tokens):
-            batch = TokenBatch.of([passages[index] for index in chunk], loaded.device)
-            inputs, _ = activations(loaded, batch, inputs_of=modules)
-            real = batch.mask.bool()
-            for name, hidden in zip(names, inputs, strict=True):
-                keys = hidden[real].float()
-                product = (keys.T @ keys).double()
-                sums[name] = product if name not in sums else sums[name].add_(product)
-            advance(int(batch.mask.sum()))
-    return {name: (total / count).float() for name, total in sums.items()}
+    sums = _Sums.read(partial, loaded.device) if partial is not None and is_whole(partial) else _Sums()
+    total = sum(map(len, passages))
+    stored = time.monotonic()
+    windows = _windows(passages, _WINDOW_BATCHES * max_tokens)
+    with reporter.bar("second moments", total, "tokens") as advance:
+        advance(sum(sums.tokens))
+        for window in windows[sums.windows :]:
+            for chunk in batches_by_length([len(passage) for passage in window], max_tokens):
+                batch = TokenBatch.of([window[index] for index in chunk], loaded.device)
+                inputs, _ = activations(loaded, batch, inputs_of=modules)
+                real = batch.mask.bool()
+                sums.add({name: hidden[real].float() for name, hidden in zip(names, inputs, strict=True)})
+                advance(int(batch.mask.sum()))
+            sums.windows += 1
+            if sums.windows >= _LEAST_WINDOWS and sums.error() <= tolerance:
+                break
+            if partial is not None and time.monotonic() - stored > _STORE_SECONDS:
+                sums.write(partial)
+                stored = time.monotonic()
+    if sums.windows > 1:
+        reporter.say(
+            f"  second moments of {sum(sums.tokens):,} tokens (of {total:,}), relative error about {100 * sums.error():.1f} %"
+        )
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return {name: sums.mean(name).float() for name in names}
+
+
+@dataclass
+class _Sums:
+    """``Σ k kᵀ`` by matrix (float64) in two halves, the tokens in each, and how many windows went in."""
+
+    halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    windows: int = 0
+
+    def add(self, keys: Mapping[str, Tensor]) -> None:
+        """Add ``keys [tokens, d_in]`` of each matrix to the half whose turn it is."""
+        turn = self.windows % 2
+        half = self.halves[turn]
+        for name, rows in keys.items():
+            product = (rows.T @ rows).double()
+            half[name] = product if name not in half else half[name].add_(product)
+        self.tokens[turn] += len(rows)
+
+    def mean(self, name: str) -> Tensor:
+        """The mean over both halves."""
+        return sum((half[name] for half in self.halves if half), start=torch.zeros(())) / sum(self.tokens)
+
+    def error(self) -> float:
+        """Half the halves' relative difference, the largest over the matrices; infinite while one is empty."""
+        if not all(self.tokens):
+            return math.inf
+        found = 0.0
+        for name in self.halves[0]:
+            first, second = (half[name] / count for half, count in zip(self.halves, self.tokens, strict=True))
+            found = max(found, float((first - second).norm() / self.mean(name).norm()) / 2)
+        return found
+
+    def write(self, path: Path) -> None:
+        """Store all of it."""
+        tensors = {f"{turn}/{name}": value for turn, half in enumerate(self.halves) for name, value in half.items()}
+        write_tensors(path, {**tensors, "counts": torch.tensor([self.windows, *self.tokens])})
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device) -> _Sums:
+        """What `write` stored."""
+        tensors = read_tensors(path)
+        windows, *tokens = tensors.pop("counts").tolist()
+        sums = cls(tokens=tokens, windows=windows)
+        for key, value in tensors.items():
+            turn, name = key.split("/", 1)
+            sums.halves[int(turn)][name] = value.to(device)
+        return sums
+
+
+def _windows(passages: Sequence[Sequence[int]], tokens: int) -> list[list[Sequence[int]]]:
+    """The passages in their order, cut wherever ``tokens`` are reached."""
+    windows: list[list[Sequence[int]]] = []
+    room = 0
+    for passage in passages:
+        if room <= 0:
+            windows.append([])
+            room = tokens
+        windows[-1].append(passage)
+        room -= len(passage)
+    return windows

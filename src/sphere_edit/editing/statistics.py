@@ -24,24 +24,29 @@ def prepare_statistics(
     names: Sequence[str],
     method: Method,
     max_tokens: int,
+    tolerance: float,
     reporter: Reporter,
     folder: Path,
 ) -> None:
     """Put what the method needs into ``folder``, one file a matrix, taken from the cache where it is there.
 
-    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching and the null-space
-    rule, so that no run ever picks up another model's statistics.
+    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and the
+    null-space rule, so that no run ever picks up another model's statistics.
     """
     if method.needs.statistics is None:
         return
     hashes = fingerprints(loaded.model, layers)
     files: dict[str, Path] = {}
     for layer, name in zip(layers, names, strict=True):
-        key = hashlib.sha256("|".join((hashes[layer], name, corpus.sha256, str(max_tokens))).encode()).hexdigest()
+        parts = (hashes[layer], name, corpus.sha256, str(max_tokens), repr(tolerance))
+        key = hashlib.sha256("|".join(parts).encode()).hexdigest()
         files[name] = cache_dir() / "moments" / f"{key}.safetensors"
     missing = [name for name in names if not is_whole(files[name])]
     if missing:
-        for name, moment in second_moments(loaded, corpus.passages, missing, max_tokens, reporter).items():
+        together = hashlib.sha256("|".join(files[name].stem for name in missing).encode()).hexdigest()
+        partial = cache_dir() / "moments" / f"partial-{together}.safetensors"
+        moments = second_moments(loaded, corpus.passages, missing, max_tokens, reporter, tolerance, partial)
+        for name, moment in moments.items():
             write_tensors(files[name], {"second_moment": moment})
     if method.needs.statistics == "null_space":
         files = _null_spaces(loaded, files, method, reporter)
