@@ -391,6 +391,9 @@ def show(
     if history.batches:
         out.print(batches_table(history.batches))
         out.print(f"Time by stage: {timings(history.batches)}", highlight=False)
+        memory = max((batch["peak_memory"] or 0 for batch in history.batches), default=0)
+        if memory:
+            out.print(f"Peak memory: {memory / 1e9:.1f} GB", highlight=False)
     if history.evaluations:
         table = make_table(
             "Evaluations of all facts known by then",

@@ -26,6 +26,7 @@ from sphere_edit.editing.methods.base import (
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import Fact, short
+from sphere_edit.models.loading import peak_memory
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update, joined
@@ -94,6 +95,7 @@ class SequentialLoop:
             targets=report.as_dict(),
             matrices=matrices,
             seconds=clock.seconds,
+            peak_memory=peak_memory(self.source.loaded.device),
         )
         self.at = batch
         self.run.thin(batch)

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,6 +91,18 @@ def resolve_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SphereEditError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: by tensors on an accelerator, by the whole process on a CPU; None where none can tell."""
+    if device.type != "cpu":
+        measure = getattr(torch.accelerator, "max_memory_allocated", None)
+        return None if measure is None else int(measure(device))
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
