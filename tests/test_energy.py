@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sphere_edit import hyperspherical_energy
-from sphere_edit.numerics.energy import collateral_ratio, effective_rank, energy_bounds, energy_gradient
+from sphere_edit.numerics.energy import KeyMetric, collateral_ratio, effective_rank, energy_bounds, energy_gradient
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,10 +108,10 @@ def test_theorem_1_for_real_keys_holds_and_is_tight():
     c = moment + 0.01 * moment.diagonal().mean() * torch.eye(5, dtype=torch.float64)
     for seed in range(20):
         delta = random(8, 5, seed=seed)
-        bounds = energy_bounds(gradient, delta, moment)
+        bounds = energy_bounds(gradient, delta, KeyMetric.of(moment))
         assert bounds.response == pytest.approx(float((delta @ torch.linalg.cholesky(c)).norm()))
         assert bounds.least_response <= bounds.response
-    tight = energy_bounds(gradient, gradient @ torch.linalg.inv(c), moment)
+    tight = energy_bounds(gradient, gradient @ torch.linalg.inv(c), KeyMetric.of(moment))
     assert tight.least_response == pytest.approx(tight.response)
 
 

@@ -10,7 +10,19 @@ from pathlib import Path
 import sphere_edit
 
 ROOT = Path(sphere_edit.__file__).parent
-FLOORS = ["numerics", "models", "facts", "editing", "evaluation", "reporting", "export", "editor", "planning", "cli"]
+FLOORS = [
+    "numerics",
+    "models",
+    "facts",
+    "editing",
+    "evaluation",
+    "reporting",
+    "diagnosis",
+    "export",
+    "editor",
+    "planning",
+    "cli",
+]
 GROUND = ["_version", "errors", "progress", "files"]  # what every floor stands on
 
 

@@ -27,6 +27,7 @@ from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models.architecture import architecture_of
 from sphere_edit.models.attention import grouped_attention
+from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, generate, last_hidden
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
@@ -642,3 +643,17 @@ def test_rows_that_begin_another_are_not_run():
     assert set(hosts) == {(1, 2, 3), (1, 3), (4, 5), (4, 6)}
     assert sorted(index for guests in hosts.values() for index in guests) == list(range(len(rows)))
     assert all(host[: len(rows[index])] == rows[index] for host, guests in hosts.items() for index in guests)
+
+
+@families
+def test_a_checkpoint_gives_the_matrices_that_the_loaded_model_has(family, tmp_path):
+    save_tiny(family, tmp_path / "model")
+    loaded = load_model(tmp_path / "model", "cpu")
+    checkpoint = Checkpoint(str(tmp_path / "model"))
+    assert checkpoint.depth == DEPTH
+    roles = list(loaded.architecture.modules)
+    names = checkpoint.names(None, roles)
+    assert names == [loaded.architecture.module_name(layer, role) for layer in range(DEPTH) for role in roles]
+    weights = EditedWeights(loaded.model, loaded.architecture, names)
+    for name in names:
+        assert torch.equal(checkpoint.weight(name), weights.original(name))

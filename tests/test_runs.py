@@ -14,7 +14,7 @@ import torch
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import SphereEditError, files
+from sphere_edit import SphereEditError, files, hyperspherical_energy
 from sphere_edit import editor as editor_module
 from sphere_edit.editing import journal
 from sphere_edit.editing.journal import RunFolder
@@ -59,6 +59,30 @@ def without_times(entries: list[dict]) -> list[dict]:
     ]
 
 
+def check_energies(editor):
+    """What the journal says of the energies of two batches, against the weights themselves."""
+    alpha = editor.settings.diagnostic_sphere().alpha if editor.sphere is not None else 0
+    reports = [batch["matrices"] for batch in editor.run.history.batches]
+    for name in editor.weights.names:
+        original, now = editor.weights.original(name), editor.weights.deployed(name)
+        first, second = (report[name] for report in reports)
+        assert second["energy"] == pytest.approx(hyperspherical_energy(now).total, rel=1e-12)
+        whole = second["energy"] - hyperspherical_energy(original).total
+        assert first["energy_change"] + second["energy_change"] == pytest.approx(whole, abs=1e-9 * second["energy"])
+        assert second["relative_drift"] == pytest.approx(float((now - original).norm() / original.norm()), rel=1e-5)
+        assert second["collateral_ratio"] > 0
+        for report in (first, second):
+            assert abs(report["first_order"]) <= report["largest_change"]
+            assert report["least_response"] <= report["response"]
+            # the deployed change is the update, and SPHERE takes a share α of its principal part and nothing else
+            assert report["first_order"] == pytest.approx(report["first_order_update"], rel=1e-3, abs=1e-4)
+            kept, before = report["first_order_update_principal"], report["first_order_solved_principal"]
+            scale = report["largest_change"]
+            assert kept == pytest.approx((1 - alpha) * before, abs=1e-5 * scale)
+            rest = report["first_order_update"] - kept
+            assert rest == pytest.approx(report["first_order_solved"] - before, abs=1e-5 * scale)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sphere", [True, False])
 def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_path, method, sphere):
@@ -72,6 +96,7 @@ def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_pat
             alpha = editor.settings.diagnostic_sphere().alpha
             assert report["principal_norm_before"] > 1e-4
             assert shrunk == pytest.approx(1 - alpha if sphere else 1, abs=1e-4)
+    check_energies(editor)
     assert metrics["after"] == 2
     after_two = weights_of(editor)
     assert not same(original, after_two)

@@ -423,6 +423,55 @@ def show(
 
 
 @app.command()
+def energy(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit; or a run, compared with its original.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL_OR_RUN", help="What became of the model: another model, or a run.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as 4-8 or 4,6. [default: all, or those that the run edited]")
+    ] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Matrices, as down_proj,up_proj. [default: what the MLP writes with]")
+    ] = None,
+    power: Annotated[int, typer.Option(min=0, max=2, help="s of the energy HE_s.")] = 1,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="Share of the neurons' spectrum that is principal.")] = 0.5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Hyperspherical energy of each weight matrix, and what an edit did to it; reads one matrix at a time."""
+    import csv
+    import io
+
+    from sphere_edit.diagnosis import diagnose
+    from sphere_edit.files import write_atomically, write_json
+    from sphere_edit.planning import check_room
+    from sphere_edit.reporting.energy import energy_tables
+
+    for file in (json_file, csv_file):
+        if file is not None:
+            check_room(file.absolute().parent, 0)
+    numbers = None if layers is None else _layers(layers)
+    if isinstance(numbers, dict):
+        raise SphereEditError(f"--layers takes numbers such as 4-8 here, not '{layers}'; name matrices with --modules")
+    roles = None if modules is None else [name.strip() for name in modules.split(",")]
+    reports = list(diagnose(model, against, numbers, roles, power, eta, _reporter()))
+    for table in energy_tables([report.as_dict() for report in reports], power, eta):
+        out.print(table)
+    if json_file is not None:
+        write_json(json_file, [report.as_dict() for report in reports])
+    if csv_file is not None:
+        text = io.StringIO()
+        rows = [report.as_row() for report in reports]
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(csv_file, lambda path: path.write_text(text.getvalue(), "utf-8"))
+
+
+@app.command()
 def rollback(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     to: Annotated[int, typer.Option("--to", min=0, help="The batch to go back to; 0 is the original model.")],

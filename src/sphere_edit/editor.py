@@ -420,7 +420,7 @@ class Editor:
         """Work in this run from here on, with the weights and the state of its last batch."""
         with plain_errors(self.folder / "heldout.json", "read"):
             self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
-        statistics = load_statistics(self.folder / "statistics", self.weights.names, self.method, self.loaded.device)
+        statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
         self._loop = SequentialLoop(
             run,
             self.weights,

@@ -6,8 +6,9 @@ facts → targets → keys → update → projection → weights, batch after ba
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.models.loading import peak_memory
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.energy import (
+    KeyMetric,
+    collateral_ratio,
+    energy_bounds,
+    energy_gradient,
+    hyperspherical_energy,
+)
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update, joined
 from sphere_edit.progress import Reporter
@@ -60,6 +68,7 @@ class SequentialLoop:
         self.sphere, self.diagnostic, self.statistics, self.reporter = sphere, diagnostic, statistics, reporter
         self.states: dict[str, State] = {name: {} for name in weights.names}
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._key_metrics: dict[str, KeyMetric] = {}
         self.at: int | None = None  # the batch whose weights and state are in memory
 
     def edit(self, indices: Sequence[int], facts: Sequence[Fact], superseded: Sequence[int]) -> dict[str, Any]:
@@ -69,10 +78,12 @@ class SequentialLoop:
         clock = _Clock()
         self.at = None
         self._forget(superseded, batch)
+        deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}  # else it would change too
         self.weights.use_working()
         before = self.weights.snapshot()
         groups, report = self._solve_groups(facts, clock)
-        updates, matrices = self._finished(groups, before, clock)
+        updates, solved = self._finished(groups, before)
+        clock.lap("sphere")
         self.weights.restore(before)
         for name, update in updates.items():
             self.weights.add(name, update)
@@ -82,8 +93,15 @@ class SequentialLoop:
         clock.lap("keys after the batch")
         self._deploy()
         clock.lap("deploying")
-        for name, about in matrices.items():
-            about["sha256"] = self.weights.digest(name)
+        matrices = {
+            name: {
+                "sha256": self.weights.digest(name),
+                **self._norms(updates[name], solved[name], before[name], self._directions(name, before[name])),
+                **self._energies(name, deployed[name], updates[name], solved[name], before[name]),
+            }
+            for name in self.weights.names
+        }
+        clock.lap("diagnosing")
         self.run.write_update(batch, updates, seen)
         self.run.write_checkpoint(batch, self.weights.working, self.states)
         clock.lap("storing")
@@ -188,28 +206,65 @@ class SequentialLoop:
         self.weights.add(name, update)
 
     def _finished(
-        self, groups: Sequence[_Group], before: Mapping[str, Tensor], clock: _Clock
-    ) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
-        """The whole batch's update of each matrix, through the method's last step and SPHERE; and its norms."""
+        self, groups: Sequence[_Group], before: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Update], dict[str, Update]]:
+        """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
         updates: dict[str, Update] = {}
-        reports: dict[str, dict[str, Any]] = {}
+        solved: dict[str, Update] = {}
         for name in self.weights.names:
-            directions = self._directions(name, before[name])
-            solved = joined([group.solved[name] for group in groups])
             update = self.method.finish(joined([group.written[name] for group in groups]), before[name])
+            solved[name] = joined([group.solved[name] for group in groups])
             if self.sphere is not None and self.sphere.project == "after_all":
-                solved = update
-                update = self.sphere.suppress(update, directions)
+                solved[name] = update
+                update = self.sphere.suppress(update, self._directions(name, before[name]))
             updates[name] = update
-            reports[name] = {
-                "update_norm": update.norm(),
-                "relative_norm": update.norm() / float(before[name].norm()),
-                "principal_norm_before": float(solved.to(torch.float64).times(directions).norm()),
-                "principal_norm": float(update.to(torch.float64).times(directions).norm()),
-                "principal_rank": directions.shape[1],
-            }
-        clock.lap("sphere")
-        return updates, reports
+        return updates, solved
+
+    # --- what the journal says of it ------------------------------------------------------------------------------
+
+    def _norms(self, update: Update, solved: Update, before: Tensor, directions: Tensor) -> dict[str, Any]:
+        return {
+            "update_norm": update.norm(),
+            "relative_norm": update.norm() / float(before.norm()),
+            "principal_norm_before": float(solved.to(torch.float64).times(directions).norm()),
+            "principal_norm": float(update.to(torch.float64).times(directions).norm()),
+            "principal_rank": directions.shape[1],
+        }
+
+    def _energies(
+        self, name: str, deployed: Tensor, update: Update, solved: Update, before: Tensor
+    ) -> dict[str, float | None]:
+        """The energy of the deployed matrix after the batch, its change, and what the theory says of that change.
+
+        ``first_order`` changes are ⟨∇HE, ΔW⟩ at the weights before the batch: of the deployed change, of ΔW with and
+        without SPHERE, and of the parts of the two that lie along the principal directions.
+        """
+        original, now = self.weights.original(name), self.weights.deployed(name)
+        gradient = energy_gradient(deployed)
+        energy = hyperspherical_energy(now)
+        moment = self.statistics[name].second_moment
+        if moment is not None and name not in self._key_metrics:
+            self._key_metrics[name] = KeyMetric.of(moment)
+        bounds = energy_bounds(gradient, now - deployed, self._key_metrics.get(name))
+        directions = self._directions(name, before)
+        along = gradient @ directions
+        return {
+            "energy": energy.total,
+            "energy_per_pair": energy.per_pair,
+            "energy_change": energy.total - hyperspherical_energy(deployed).total,
+            "first_order": bounds.first_order,
+            "first_order_solved": float((gradient * solved.dense()).sum()),
+            "first_order_solved_principal": float((along * solved.to(torch.float64).times(directions)).sum()),
+            "first_order_update": float((gradient * update.dense()).sum()),
+            "first_order_update_principal": float((along * update.to(torch.float64).times(directions)).sum()),
+            "gradient_norm": bounds.gradient_norm,
+            "largest_change": bounds.largest_change,
+            "least_forgetting": bounds.least_forgetting,
+            "least_response": bounds.least_response,
+            "response": bounds.response,
+            "relative_drift": float((now - original).double().norm() / original.double().norm()),
+            "collateral_ratio": None if moment is None else collateral_ratio(now - original, original, moment),
+        }
 
     def _directions(self, name: str, weight: Tensor) -> Tensor:
         """SPHERE's directions for a matrix: those of ``weight``, or of W0; each is computed once."""
@@ -224,12 +279,8 @@ class SequentialLoop:
         """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
         for name in self.weights.names:
             original, working = self.weights.original(name), self.weights.working[name]
-            deployed = self.method.deploy(original, working)
-            if self.sphere is not None and self.sphere.project == "deployed":
-                change = deployed.double() - original.double()
-                change = self.sphere.suppress(change, self._directions(name, working))
-                deployed = (original.double() + change).float()
-            self.weights.deploy(name, deployed)
+            directions = partial(self._directions, name, working)
+            self.weights.deploy(name, deployed_weight(self.method, self.sphere, original, working, directions))
 
     # --- what the method remembers --------------------------------------------------------------------------------
 
@@ -277,6 +328,17 @@ class SequentialLoop:
                 f"the weights after batch {batch} cannot be rebuilt bit for bit ({', '.join(wrong)}): this device rounds "
                 "otherwise than the one that edited, or files of the run were changed. Use the machine and device of the run"
             )
+
+
+def deployed_weight(
+    method: Method, sphere: Sphere | None, original: Tensor, working: Tensor, directions: Callable[[], Tensor]
+) -> Tensor:
+    """What the model runs with ``[d_out, d_in]``, from W0 and the working weight, and SPHERE's directions if they are asked for."""
+    deployed = method.deploy(original, working)
+    if sphere is not None and sphere.project == "deployed":
+        change = sphere.suppress(deployed.double() - original.double(), directions())
+        deployed = (original.double() + change).float()
+    return deployed
 
 
 class _Clock:

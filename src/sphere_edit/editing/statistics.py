@@ -28,7 +28,9 @@ def prepare_statistics(
     reporter: Reporter,
     folder: Path,
 ) -> None:
-    """Put what the method needs into ``folder``, one file a matrix, taken from the cache where it is there.
+    """Put what the method needs into ``folder``, one file a kind and matrix, taken from the cache where it is there.
+
+    Second moments are kept with a null space too: they tell what an update does to ordinary keys.
 
     The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and the
     null-space rule, so that no run ever picks up another model's statistics.
@@ -48,22 +50,21 @@ def prepare_statistics(
         moments = second_moments(loaded, corpus.passages, missing, max_tokens, reporter, tolerance, partial)
         for name, moment in moments.items():
             write_tensors(files[name], {"second_moment": moment})
-    if method.needs.statistics == "null_space":
-        files = _null_spaces(loaded, files, method, reporter)
     for name, file in files.items():
-        link_or_copy(file, folder / f"{name}.safetensors")
+        link_or_copy(file, folder / "second_moment" / f"{name}.safetensors")
+    if method.needs.statistics == "null_space":
+        for name, file in _null_spaces(loaded, files, method, reporter).items():
+            link_or_copy(file, folder / "null_space" / f"{name}.safetensors")
 
 
-def load_statistics(folder: Path, names: Sequence[str], method: Method, device: torch.device) -> dict[str, Statistics]:
-    """The statistics a run was started with."""
-    if method.needs.statistics is None:
-        return {name: Statistics() for name in names}
-    return {
-        name: Statistics(
-            **{key: value.to(device) for key, value in read_tensors(folder / f"{name}.safetensors").items()}
-        )
-        for name in names
-    }
+def load_statistics(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Statistics]:
+    """The statistics a run was started with: what its method needs, and second moments wherever there are any."""
+    found = {}
+    for name in names:
+        files = [folder / kind / f"{name}.safetensors" for kind in ("second_moment", "null_space")]
+        parts = [read_tensors(file) for file in files if file.is_file()]
+        found[name] = Statistics(**{key: value.to(device) for part in parts for key, value in part.items()})
+    return found
 
 
 def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, reporter: Reporter) -> dict[str, Path]:

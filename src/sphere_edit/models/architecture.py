@@ -88,6 +88,23 @@ FAMILIES: tuple[Architecture, ...] = (
 )
 
 
+def row_of(model_type: str, found: str = "") -> Architecture:
+    """The row for a ``config.model_type``.
+
+    Raises:
+        SphereEditError: there is none; ``found`` says what the model is made of.
+    """
+    for row in FAMILIES:
+        if model_type in row.model_types:
+            return row
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise SphereEditError(
+        f"model family '{model_type}' is not supported yet (supported: {known}).\n{found}\n"
+        "To add it, add one row to FAMILIES in sphere_edit/models/architecture.py (the path of the decoder layers, "
+        "of the final norm, and of the matrix that writes the MLP's output) and a tiny config to tests/families.py."
+    )
+
+
 def architecture_of(model: Any) -> Architecture:
     """The row for ``model``, by its ``config.model_type``.
 
@@ -96,14 +113,7 @@ def architecture_of(model: Any) -> Architecture:
             whose modules are not where the row says.
     """
     model_type = model.config.model_type
-    row = next((row for row in FAMILIES if model_type in row.model_types), None)
-    if row is None:
-        known = ", ".join(name for family in FAMILIES for name in family.model_types)
-        raise SphereEditError(
-            f"model family '{model_type}' is not supported yet (supported: {known}).\n{_describe(model)}\n"
-            "To add it, add one row to FAMILIES in sphere_edit/models/architecture.py (the path of the decoder layers, "
-            "of the final norm, and of the matrix that writes the MLP's output) and a tiny config to tests/families.py."
-        )
+    row = row_of(model_type, _describe(model))
     try:
         for role in row.modules:
             model.get_submodule(row.module_name(0, role))

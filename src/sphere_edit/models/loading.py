@@ -147,6 +147,26 @@ def load_model(
     return prepare(model, tokenizer, source)
 
 
+def checkpoint_folder(source: str) -> str:
+    """The folder with ``source``'s configuration and safetensors: its own, the hub's, or one converted from GGUF.
+
+    Raises:
+        SphereEditError: there is none.
+    """
+    where, gguf = _locate(full_name(source))
+    if gguf is not None:
+        return _converted(where, gguf)
+    if Path(where).is_dir():
+        return where
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return snapshot_download(where, allow_patterns=["config.json", "*.safetensors"])
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise SphereEditError(f"model '{source}' cannot be found: {_first_lines(error)}") from None
+
+
 def full_name(source: str | os.PathLike[str]) -> str:
     """A source as it can be found again from anywhere: local paths absolute, names as they are."""
     name = os.fspath(source)

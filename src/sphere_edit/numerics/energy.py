@@ -99,25 +99,32 @@ class Bounds:
     response: float | None = None
 
 
-def energy_bounds(gradient: Tensor, delta: Tensor, second_moment: Tensor | None = None, ridge: float = 0.01) -> Bounds:
-    """The bounds for ``delta [d_out, d_in]`` at the weight whose energy has ``gradient [d_out, d_in]``, in float64.
+@dataclass(frozen=True)
+class KeyMetric:
+    """``C = C0 + ε I`` of a matrix's inputs and its Cholesky factor, float64 ``[d_in, d_in]``."""
 
-    With ``second_moment = C0 [d_in, d_in]``, C is C0 + ε I, ε being ``ridge`` times C0's mean eigenvalue.
-    """
+    moment: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, second_moment: Tensor, ridge: float = 0.01) -> KeyMetric:
+        """From C0, with ε as ``ridge`` times its mean eigenvalue."""
+        c = second_moment.double()
+        c = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
+        return cls(c, spd_factor(c))
+
+
+def energy_bounds(gradient: Tensor, delta: Tensor, keys: KeyMetric | None = None) -> Bounds:
+    """The bounds for ``delta [d_out, d_in]`` at the weight whose energy has ``gradient [d_out, d_in]``, in float64."""
     g, d = gradient.double(), delta.double()
     norm, first_order = float(g.norm()), float((g * d).sum())
     least = abs(first_order) / norm if norm else 0.0
-    bounds = Bounds(norm, first_order, norm * float(d.norm()), least)
-    if second_moment is None:
-        return bounds
-    c = second_moment.double()
-    c = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
-    half = torch.linalg.solve_triangular(spd_factor(c), g.T, upper=False)  # ‖L⁻¹ Gᵀ‖ = ‖G C^-½‖
-    weighted = float(half.norm())
-    response = float(((d @ c) * d).sum().clamp_min(0).sqrt())
-    return Bounds(
-        norm, first_order, bounds.largest_change, least, abs(first_order) / weighted if weighted else 0.0, response
-    )
+    largest = norm * float(d.norm())
+    if keys is None:
+        return Bounds(norm, first_order, largest, least)
+    weighted = float(torch.linalg.solve_triangular(keys.factor, g.T, upper=False).norm())  # ‖L⁻¹ Gᵀ‖ = ‖G C^-½‖
+    response = float((d @ keys.factor).norm())
+    return Bounds(norm, first_order, largest, least, abs(first_order) / weighted if weighted else 0.0, response)
 
 
 def collateral_ratio(delta: Tensor, weight: Tensor, second_moment: Tensor) -> float:

@@ -92,11 +92,16 @@ def _capacitance(solved: Tensor, keys: Tensor) -> Tensor:
     return (inner + inner.T) / 2 + torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
 
 
-def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of ``matrix``, in float64."""
+def squared_singular_values(matrix: Tensor) -> Tensor:
+    """σ² of ``matrix``, from the smallest, in float64: eigenvalues of the smaller Gram matrix."""
     a = matrix.double()
     gram = a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
-    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+    return torch.linalg.eigvalsh(gram).clamp_min(0)
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """The largest singular value of ``matrix``, in float64."""
+    return float(squared_singular_values(matrix)[-1].sqrt())
 
 
 def clamp_spectrum(matrix: Tensor, limit: float, base: float) -> Tensor:
