@@ -133,6 +133,7 @@ def demo(
     out.print(
         metrics_table(metrics["unedited"], metrics["edited"], f"All {metrics['facts']} facts, after the last batch")
     )
+    _write_report(folder)
     _say_where(folder)
 
 
@@ -423,6 +424,25 @@ def show(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page. [default: report.html in the first run]")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as PNG and SVG. [default: figures beside the page]")
+    ] = None,
+) -> None:
+    """One HTML page about a run, or several side by side, and its figures; needs no network to be read."""
+    from sphere_edit.reporting.report import write_report
+
+    page = output or runs[0] / "report.html"
+    folder = figures or page.parent / "figures"
+    write_report(runs, page, folder)
+    out.print(f"{page} and {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def energy(
     model: Annotated[
         str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit; or a run, compared with its original.")
@@ -535,12 +555,19 @@ def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
         )
     )
     editor.close()
+    _write_report(editor.folder)
     _say_where(editor.folder)
+
+
+def _write_report(folder: Path) -> None:
+    from sphere_edit.reporting.report import write_report
+
+    write_report([folder], folder / "report.html", folder / "figures")
 
 
 def _say_where(folder: Path) -> None:
     out.print(
-        f"Run folder: {folder}\n"
+        f"Run folder: {folder}\nReport: {folder / 'report.html'}\n"
         f"  sphere-edit show {folder}\n  sphere-edit export {folder} -o DIR\n  sphere-edit rollback {folder} --to 0",
         highlight=False,
         markup=False,

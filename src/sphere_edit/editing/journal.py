@@ -11,6 +11,7 @@ the last line belongs to work that did not finish, and is done again.
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     evaluations/…json           per-fact results
     metrics.json                the latest summary
+    report.html, figures/       the page about the run, and its figures
 """
 
 from __future__ import annotations

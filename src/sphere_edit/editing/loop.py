@@ -78,7 +78,9 @@ class SequentialLoop:
         clock = _Clock()
         self.at = None
         self._forget(superseded, batch)
-        deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}  # else it would change too
+        deployed = {
+            name: self.weights.deployed(name).clone() for name in self.weights.names
+        }  # else it would change too
         self.weights.use_working()
         before = self.weights.snapshot()
         groups, report = self._solve_groups(facts, clock)

@@ -1,0 +1,255 @@
+"""Figures of runs. Each function returns a matplotlib Figure; none shows or stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
+from torch import Tensor
+
+from sphere_edit.editing.methods import METHODS
+from sphere_edit.numerics.linalg import right_eigenbasis, squared_singular_values
+from sphere_edit.numerics.projection import principal_rank, unit_rows
+from sphere_edit.reporting.results import short_name
+from sphere_edit.reporting.series import METRICS, Series
+
+# Okabe and Ito's colours, told apart by readers with any colour vision; a method has one for good
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#000000", "#8A8A00")
+COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
+_BEFORE, _AFTER, _GREY = "#56B4E9", "#D55E00", "#808080"
+_NEURONS_SHOWN = 200
+
+
+def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
+    """Energy and every metric over edits; a colour a method, solid with SPHERE and dashed without.
+
+    The end of each metric's curve says Spearman's correlation with the energy over the checkpoints.
+    """
+    panels: list[tuple[str, str]] = [("energy", "Energy of edited matrices,\nchange in %"), *METRICS.items()]
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (key, label) in zip(axes, panels, strict=False):
+        for run in runs:
+            values = [100 * value for value in run.energy] if key == "energy" else run.metrics[key]
+            points = [(x, y) for x, y in zip(run.edits, values, strict=True) if y is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), **_line(run), marker="o", markersize=3)
+        if key == "perplexity" and _spread([v for run in runs for v in run.metrics[key] if v]) > 10:
+            axis.set_yscale("log")
+        axis.set_ylabel(label, fontsize=9)
+        _ticks(axis)
+        if key != "energy":
+            _correlations(axis, runs, key)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("Facts edited", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(3, max(1, len(runs))), fontsize=9, frameon=False
+    )
+    return figure
+
+
+def differences(runs: Sequence[Series]) -> Figure:
+    """ΔHE against the change of each metric between consecutive checkpoints.
+
+    All runs together: a regression line with its 95 % confidence band, Pearson's and Spearman's correlation; and an
+    ellipse for each run that holds 95 % of a normal distribution of its points' mean and covariance.
+    """
+    keys = ("efficacy_strict", "generalization", "specificity", "perplexity")
+    figure = Figure(figsize=(9.2, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    for axis, key in zip(axes, keys, strict=True):
+        together: list[tuple[float, float]] = []
+        for run in runs:
+            values = run.metrics[key]
+            steps = [
+                (100 * (run.energy[i + 1] - run.energy[i]), after - before)
+                for i, (before, after) in enumerate(pairwise(values))
+                if before is not None and after is not None
+            ]
+            together += steps
+            if steps:
+                style = _line(run)
+                filled = {"facecolors": style["color"] if run.sphere else "none"}
+                axis.scatter(*zip(*steps, strict=True), s=16, edgecolors=style["color"], label=run.label, **filled)
+                _ellipse(axis, steps, style["color"])
+        if len(together) > 3:
+            axis.set_title(_regression(axis, together), fontsize=9)
+        axis.axhline(0, color=_GREY, linewidth=0.5)
+        axis.axvline(0, color=_GREY, linewidth=0.5)
+        axis.set_ylabel(f"Change of {METRICS[key][0].lower()}{METRICS[key][1:]}", fontsize=9)
+        axis.set_xlabel("Change of energy, % of the unedited", fontsize=9)
+        axis.tick_params(labelsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(3, max(1, len(runs))), fontsize=9, frameon=False
+    )
+    return figure
+
+
+def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
+    """Cosines between neurons before and after and their difference, ordered alike, and their histograms.
+
+    At most 200 neurons are drawn, spread evenly over those sorted by their part along the first principal direction.
+    """
+    first, second = unit_rows(before), unit_rows(after)
+    _, directions = right_eigenbasis(first)
+    order = (first @ directions[:, 0]).argsort()
+    shown = order[torch.linspace(0, len(order) - 1, min(_NEURONS_SHOWN, len(order))).round().long()]
+    matrices = [rows[shown] @ rows[shown].T for rows in (first, second)]
+    off = ~torch.eye(len(shown), dtype=torch.bool)
+    limit = max(float(matrix[off].abs().max()) for matrix in matrices)
+    figure = Figure(figsize=(9.2, 5.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    top, bottom = parts
+    axes = top.subplots(1, 3)
+    image = None
+    for axis, matrix, name in zip(
+        axes, [*matrices, matrices[1] - matrices[0]], ("before", "after", "after − before"), strict=True
+    ):
+        image = axis.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    assert image is not None
+    top.colorbar(image, ax=axes, shrink=0.8).set_label("cosine", fontsize=9)
+    axis = bottom.subplots()
+    bins = torch.linspace(-limit, limit, 81).tolist()
+    for matrix, name, colour in zip(matrices, ("before", "after"), (_BEFORE, _AFTER), strict=True):
+        axis.hist(matrix[off].tolist(), bins=bins, histtype="step", color=colour, label=name, density=True)
+    axis.set_xlabel(f"Cosine of two neurons of {title} ({len(shown)} of {len(order)} neurons)", fontsize=9)
+    axis.set_ylabel("Density", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def spectrum(before: Tensor, after: Tensor, title: str, eta: float = 0.5) -> Figure:
+    """Singular values of ΔW beside those of W, and how much of ΔW lies along the first k principal directions of W."""
+    delta = (after - before).double()
+    figure = Figure(figsize=(9.2, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for matrix, name, colour in ((before, "W before", _BEFORE), (delta, "ΔW, all batches", _AFTER)):
+        sigma = squared_singular_values(matrix).flip(0).sqrt()
+        sigma = sigma[sigma > 1e-6 * sigma[0]]
+        left.plot(range(1, len(sigma) + 1), sigma.tolist(), color=colour, label=name)
+    left.set_yscale("log")
+    left.set_xlabel("Rank", fontsize=9)
+    left.set_ylabel(f"Singular values of {title}", fontsize=9)
+    left.legend(fontsize=9, frameon=False)
+    values, vectors = right_eigenbasis(unit_rows(before))
+    share = (delta @ vectors).square().sum(0).cumsum(0) / delta.square().sum()
+    ranks = range(1, len(share) + 1)
+    right.plot(ranks, (100 * share).tolist(), color=_AFTER, label="ΔW")
+    right.plot(ranks, [100 * rank / before.shape[1] for rank in ranks], color=_GREY, linestyle="--", label="chance")
+    rank = principal_rank(values, eta)
+    right.axvline(rank, color=_GREY, linewidth=0.8)
+    right.annotate(f"principal at η {eta:g}: {rank}", (rank, 2), fontsize=8, xytext=(4, 0), textcoords="offset points")
+    right.set_xlabel("Principal directions of W, from the first", fontsize=9)
+    right.set_ylabel("Share of ‖ΔW‖², %", fontsize=9)
+    right.legend(fontsize=9, frameon=False, loc="upper left")
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+    return figure
+
+
+def heat(run: Series) -> Figure:
+    """Each edited matrix's change of energy over edits, in percent of the unedited one's."""
+    names = list(run.energies)
+    table = torch.tensor(
+        [
+            [100 * (batch["matrices"][name]["energy"] / run.energies[name] - 1) for batch in run.batches]
+            for name in names
+        ]
+    )
+    figure = Figure(figsize=(9.2, 0.9 + 0.32 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    limit = float(table.abs().max()) or 1.0
+    edges = [0, *run.batch_edits]
+    image = axis.pcolormesh(edges, range(len(names) + 1), table, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    axis.set_yticks([index + 0.5 for index in range(len(names))], [short_name(name) for name in names], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("Facts edited", fontsize=9)
+    _ticks(axis)
+    figure.colorbar(image, ax=axis).set_label("ΔHE, %", fontsize=9)
+    return figure
+
+
+def _line(run: Series) -> dict[str, Any]:
+    return {
+        "color": COLOURS[run.method],
+        "linestyle": "-" if run.sphere else "--",
+        "linewidth": 1.4,
+        "label": run.label,
+    }
+
+
+def _ticks(axis: Axes) -> None:
+    axis.tick_params(labelsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _spread(values: Sequence[float]) -> float:
+    return max(values) / min(values) if values and min(values) > 0 else 1.0
+
+
+def _correlations(axis: Axes, runs: Sequence[Series], key: str) -> None:
+    """Spearman's correlation of each run's metric with its energy, in the run's colour beside the axis."""
+    row = 0
+    for run in runs:
+        pairs = [(e, v) for e, v in zip(run.energy, run.metrics[key], strict=True) if v is not None]
+        if len(pairs) < 4 or len({v for _, v in pairs}) < 2 or len({e for e, _ in pairs}) < 2:
+            continue
+        rho = stats.spearmanr(*zip(*pairs, strict=True)).statistic
+        axis.annotate(
+            f"ρ {rho:+.2f}", (1.01, 1), xycoords="axes fraction", xytext=(0, -9 - 10 * row), textcoords="offset points",
+            fontsize=7, color=COLOURS[run.method], style="normal" if run.sphere else "italic",
+        )  # fmt: skip
+        row += 1
+
+
+def _regression(axis: Axes, points: Sequence[tuple[float, float]]) -> str:
+    """Draw the least-squares line with the 95 % confidence band of its mean; say the correlations."""
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    if len(set(x.tolist())) < 3 or len(set(y.tolist())) < 2:
+        return ""
+    n, centre = len(x), x.mean()
+    spread = (x - centre).square().sum()
+    slope = ((x - centre) * (y - y.mean())).sum() / spread
+    residual = y - y.mean() - slope * (x - centre)
+    grid = torch.linspace(float(x.min()), float(x.max()), 50, dtype=torch.float64)
+    line = y.mean() + slope * (grid - centre)
+    error = (residual.square().sum() / (n - 2) * (1 / n + (grid - centre).square() / spread)).sqrt()
+    half = float(stats.t.ppf(0.975, n - 2)) * error
+    axis.plot(grid.tolist(), line.tolist(), color="black", linewidth=1)
+    axis.fill_between(
+        grid.tolist(), (line - half).tolist(), (line + half).tolist(), color=_GREY, alpha=0.2, linewidth=0
+    )
+    pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
+    return f"Pearson {pearson:+.2f}, Spearman {spearman:+.2f}, {n} steps"
+
+
+def _ellipse(axis: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """The 95 % ellipse of a normal distribution with the points' mean and covariance."""
+    if len(points) < 3:
+        return
+    data = torch.tensor(points, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(data.T.cov())
+    if not bool((values > 0).all()):
+        return
+    width, height = (2 * (values * float(stats.chi2.ppf(0.95, 2))).sqrt()).tolist()
+    angle = float(torch.rad2deg(torch.atan2(vectors[1, 0], vectors[0, 0])))
+    centre = data.mean(0).tolist()
+    axis.add_patch(
+        Ellipse((centre[0], centre[1]), width, height, angle=angle, fill=False, edgecolor=colour, linewidth=0.8)
+    )

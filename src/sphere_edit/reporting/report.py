@@ -1,0 +1,254 @@
+"""One self-contained HTML page about one run or several, and its figures as files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from sphere_edit._version import __version__
+from sphere_edit.files import write_atomically
+from sphere_edit.reporting import plots
+from sphere_edit.reporting.energy import NOTE
+from sphere_edit.reporting.results import number, percent, relative, short_name, timings
+from sphere_edit.reporting.series import METRICS, Series, labelled
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of the page's first numbers: what it asks, and up to where its answer is good (green) or in doubt (amber)."""
+
+    question: str
+    green: float
+    amber: float
+    wording: str
+    verdicts: tuple[str, str, str]
+    rising: bool = False  # whether more is better
+
+    def light(self, value: float | None, shown: str) -> dict[str, str]:
+        """The answer for a value, in colour and words."""
+        if value is None or not math.isfinite(value):
+            index = 2
+        else:
+            sign = -1 if self.rising else 1
+            index = 0 if sign * value <= sign * self.green else 1 if sign * value <= sign * self.amber else 2
+        colour = ("green", "amber", "red")[index]
+        return {
+            "question": self.question,
+            "value": shown,
+            "colour": colour,
+            "verdict": self.verdicts[index],
+            "rule": self.wording,
+        }
+
+
+TAKEN = Rule(
+    "Did the edits take?", 90, 70, "Strict efficacy over all facts edited. Green from 90 %, amber from 70 %.",
+    ("yes", "not all of them", "no"), rising=True,
+)  # fmt: skip
+INTACT = Rule(
+    "Is the rest intact?", 1.10, 1.30, "Perplexity on held-out text, times the unedited model's. Green up to 1.10, amber up to 1.30.",
+    ("yes", "it begins to suffer", "no"),
+)  # fmt: skip
+STEADY = Rule(
+    "Is the energy steady?", 0.5, 2.0, "Largest change of a matrix's hyperspherical energy. Green up to 0.5 %, amber up to 2 %; "
+    "provisional, until thresholds are fixed by experiment.",
+    ("yes", "it drifts", "no"),
+)  # fmt: skip
+
+
+def write_report(runs: Sequence[str | Path], page: Path, figures: Path | None = None) -> Path:
+    """Write the page about some run folders to ``page``, and its figures as PNG and SVG into the folder ``figures``.
+
+    Raises:
+        SphereEditError: a run is not there or has measured nothing yet, or the page cannot be written.
+    """
+    series = labelled(runs)
+    shown = []
+    for name, caption, draw in _figures(series):
+        figure = draw()
+        svg = _svg(figure, name)
+        shown.append({"svg": svg[svg.index("<svg") :], "caption": caption})
+        if figures is not None:
+            write_atomically(figures / f"{name}.svg", partial(_write, svg))
+            write_atomically(figures / f"{name}.png", partial(figure.savefig, format="png", dpi=160))
+    title = series[0].label if len(series) == 1 else "Runs side by side"
+    content = {
+        "title": f"{title}: {series[0].config['model']['source'].rsplit('/', 1)[-1]}",
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+        "note": NOTE,
+        "runs": [_run(run) for run in series],
+        "metrics": _metrics(series),
+        "energies": _energies(series),
+        "figures": shown,
+        "facts": _facts(series),
+    }
+    template = files("sphere_edit").joinpath("data/report.html.jinja").read_text("utf-8")
+    html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(content)
+    write_atomically(page, partial(_write, html))
+    return page
+
+
+def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure]]]:
+    """Name, caption and maker of each figure that the runs have enough for."""
+    found: list[tuple[str, str, Callable[[], Figure]]] = [
+        (
+            "trends",
+            "Energy and metrics over edits. Solid with SPHERE, dashed without. ρ: Spearman's correlation of the metric with the energy "
+            "over the checkpoints; two series that both drift correlate in any case.",
+            partial(plots.trends, runs),
+        )
+    ]
+    if any(len(run.edits) > 2 for run in runs):
+        caption = (
+            "Change of energy against change of each metric between checkpoints: points of each run with their 95 % ellipse; filled with SPHERE, "
+            "hollow without. Line, 95 % band and correlations are of all runs together."
+        )
+        found.append(("differences", caption, partial(plots.differences, runs)))
+    for number_, run in enumerate(runs, 1):
+        if not run.batches:
+            continue
+        tag = "" if len(runs) == 1 else f"-{number_}"
+        name = _most_changed(run)
+        before, after = run.change(name)
+        short = short_name(name)
+        eta = (run.config["sphere"] or {}).get("eta", 0.5)
+        found += [
+            (f"heat{tag}", f"{run.label}: change of each edited matrix's energy.", partial(plots.heat, run)),
+            (
+                f"spectrum{tag}",
+                f"{run.label}: spectrum of all that was written to {short}, the matrix that changed most, and its part along the principal directions.",
+                partial(plots.spectrum, before, after, short, eta),
+            ),
+            (
+                f"cosines{tag}",
+                f"{run.label}: cosines between neurons of {short}.",
+                partial(plots.cosines, before, after, short),
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def _most_changed(run: Series) -> str:
+    last = run.batches[-1]["matrices"]
+    return max(last, key=lambda name: last[name]["relative_drift"])
+
+
+def _run(run: Series) -> dict[str, Any]:
+    config, last = run.config, {key: values[-1] for key, values in run.metrics.items()}
+    strict, after, before = last["efficacy_strict"], last["perplexity"], run.metrics["perplexity"][0]
+    ratio = after / before if after and before else None
+    changes = [
+        100 * (batch["energy"] / run.energies[name] - 1)
+        for name, batch in (run.batches[-1]["matrices"].items() if run.batches else ())
+    ]
+    largest = max(changes, key=abs, default=0.0)
+    sphere = config["sphere"]
+    return {
+        "label": run.label,
+        "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; "
+        + ("finished" if run.finished else "not finished: what follows is of the last evaluation"),
+        "lights": [
+            TAKEN.light(strict, percent(strict)),
+            INTACT.light(ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
+            STEADY.light(abs(largest), f"{largest:+.3f} %"),
+        ],
+        "timings": f"Time by stage: {timings(run.batches)}",
+        "settings": [
+            ("model", f"{config['model']['source']} ({config['model']['family']}, {config['model']['dtype']})"),
+            ("weights' SHA-256", config["model"]["fingerprint"]),
+            ("method", f"{run.method} {json.dumps(config['method_options'])}"),
+            ("SPHERE", json.dumps(sphere) if sphere else "off"),
+            ("matrices", ", ".join(config["matrices"])),
+            ("statistics from", config["corpus"]["origin"]),
+            *((name, json.dumps(value)) for name, value in config["settings"].items() if name not in ("options", "sphere")),
+            *((f"version of {name}", value) for name, value in config["versions"].items()),
+            ("device", config["device"]),
+            ("started", config["created"]),
+        ],
+    }  # fmt: skip
+
+
+def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
+    rows = []
+    for run in runs:
+        for name, index in (("unedited", 0), ("edited", -1)):
+            cells = [percent(run.metrics[key][index]) for key in METRICS if key != "perplexity"]
+            rows.append([f"{run.label}, {name}", *cells, number(run.metrics["perplexity"][index])])
+    return {"columns": [label.removesuffix(", %") for label in METRICS.values()], "rows": rows}
+
+
+def _energies(runs: Sequence[Series]) -> dict[str, Any]:
+    columns = (
+        "HE before",
+        "after",
+        "change",
+        "‖W − W0‖/‖W0‖",
+        "collateral",
+        "first order, last batch",
+        "change, last batch",
+    )
+    rows = []
+    for run in runs:
+        for name, batch in run.batches[-1]["matrices"].items() if run.batches else ():
+            before, collateral = run.energies[name], batch["collateral_ratio"]
+            rows.append(
+                [
+                    f"{run.label}, {short_name(name)}" if len(runs) > 1 else short_name(name),
+                    f"{before:.1f}",
+                    f"{batch['energy']:.1f}",
+                    relative(before, batch["energy"]),
+                    f"{batch['relative_drift']:.3f}",
+                    "–" if collateral is None else f"{collateral:.4f}",
+                    f"{batch['first_order']:+.2f}",
+                    f"{batch['energy_change']:+.2f}",
+                ]
+            )
+    return {"columns": columns, "rows": rows}
+
+
+def _facts(runs: Sequence[Series]) -> list[list[str]]:
+    found: list[tuple[tuple[bool, bool, float], list[str]]] = []
+    for run in runs:
+        for fact in run.facts():
+            before, after = fact["unedited"]["rewrite"], fact["edited"]["rewrite"]
+            likelier, strict = after["nll_right"] <= after["nll_other"], after["correct"]
+            cells = [
+                fact["prompt"].replace("{}", fact["subject"]),
+                fact["target_new"].strip(),
+                *([run.label] if len(runs) > 1 else []),
+                str(fact["batch"]),
+                *(_probability(score) for score in (before["nll_right"], after["nll_right"], after["nll_other"])),
+                "yes" if likelier else "no",
+                "yes" if strict else "no",
+            ]
+            found.append(((likelier, strict, -after["nll_right"]), cells))
+    return [cells for _, cells in sorted(found, key=lambda item: item[0])]
+
+
+def _probability(nll: float) -> str:
+    return f"{100 * math.exp(-nll):.1f} %"
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as SVG, its ids told apart from those of other figures on the page."""
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, "utf-8")

@@ -1,0 +1,132 @@
+"""A run as series over edits, read from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.journal import RunFolder
+from sphere_edit.errors import SphereEditError
+from sphere_edit.files import plain_errors
+
+METRICS = {
+    "efficacy": "Efficacy, %",
+    "efficacy_strict": "Efficacy, strict, %",
+    "generalization": "Generalization, %",
+    "generalization_strict": "Generalization, strict, %",
+    "specificity": "Specificity, %",
+    "perplexity": "Perplexity",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run: its evaluated checkpoints and its batches.
+
+    Attributes:
+        label: what it is called beside others.
+        edits: facts edited by each checkpoint, the unedited model (0) first.
+        metrics: by name (`METRICS`), a value a checkpoint; None where nothing was measured.
+        energy: energy of all edited matrices together at each checkpoint, relative to the unedited model's, less 1.
+        batches: the journal's entries.
+        batch_edits: facts edited by the end of each batch.
+    """
+
+    folder: Path
+    label: str
+    method: str
+    sphere: bool
+    config: Mapping[str, Any]
+    edits: list[int]
+    metrics: dict[str, list[float | None]]
+    energy: list[float]
+    energies: dict[str, float]  # of each unedited matrix
+    batches: list[dict[str, Any]]
+    batch_edits: list[int]
+    finished: bool
+
+    @classmethod
+    def read(cls, folder: str | Path, label: str | None = None) -> Series:
+        """A run from its folder.
+
+        Raises:
+            SphereEditError: no run there, or it has not measured the unedited model yet.
+        """
+        run = RunFolder.open(folder)
+        config, history = run.config, run.history
+        unedited = next((entry for entry in run.entries if entry["event"] == "unedited"), None)
+        if unedited is None:
+            raise SphereEditError(
+                f"{folder} has measured nothing yet; finish it first: sphere-edit edit {folder} --resume"
+            )
+        sphere = config["sphere"]
+        method = config["settings"]["method"]
+        name = label or method + (" + SPHERE" if sphere else "")
+        before = {matrix: energy["total"] for matrix, energy in unedited["energy"].items()}
+        whole = sum(before.values())
+        done = [0]
+        for batch in history.batches:
+            done.append(done[-1] + len(batch["facts"]))
+        points = [(0, unedited["summary"], unedited["perplexity"], unedited["energy"])]
+        for entry in sorted(history.evaluations, key=lambda entry: entry["after"]):
+            points.append((done[entry["after"]], entry["summary"], entry["perplexity"], entry["energy"]))
+        metrics: dict[str, list[float | None]] = {
+            key: [summary[key] for _, summary, _, _ in points] for key in METRICS if key != "perplexity"
+        }
+        metrics["perplexity"] = [perplexity for _, _, perplexity, _ in points]
+        energy = [sum(matrix["total"] for matrix in energies.values()) / whole - 1 for *_, energies in points]
+        return cls(
+            run.path,
+            name,
+            method,
+            sphere is not None,
+            config,
+            [edits for edits, *_ in points],
+            metrics,
+            energy,
+            before,
+            history.batches,
+            done[1:],
+            history.finished,
+        )
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Every fact of ``metrics.json``, empty before the first evaluation is finished."""
+        path = self.folder / "metrics.json"
+        if not path.is_file():
+            return []
+        with plain_errors(path, "read"):
+            found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["per_fact"]
+        return found
+
+    def change(self, name: str) -> tuple[Tensor, Tensor]:
+        """W before the first edit and after the last batch ``[d_out, d_in]``, float32.
+
+        The run keeps W and every ΔW, so that W0 is W less their sum, up to rounding.
+        """
+        run = RunFolder.open(self.folder)
+        head = run.history.head
+        working = run.read_checkpoint(head)[0][name]
+        total = torch.zeros_like(working)
+        for batch in range(1, head + 1):
+            updates, _ = run.read_update(batch)
+            total += updates[name].dense()
+        return working - total, working
+
+
+def labelled(folders: Sequence[str | Path]) -> list[Series]:
+    """Several runs, with labels that tell them apart."""
+    found = [Series.read(folder) for folder in folders]
+    labels = [series.label for series in found]
+    return [
+        series
+        if labels.count(series.label) == 1
+        else Series.read(series.folder, f"{series.label} ({series.folder.name})")
+        for series in found
+    ]

@@ -1,0 +1,210 @@
+"""The page about runs: what it says is what the run folders hold, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from conftest import fact_records
+from families import save_tiny
+from sphere_edit import SphereEditError
+from sphere_edit.editing.methods import METHODS as ALL_METHODS
+from sphere_edit.editor import Editor
+from sphere_edit.progress import Quiet
+from sphere_edit.reporting import plots
+from sphere_edit.reporting.report import INTACT, TAKEN, write_report
+from sphere_edit.reporting.series import Series, labelled
+from test_cli import run
+from test_runs import METHODS, QUICK
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "<script>throw 1</script>"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """AlphaEdit with and without SPHERE, and MEMIT: six batches each, evaluated after each."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = save_tiny("llama", folder / "model")
+    facts = fact_records(12)
+    facts[3] = {**facts[3], "target_new": EVIL}
+    found = []
+    for name, method, sphere in (("a", "alphaedit", True), ("b", "alphaedit", False), ("c", "memit", True)):
+        options = {**QUICK, **METHODS[method], "eval_every": 1, "sphere": {"enabled": sphere}}
+        editor = Editor.from_pretrained(model, folder / name, reporter=Quiet(), **options)
+        editor.edit(facts)
+        editor.close()
+        found.append(folder / name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    return write_report(runs, folder / "report.html", folder / "figures")
+
+
+class Page(HTMLParser):
+    """Tags still open, attributes that would fetch something, and the text of table cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "input", "br"):
+            self.open.append(tag)
+        self.fetched += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith(("#", "data:"))
+        ]
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "td" in self.open[-1:]:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_needs_nothing_but_itself_and_runs_nothing_that_a_fact_says(page):
+    text = page.read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    assert parsed.fetched == []
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    assert EVIL not in text
+    assert any(EVIL in row for row in parsed.rows), "said, not run"
+
+
+def test_facts_that_did_not_take_come_first_and_all_are_there(page, runs):
+    rows = [row for row in Page(page.read_text()).rows if len(row) == 9]
+    assert len(rows) == 3 * 12
+    assert rows == sorted(rows, key=lambda row: (row[7] == "yes", row[8] == "yes"))
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    taken = sum(
+        fact["edited"]["rewrite"]["nll_right"] <= fact["edited"]["rewrite"]["nll_other"] for fact in metrics["per_fact"]
+    )
+    assert taken == sum(row[2] == "alphaedit + SPHERE" and row[7] == "yes" for row in rows)
+
+
+def test_series_are_what_the_run_measured(runs):
+    series = Series.read(runs[0])
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    assert series.edits == [0, 2, 4, 6, 8, 10, 12]
+    assert series.metrics["efficacy"][-1] == metrics["edited"]["efficacy"]
+    assert series.metrics["perplexity"][0] == metrics["unedited"]["perplexity"]
+    totals = [sum(matrix["total"] for matrix in metrics[when]["energy"].values()) for when in ("unedited", "edited")]
+    assert series.energy[0] == 0
+    assert series.energy[-1] == pytest.approx(totals[1] / totals[0] - 1)
+    name = "model.layers.2.mlp.down_proj"
+    before, after = series.change(name)
+    assert float((after - before).norm() / before.norm()) == pytest.approx(
+        series.batches[-1]["matrices"][name]["relative_drift"], rel=1e-3
+    )
+    assert [one.label for one in labelled([runs[0], runs[0]])] == ["alphaedit + SPHERE (a)"] * 2
+
+
+def test_figures_draw_the_series_and_a_method_has_one_colour(runs):
+    series = labelled(runs)
+    figure = plots.trends(series)
+    energy = figure.axes[0].get_lines()
+    for line, one in zip(energy, series, strict=True):
+        assert list(line.get_xdata()) == one.edits
+        assert list(line.get_ydata()) == pytest.approx([100 * value for value in one.energy])
+        assert to_hex(line.get_color()).upper() == plots.COLOURS[one.method]
+        assert line.get_linestyle() == ("-" if one.sphere else "--")
+    assert len(set(plots.COLOURS.values())) == len(ALL_METHODS)
+    heat = plots.heat(series[0]).axes[0].collections[0].get_array()
+    last = series[0].batches[-1]["matrices"]
+    expected = [100 * (last[name]["energy"] / series[0].energies[name] - 1) for name in series[0].energies]
+    assert list(heat[:, -1]) == pytest.approx(expected, rel=1e-4)
+    steps = [len(points.get_offsets()) for points in plots.differences(series).axes[3].collections[:3]]
+    assert sum(steps) >= 12
+
+
+def test_cosines_and_spectrum_draw_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(12, 20, generator=generator)
+    after = before.clone()
+    after[4] += 1
+    images = [axis.images[0].get_array() for axis in plots.cosines(before, after, "x").axes if axis.images]
+    rows = before / before.norm(dim=1, keepdim=True)
+    assert sorted(images[0].flatten()) == pytest.approx(sorted((rows @ rows.T).flatten().tolist()), abs=1e-5)
+    torch.testing.assert_close(torch.tensor(images[2]), torch.tensor(images[1] - images[0]))
+    figure = plots.spectrum(before, after, "x")
+    ours, changed = figure.axes[0].get_lines()
+    assert list(ours.get_ydata()) == pytest.approx(torch.linalg.svdvals(before.double()).tolist(), rel=1e-6)
+    assert len(changed.get_ydata()) == 1, "a change of rank one"
+    share = figure.axes[1].get_lines()[0].get_ydata()
+    assert 0 < share[-1] <= 100
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "colour"),
+    [(TAKEN, 95, "green"), (TAKEN, 80, "amber"), (TAKEN, 20, "red"), (TAKEN, None, "red"),
+     (INTACT, 1.05, "green"), (INTACT, 1.2, "amber"), (INTACT, 3, "red"), (INTACT, float("nan"), "red")],
+)  # fmt: skip
+def test_lights_follow_their_rules(rule, value, colour):
+    assert rule.light(value, "x")["colour"] == colour
+
+
+def test_the_command_and_its_mistakes(runs, tmp_path):
+    assert "report.html" in run("report", runs[0], "-o", tmp_path / "report.html")
+    assert (tmp_path / "figures" / "trends.png").stat().st_size > 10_000
+    with pytest.raises(SphereEditError, match="is not a run folder"):
+        run("report", tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_page_in_a_browser(page, tmp_path, width):
+    """No console message, no sideways scrolling, and the filter filters."""
+    probe = """<script>
+      document.getElementById("filter").value = "throw 1"; document.getElementById("filter").dispatchEvent(new Event("input"));
+      const left = [...document.querySelectorAll("#facts tr")].filter(row => !row.hidden).length;
+      document.title = [innerWidth, document.documentElement.scrollWidth, left].join(" ");
+    </script></body>"""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", probe))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+    ]
+    command = [
+        CHROMIUM,
+        *options,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    inner, scroll, left = map(int, re.search(r"<title>(.*?)</title>", done.stdout)[1].split())
+    assert scroll <= inner <= width
+    assert left == 1 + 3, "the heading, and one fact in each of three runs"
+    assert "CONSOLE" not in done.stderr
