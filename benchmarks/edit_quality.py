@@ -31,7 +31,7 @@ METRICS = ("efficacy", "efficacy_strict", "generalization", "generalization_stri
 
 
 def main() -> None:
-    """Make what is missing, print one table with the textbook's 95 % bootstrap intervals."""
+    """Make what is missing, print one table with 95 % bootstrap intervals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("facts")
@@ -58,10 +58,7 @@ def main() -> None:
     for name, scores in found.items():
         means = summarise(scores)
         cells = [f"{means[metric]:.1f}" for metric in METRICS]
-        if name == "textbook":
-            cells = [
-                f"{cell} [{low:.1f}, {high:.1f}]" for cell, (low, high) in zip(cells, intervals(scores), strict=True)
-            ]
+        cells = [f"{cell} [{low:.1f}, {high:.1f}]" for cell, (low, high) in zip(cells, intervals(scores), strict=True)]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -217,3 +217,22 @@ def test_growing_by_keys_equals_the_whole_solve(n):
     inverse = torch.linalg.inv(base)
     torch.testing.assert_close(grown_solution(inverse @ keys, keys), torch.linalg.solve(grown, keys))
     torch.testing.assert_close(grown_inverse(inverse, keys), torch.linalg.inv(grown))
+
+
+def test_directions_of_a_large_matrix_in_its_own_precision_are_those_in_float64():
+    """What is projected differs by less than 1e-5, as for a matrix of Llama's width, and the basis is orthonormal."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2048, 2300), (2300, 2048)):
+        weight = torch.randn(*shape, generator=generator) + torch.randn(
+            shape[0], 64, generator=generator
+        ) @ torch.randn(64, shape[1], generator=generator)
+        delta = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+        sphere = Sphere(eta=0.5, alpha=0.5)
+        basis = sphere.directions(weight)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5, rtol=0)
+        rows = weight.double() / weight.double().norm(dim=1, keepdim=True)
+        values, vectors = right_eigenbasis(rows)
+        exact = vectors[:, : principal_rank(values, 0.5)]
+        assert basis.shape == exact.shape
+        ours, theirs = (sphere.suppress(delta, directions) for directions in (basis, exact))
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5

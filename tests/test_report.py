@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from scipy import stats
 
 from conftest import fact_records
 from families import save_tiny
@@ -20,6 +21,7 @@ from sphere_edit.editing.methods import METHODS as ALL_METHODS
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting import plots
+from sphere_edit.reporting.correlation import correlate, predictors
 from sphere_edit.reporting.report import INTACT, TAKEN, write_report
 from sphere_edit.reporting.series import Series, labelled
 from test_cli import run
@@ -208,3 +210,33 @@ def test_the_page_in_a_browser(page, tmp_path, width):
     assert scroll <= inner <= width
     assert left == 1 + 3, "the heading, and one fact in each of three runs"
     assert "CONSOLE" not in done.stderr
+
+
+def test_correlation_is_spearmans_and_drift_alone_is_not_taken_for_more_than_it_is():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, generator=generator).tolist()
+    y = (torch.tensor(x) + torch.randn(40, generator=generator)).tolist()
+    found = correlate([None, *x], [1.0, *y])
+    assert found.rho == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert found.p < 0.01
+    assert found.points == 40
+    assert correlate([1.0, 1, 1, 1, 1], [1.0, 2, 3, 4, 5]) is None
+    # two random walks that know nothing of one another: their differences do not correlate, and p is about uniform
+    chances, levels = [], []
+    for seed in range(60):
+        generator.manual_seed(seed)
+        walks = torch.randn(2, 30, generator=generator).cumsum(1).tolist()
+        chances.append(correlate(*walks, differences=True, draws=200).p)
+        levels.append(correlate(*walks, block=1, draws=200).p)
+    assert sum(p < 0.05 for p in chances) <= 8
+    assert sum(p < 0.05 for p in levels) >= 20, "what a permutation point by point would have said of the levels"
+
+
+def test_predictors_are_those_of_the_journal(runs):
+    series = Series.read(runs[0])
+    found = predictors(series)
+    last = series.batches[-1]["matrices"].values()
+    assert found["drift"][-1] == max(matrix["relative_drift"] for matrix in last)
+    assert found["collateral"][-1] == pytest.approx(sum(matrix["collateral_ratio"] for matrix in last))
+    assert found["drift"][0] == found["collateral"][0] == found["energy"][0] == 0
+    assert [len(values) for values in found.values()] == [7] * 4

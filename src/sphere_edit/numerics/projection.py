@@ -8,15 +8,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sphere_edit.numerics.linalg import right_eigenbasis
+from sphere_edit.numerics.linalg import keeps_precision, leading_right_directions
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, Update
 
 Delta = TypeVar("Delta", Tensor, LowRankUpdate, DenseUpdate, Update)
 
 
 def unit_rows(weight: Tensor) -> Tensor:
-    """Ŵ: the neurons (rows of ``weight [d_out, d_in]``) scaled to length 1, in float64; zero rows stay zero."""
-    rows = weight.double()
+    """Ŵ: the neurons (rows of ``weight [d_out, d_in]``) scaled to length 1; zero rows stay zero.
+
+    In float64, or where that takes long (`keeps_precision`) in the weight's own precision, float32 at least.
+    """
+    rows = weight.to(torch.promote_types(weight.dtype, torch.float32)) if keeps_precision(weight) else weight.double()
     norms = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(norms > 0, norms, torch.ones_like(norms))
 
@@ -56,8 +59,7 @@ class Sphere(BaseModel):
 
     def directions(self, weight: Tensor) -> Tensor:
         """``U [d_in, r]`` in float64 for ``weight [d_out, d_in]``, columns orthonormal."""
-        values, vectors = right_eigenbasis(unit_rows(weight))
-        return vectors[:, : principal_rank(values, self.eta)]
+        return leading_right_directions(unit_rows(weight), lambda values: principal_rank(values, self.eta))
 
     def __call__(self, delta: Delta, weight: Tensor) -> Delta:
         """``delta`` (a tensor ``[d_out, d_in]`` or an Update) with its principal part suppressed, same type and dtype."""

@@ -1,0 +1,57 @@
+"""Does the energy go with the metrics over the checkpoints of some runs, and do plainer predictors? Prints one table.
+
+sphere-edit edit smollm2 ../shared/data/counterfact.json --limit 200 --batch-size 10 --eval-every 1 -o runs/a …
+python benchmarks/correlation.py runs/a runs/b
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sphere_edit.reporting.correlation import PREDICTORS, Correlation, correlate, predictors
+from sphere_edit.reporting.series import labelled
+
+METRICS = {
+    "efficacy_strict": "strict efficacy",
+    "generalization": "generalization",
+    "specificity": "specificity",
+    "perplexity": "perplexity",
+}
+
+
+def main() -> None:
+    """Read runs, print Spearman's correlations of levels and of differences with their p-values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    args = parser.parse_args()
+    print("| run | metric | " + " | ".join(PREDICTORS.values()) + " |\n|---|---|" + "---|" * len(PREDICTORS))
+    for run in labelled(args.runs):
+        for metric, label in METRICS.items():
+            cells = []
+            for values in predictors(run).values():
+                levels, steps = (correlate(values, run.metrics[metric], differences=kind) for kind in (False, True))
+                cells.append(f"{said(levels)}; {said(steps)}")
+            print(f"| {run.label} | {label} | {' | '.join(cells)} |")
+    print("\nIn each cell: Spearman's ρ (p by block permutation) of levels; of differences between checkpoints.")
+    print(
+        "| run | facts | perplexity | strict efficacy | energy, change | largest drift | collateral, sum |\n|---|---|---|---|---|---|---|"
+    )
+    for run in labelled(args.runs):
+        found = predictors(run)
+        for index in sorted({0, len(run.edits) // 4, len(run.edits) // 2, 3 * len(run.edits) // 4, len(run.edits) - 1}):
+            ratio = (run.metrics["perplexity"][index] or float("nan")) / (run.metrics["perplexity"][0] or float("nan"))
+            collateral = found["collateral"][index]
+            print(
+                f"| {run.label} | {run.edits[index]} | × {ratio:.3f} | {run.metrics['efficacy_strict'][index]:.1f} | {100 * run.energy[index]:+.4f} % "
+                f"| {found['drift'][index]:.3f} | {'–' if collateral is None else f'{collateral:.3f}'} |"
+            )
+
+
+def said(correlation: Correlation | None) -> str:
+    """One correlation."""
+    return "–" if correlation is None else f"{correlation.rho:+.2f} ({correlation.p:.3f})"
+
+
+if __name__ == "__main__":
+    main()
