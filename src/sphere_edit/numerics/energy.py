@@ -101,9 +101,8 @@ class Bounds:
 
 @dataclass(frozen=True)
 class KeyMetric:
-    """``C = C0 + ε I`` of a matrix's inputs and its Cholesky factor, float64 ``[d_in, d_in]``."""
+    """``C = C0 + ε I`` of a matrix's inputs, as its Cholesky factor ``[d_in, d_in]`` in float64."""
 
-    moment: Tensor
     factor: Tensor
 
     @classmethod
@@ -111,7 +110,7 @@ class KeyMetric:
         """From C0, with ε as ``ridge`` times its mean eigenvalue."""
         c = second_moment.double()
         c = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
-        return cls(c, spd_factor(c))
+        return cls(spd_factor(c))
 
 
 def energy_bounds(gradient: Tensor, delta: Tensor, keys: KeyMetric | None = None) -> Bounds:
