@@ -438,7 +438,7 @@ def report(
 
     page = output or runs[0] / "report.html"
     folder = figures or page.parent / "figures"
-    write_report(runs, page, folder)
+    write_report(runs, page, folder, _reporter())
     out.print(f"{page} and {folder}", highlight=False, soft_wrap=True)
 
 
@@ -454,7 +454,7 @@ def energy(
         str | None, typer.Option(help="Layers, as 4-8 or 4,6. [default: all, or those that the run edited]")
     ] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Matrices, as down_proj,up_proj. [default: what the MLP writes with]")
+        str | None, typer.Option(help="Matrices by role (down,up) or by their own name. [default: down]")
     ] = None,
     power: Annotated[int, typer.Option(min=0, max=2, help="s of the energy HE_s.")] = 1,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Share of the neurons' spectrum that is principal.")] = 0.5,
@@ -562,7 +562,7 @@ def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
 def _write_report(folder: Path) -> None:
     from sphere_edit.reporting.report import write_report
 
-    write_report([folder], folder / "report.html", folder / "figures")
+    write_report([folder], folder / "report.html", folder / "figures", _reporter())
 
 
 def _say_where(folder: Path) -> None:

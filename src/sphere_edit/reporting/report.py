@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
 from sphere_edit.files import write_atomically
+from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
 from sphere_edit.reporting.energy import NOTE
 from sphere_edit.reporting.results import number, percent, relative, short_name, timings
@@ -68,7 +69,9 @@ STEADY = Rule(
 )  # fmt: skip
 
 
-def write_report(runs: Sequence[str | Path], page: Path, figures: Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[str | Path], page: Path, figures: Path | None = None, reporter: Reporter | None = None
+) -> Path:
     """Write the page about some run folders to ``page``, and its figures as PNG and SVG into the folder ``figures``.
 
     Raises:
@@ -76,13 +79,16 @@ def write_report(runs: Sequence[str | Path], page: Path, figures: Path | None = 
     """
     series = labelled(runs)
     shown = []
-    for name, caption, draw in _figures(series):
-        figure = draw()
-        svg = _svg(figure, name)
-        shown.append({"svg": svg[svg.index("<svg") :], "caption": caption})
-        if figures is not None:
-            write_atomically(figures / f"{name}.svg", partial(_write, svg))
-            write_atomically(figures / f"{name}.png", partial(figure.savefig, format="png", dpi=160))
+    planned = _figures(series)
+    with (reporter or Quiet()).bar("report", len(planned), "figures") as advance:
+        for name, caption, draw in planned:
+            figure = draw()
+            svg = _svg(figure, name)
+            shown.append({"svg": svg[svg.index("<svg") :], "caption": caption})
+            if figures is not None:
+                write_atomically(figures / f"{name}.svg", partial(_write, svg))
+                write_atomically(figures / f"{name}.png", partial(figure.savefig, format="png", dpi=160))
+            advance(1)
     title = series[0].label if len(series) == 1 else "Runs side by side"
     content = {
         "title": f"{title}: {series[0].config['model']['source'].rsplit('/', 1)[-1]}",
@@ -122,7 +128,6 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
-        before, after = run.change(name)
         short = short_name(name)
         eta = (run.config["sphere"] or {}).get("eta", 0.5)
         found += [
@@ -130,15 +135,20 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             (
                 f"spectrum{tag}",
                 f"{run.label}: spectrum of all that was written to {short}, the matrix that changed most, and its part along the principal directions.",
-                partial(plots.spectrum, before, after, short, eta),
+                partial(_of_change, plots.spectrum, run, name, eta),
             ),
             (
                 f"cosines{tag}",
                 f"{run.label}: cosines between neurons of {short}.",
-                partial(plots.cosines, before, after, short),
+                partial(_of_change, plots.cosines, run, name),
             ),
         ]  # fmt: skip
     return found
+
+
+def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
+    """A figure of one matrix before and after the run."""
+    return draw(*run.change(name), short_name(name), *more)
 
 
 def _most_changed(run: Series) -> str:
