@@ -78,9 +78,8 @@ class SequentialLoop:
         clock = _Clock()
         self.at = None
         self._forget(superseded, batch)
-        deployed = {
-            name: self.weights.deployed(name).clone() for name in self.weights.names
-        }  # else it would change too
+        # copies: of a float32 model the deployed matrices are the parameters themselves
+        deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}
         self.weights.use_working()
         before = self.weights.snapshot()
         groups, report = self._solve_groups(facts, clock)

@@ -118,15 +118,23 @@ def _not_finite() -> SphereEditError:
 
 
 def grown_solution(solved: Tensor, keys: Tensor) -> Tensor:
-    """``(B + K Kᵀ)⁻¹ K`` from ``solved = B⁻¹ K [d, n]`` and ``keys = K [d, n]``: Woodbury, O(d n²) instead of O(d³)."""
+    """``(B + K Kᵀ)⁻¹ K`` from ``solved = B⁻¹ K [d, n]`` and ``keys = K [d, n]``: Woodbury, O(d n²) instead of O(d³).
+
+    With more keys than dimensions, from ``(I + B⁻¹ K Kᵀ)⁻¹ B⁻¹ K`` instead, O(d² n).
+    """
+    d, n = keys.shape
+    if n > d:
+        return torch.linalg.solve(torch.eye(d, dtype=keys.dtype, device=keys.device) + solved @ keys.T, solved)
     return spd_solve(_capacitance(solved, keys), solved.T).T
 
 
 def grown_inverse(inverse: Tensor, keys: Tensor) -> Tensor:
-    """``(B + K Kᵀ)⁻¹`` from ``inverse = B⁻¹ [d, d]`` by one step of rank n, O(d² n); stays symmetric."""
-    solved = inverse @ keys
-    half = torch.linalg.solve_triangular(spd_factor(_capacitance(solved, keys)), solved.T, upper=False)
-    return inverse - half.T @ half
+    """``(B + K Kᵀ)⁻¹`` from ``inverse = B⁻¹ [d, d]`` by steps of rank d at most, O(d² n) in all; stays symmetric."""
+    for part in keys.split(len(keys), dim=1):
+        solved = inverse @ part
+        half = torch.linalg.solve_triangular(spd_factor(_capacitance(solved, part)), solved.T, upper=False)
+        inverse = inverse - half.T @ half
+    return inverse
 
 
 def _capacitance(solved: Tensor, keys: Tensor) -> Tensor:
