@@ -16,7 +16,8 @@ from scipy import stats
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import SphereEditError
+from sphere_edit import Sphere, SphereEditError
+from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.methods import METHODS as ALL_METHODS
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
@@ -240,3 +241,19 @@ def test_predictors_are_those_of_the_journal(runs):
     assert found["collateral"][-1] == pytest.approx(sum(matrix["collateral_ratio"] for matrix in last))
     assert found["drift"][0] == found["collateral"][0] == found["energy"][0] == 0
     assert [len(values) for values in found.values()] == [7] * 4
+
+
+def test_the_last_update_is_told_as_solved_and_as_written(runs):
+    """SPHERE's share is given back where it was taken, and shown where it was not."""
+    name = "model.layers.2.mlp.down_proj"
+    for folder, sphere in ((runs[0], True), (runs[1], False)):
+        weight, solved, written = Series.read(folder).last_update(name)
+        stored, _ = RunFolder.open(folder).read_update(6)
+        assert torch.equal(written if sphere else solved, stored[name].dense())
+        principal = Sphere(eta=0.5).directions(weight)
+        ratio = float((written.double() @ principal).norm() / (solved.double() @ principal).norm())
+        assert ratio == pytest.approx(0.5, abs=1e-3)
+        rest = (written - solved).double()
+        assert float((rest - rest @ principal @ principal.T).norm()) < 1e-5
+    figure = plots.idea(weight, solved, written, "x")
+    assert "‖ΔW U‖" in figure.axes[0].get_title()

@@ -25,6 +25,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
 _BEFORE, _AFTER, _GREY = "#56B4E9", "#D55E00", "#808080"
 _NEURONS_SHOWN = 200
+_ARROWS = 30
 
 
 def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
@@ -108,7 +109,8 @@ def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
     shown = order[torch.linspace(0, len(order) - 1, min(_NEURONS_SHOWN, len(order))).round().long()]
     matrices = [rows[shown] @ rows[shown].T for rows in (first, second)]
     off = ~torch.eye(len(shown), dtype=torch.bool)
-    limit = max(float(matrix[off].abs().max()) for matrix in matrices)
+    # a few pairs lie far out; the scale is that of the rest, and they are drawn at its ends
+    limit = max(float(matrix[off].abs().quantile(0.998)) for matrix in matrices)
     figure = Figure(figsize=(9.2, 5.6), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
     top, bottom = parts
@@ -126,7 +128,14 @@ def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
     axis = bottom.subplots()
     bins = torch.linspace(-limit, limit, 81).tolist()
     for matrix, name, colour in zip(matrices, ("before", "after"), (_BEFORE, _AFTER), strict=True):
-        axis.hist(matrix[off].tolist(), bins=bins, histtype="step", color=colour, label=name, density=True)
+        axis.hist(
+            matrix[off].clamp(-limit, limit).tolist(),
+            bins=bins,
+            histtype="step",
+            color=colour,
+            label=name,
+            density=True,
+        )
     axis.set_xlabel(f"Cosine of two neurons of {title} ({len(shown)} of {len(order)} neurons)", fontsize=9)
     axis.set_ylabel("Density", fontsize=9)
     axis.tick_params(labelsize=8)
@@ -159,7 +168,7 @@ def spectrum(before: Tensor, after: Tensor, title: str, eta: float = 0.5) -> Fig
     right.set_ylabel("Share of ‖ΔW‖², %", fontsize=9)
     right.legend(fontsize=9, frameon=False, loc="upper left")
     for axis in (left, right):
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, which="both")
     return figure
 
 
@@ -253,3 +262,52 @@ def _ellipse(axis: Axes, points: Sequence[tuple[float, float]], colour: str) -> 
     axis.add_patch(
         Ellipse((centre[0], centre[1]), width, height, angle=angle, fill=False, edgecolor=colour, linewidth=0.8)
     )
+
+
+def idea(weight: Tensor, solved: Tensor, written: Tensor, title: str, eta: float = 0.5) -> Figure:
+    """The idea of SPHERE on real neurons (the paper's figure 1): where an update pushes them, before and after projection.
+
+    Neurons ``weight [d_out, d_in]`` are shown by their direction within three dimensions: the first two principal
+    directions of the matrix, and the strongest direction of the update outside all principal ones. Arrows lead from
+    the neurons that the update moves most to where ``solved`` and ``written [d_out, d_in]`` would put them.
+    """
+    rows = unit_rows(weight).double()
+    values, vectors = right_eigenbasis(rows)
+    principal = vectors[:, : principal_rank(values, eta)]
+    outside = solved.double() - solved.double() @ principal @ principal.T
+    strongest = right_eigenbasis(outside)[1][:, :1]
+    axes3 = torch.cat([vectors[:, :2], strongest], dim=1)
+
+    def place(matrix: Tensor) -> Tensor:
+        inside = matrix.double() @ axes3
+        return inside / inside.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    start = place(weight)
+    moved = (solved.double() @ axes3).norm(dim=1).argsort(descending=True)[:_ARROWS]
+    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
+    angles = torch.linspace(0, 2 * torch.pi, 61, dtype=torch.float64)
+    heights = torch.linspace(-1, 1, 13, dtype=torch.float64)
+    for number, (update, name, colour) in enumerate(
+        ((solved, "as solved", _AFTER), (written, "after SPHERE", "#0072B2")), 1
+    ):
+        axis: Any = figure.add_subplot(1, 2, number, projection="3d")
+        for height in heights:
+            radius = float((1 - height**2).clamp_min(0).sqrt())
+            circle = (radius * angles.cos()).tolist(), (radius * angles.sin()).tolist(), [float(height)] * len(angles)
+            axis.plot(*circle, color=_GREY, linewidth=0.3, alpha=0.5)
+        axis.scatter(*start.T.tolist(), s=2, color=_GREY, alpha=0.6)
+        end = place(weight + update)
+        for index in moved.tolist():
+            axis.plot(*torch.stack([start[index], end[index]]).T.tolist(), color=colour, linewidth=1.2)
+        axis.scatter(*end[moved].T.tolist(), s=10, color=colour, label=name)
+        for direction, label in enumerate(("u₁", "u₂")):
+            tip = [1.25 * float(direction == part) for part in range(3)]
+            axis.plot(*([0, value] for value in tip), color="black", linewidth=1)
+            axis.text(*(1.15 * value for value in tip), label, fontsize=9, zorder=99, backgroundcolor="white")
+        along = float((update.double() @ principal).norm() / update.double().norm())
+        axis.set_title(f"{name}: ‖ΔW U‖ / ‖ΔW‖ = {along:.3f}", fontsize=9)
+        axis.set_axis_off()
+        axis.set_box_aspect((1, 1, 1), zoom=1.6)
+        axis.view_init(elev=25, azim=35)
+    figure.suptitle(f"Neurons of {title}; the {_ARROWS} that the last batch moves most", fontsize=9)
+    return figure

@@ -131,6 +131,13 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
         short = short_name(name)
         eta = (run.config["sphere"] or {}).get("eta", 0.5)
         found += [
+            (
+                f"idea{tag}",
+                f"{run.label}: neurons on the sphere of the first two principal directions and the update's strongest other one; "
+                f"where the last batch pushes those of {short} that it moves most, as solved and after SPHERE"
+                + ("" if run.sphere else " (which this run did not use)") + ".",
+                partial(_of_last_update, run, name, eta),
+            ),
             (f"heat{tag}", f"{run.label}: change of each edited matrix's energy.", partial(plots.heat, run)),
             (
                 f"spectrum{tag}",
@@ -144,6 +151,10 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             ),
         ]  # fmt: skip
     return found
+
+
+def _of_last_update(run: Series, name: str, eta: float) -> Figure:
+    return plots.idea(*run.last_update(name), short_name(name), eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors
+from sphere_edit.numerics.projection import Sphere
 
 METRICS = {
     "efficacy": "Efficacy, %",
@@ -118,6 +119,26 @@ class Series:
             updates, _ = run.read_update(batch)
             total += updates[name].dense()
         return working - total, working
+
+    def last_update(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The last batch's W before it, its ΔW as solved, and after SPHERE, ``[d_out, d_in]`` each.
+
+        The run keeps what was written. SPHERE took a share α of its principal part away, which is given back here to say what was
+        solved; where SPHERE was off, is total (α = 1) or acts on the deployed weights alone, it is applied here to show what it does.
+        """
+        run = RunFolder.open(self.folder)
+        head = run.history.head
+        updates, _ = run.read_update(head)
+        written = updates[name].dense()
+        weight = run.read_checkpoint(head)[0][name] - written
+        options = self.config["sphere"]
+        sphere = Sphere(**options) if options else Sphere()
+        if options is None or sphere.project == "deployed" or sphere.alpha == 1:
+            return weight, written, sphere(written, weight)
+        basis = self.change(name)[0] if sphere.basis == "pretrained" else weight
+        principal = sphere.directions(basis)
+        part = (written.double() @ principal) @ principal.T
+        return weight, (written + sphere.alpha / (1 - sphere.alpha) * part).float(), written
 
 
 def labelled(folders: Sequence[str | Path]) -> list[Series]:
