@@ -101,8 +101,8 @@ def started(folder: Path, batch_size: int, inner: int = 512, layers: Sequence[in
 
 
 def made(count: int) -> list[Fact]:
-    """Facts about numbered things."""
-    return [Fact(f"Thing {number}", "{} lies in", f"Place {number % 7}") for number in range(count)]
+    """Facts about numbered things, all of one length in bytes, which are tokens here."""
+    return [Fact(f"Thing {number:05d}", "{} lies in", f"Place {number % 7}") for number in range(count)]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
