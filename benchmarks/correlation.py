@@ -30,7 +30,7 @@ def main() -> None:
         for metric, label in METRICS.items():
             cells = []
             for values in predictors(run).values():
-                levels, steps = (correlate(values, run.metrics[metric], differences=kind) for kind in (False, True))
+                levels, steps = (correlate(values, run.judged(metric), differences=kind) for kind in (False, True))
                 cells.append(f"{said(levels)}; {said(steps)}")
             print(f"| {run.label} | {label} | {' | '.join(cells)} |")
     print("\nIn each cell: Spearman's ρ (p by block permutation) of levels; of differences between checkpoints.")
@@ -50,7 +50,9 @@ def main() -> None:
 
 def said(correlation: Correlation | None) -> str:
     """One correlation."""
-    return "–" if correlation is None else f"{correlation.rho:+.2f} ({correlation.p:.3f})"
+    return (
+        "–" if correlation is None else f"{correlation.rho:+.2f} ({correlation.p:.3f})".replace("(0.000)", "(< 0.001)")
+    )
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def test_series_are_what_the_run_measured(runs):
     assert series.metrics["efficacy"][-1] == metrics["edited"]["efficacy"]
     assert series.metrics["perplexity"][0] == metrics["unedited"]["perplexity"]
     totals = [sum(matrix["total"] for matrix in metrics[when]["energy"].values()) for when in ("unedited", "edited")]
+    assert series.judged("efficacy") == [None, *series.metrics["efficacy"][1:]]
+    assert series.judged("perplexity") == series.metrics["perplexity"]
     assert series.energy[0] == 0
     assert series.energy[-1] == pytest.approx(totals[1] / totals[0] - 1)
     name = "model.layers.2.mlp.down_proj"

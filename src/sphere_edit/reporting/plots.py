@@ -72,7 +72,7 @@ def differences(runs: Sequence[Series]) -> Figure:
     for axis, key in zip(axes, keys, strict=True):
         together: list[tuple[float, float]] = []
         for run in runs:
-            values = run.metrics[key]
+            values = run.judged(key)
             steps = [
                 (100 * (run.energy[i + 1] - run.energy[i]), after - before)
                 for i, (before, after) in enumerate(pairwise(values))
@@ -216,7 +216,7 @@ def _correlations(axis: Axes, runs: Sequence[Series], key: str) -> None:
     """Spearman's correlation of each run's metric with its energy, in the run's colour beside the axis."""
     row = 0
     for run in runs:
-        pairs = [(e, v) for e, v in zip(run.energy, run.metrics[key], strict=True) if v is not None]
+        pairs = [(e, v) for e, v in zip(run.energy, run.judged(key), strict=True) if v is not None]
         if len(pairs) < 4 or len({v for _, v in pairs}) < 2 or len({e for e, _ in pairs}) < 2:
             continue
         rho = stats.spearmanr(*zip(*pairs, strict=True)).statistic

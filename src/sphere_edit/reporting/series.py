@@ -97,6 +97,11 @@ class Series:
             history.finished,
         )
 
+    def judged(self, key: str) -> list[float | None]:
+        """A metric at each checkpoint as what the edits did: without the unedited model's where that is merely what was not yet edited."""
+        values = self.metrics[key]
+        return [None, *values[1:]] if key.startswith(("efficacy", "generalization")) else values
+
     def facts(self) -> list[dict[str, Any]]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""
         path = self.folder / "metrics.json"
