@@ -28,7 +28,9 @@ def test_guide_examples_run_as_written():
         exec(example, {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/LOG.md", "docs/performance.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/LOG.md", "docs/performance.md", "docs/results.md", "CHANGELOG.md"]
+)
 def test_links_between_pages_lead_somewhere(page):
     folder = (ROOT / page).parent
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
