@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import textbook
 import torch
-from edit_speed import STEPS, prepared
+from edit_speed import STEPS, prepared, textbook_of
 
 from sphere_edit import Editor, read_facts
 from sphere_edit.evaluation.metrics import FactScores, score_facts, summarise
@@ -64,27 +63,10 @@ def main() -> None:
 
 def textbook_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:
     """Edit the stream with the textbook loop and evaluate all of it."""
-    loop = editor._the_loop()
-    names = editor.weights.names
-    bases = [loop.statistics[name].null_space for name in names]
-    projectors = [basis @ basis.T for basis in bases if basis is not None]
-    previous = [torch.zeros_like(projector) for projector in projectors]
-    settings, size = editor.settings, editor.settings.batch_size
+    edit_batch, size = textbook_of(editor), editor.settings.batch_size
     for first in range(0, len(facts), size):
-        textbook.edit_batch(
-            editor.loaded,
-            facts[first : first + size],
-            loop.source.templates,
-            editor.layers,
-            names,
-            projectors,
-            previous,
-            settings.targets,
-            l2=settings.options["l2"],
-            eta=0.5,
-            alpha=0.5,
-        )
-    return score_facts(editor.loaded, facts, settings.tokens_per_batch, Quiet())
+        edit_batch(facts[first : first + size])
+    return score_facts(editor.loaded, facts, editor.settings.tokens_per_batch, Quiet())
 
 
 def engine_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:

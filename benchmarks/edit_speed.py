@@ -11,6 +11,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -83,29 +84,32 @@ def textbook_seconds(editor: Editor, facts: Sequence[Fact]) -> float:
 
     What comes after the targets is spread over a whole batch: right for the solves, and for the keys in the textbook's favour.
     """
-    loop = editor._the_loop()
-    names, layers = editor.weights.names, editor.layers
-    bases = [loop.statistics[name].null_space for name in names]
-    projectors: list[Tensor] = [basis @ basis.T for basis in bases if basis is not None]
-    previous = [torch.zeros_like(projector) for projector in projectors]
+    edit_batch = textbook_of(editor)
     marks = [time.monotonic()]
-    textbook.edit_batch(
-        editor.loaded,
-        facts,
-        loop.source.templates,
-        layers,
-        names,
-        projectors,
-        previous,
-        editor.settings.targets,
-        l2=editor.settings.options["l2"],
-        eta=0.5,
-        alpha=0.5,
-        done=lambda: marks.append(time.monotonic()),
-    )
+    edit_batch(facts, done=lambda: marks.append(time.monotonic()))
     end = time.monotonic()
     editor.weights.reset()
     return (marks[-1] - marks[0]) / len(facts) + (end - marks[-1]) / editor.settings.batch_size
+
+
+def textbook_of(editor: Editor) -> Callable[..., Any]:
+    """The textbook loop with an editor's model, statistics and settings, to be called with the facts of each batch."""
+    loop, names = editor._the_loop(), editor.weights.names
+    bases = [loop.statistics[name].null_space for name in names]
+    projectors: list[Tensor] = [basis @ basis.T for basis in bases if basis is not None]
+    return partial(
+        textbook.edit_batch,
+        editor.loaded,
+        templates=loop.source.templates,
+        layers=editor.layers,
+        names=names,
+        projectors=projectors,
+        previous=[torch.zeros_like(projector) for projector in projectors],
+        settings=editor.settings.targets,
+        l2=editor.settings.options["l2"],
+        eta=0.5,
+        alpha=0.5,
+    )
 
 
 def engine(editor: Editor, facts: Sequence[Fact]) -> tuple[float, dict[str, Any]]:

@@ -27,8 +27,8 @@ from sphere_edit.numerics.energy import (
     energy_gradient,
     hyperspherical_energy,
 )
-from sphere_edit.numerics.linalg import right_eigenbasis, squared_singular_values
-from sphere_edit.numerics.projection import principal_rank, unit_rows
+from sphere_edit.numerics.linalg import squared_singular_values
+from sphere_edit.numerics.projection import Sphere
 from sphere_edit.progress import Reporter
 
 
@@ -199,8 +199,7 @@ def _compared(
 def _state(weight: Tensor, power: int, eta: float) -> tuple[MatrixState, Tensor]:
     """What is said of one matrix, and its principal directions ``U [d_in, r]``."""
     energy = hyperspherical_energy(weight, power)
-    values, vectors = right_eigenbasis(unit_rows(weight))
-    rank = principal_rank(values, eta)
+    directions = Sphere(eta=eta).directions(weight)
     spectrum = squared_singular_values(weight)
-    state = MatrixState(energy.total, energy.per_pair, float(spectrum[-1].sqrt()), effective_rank(spectrum), rank)
-    return state, vectors[:, :rank]
+    largest, rank = float(spectrum[-1].sqrt()), directions.shape[1]
+    return MatrixState(energy.total, energy.per_pair, largest, effective_rank(spectrum), rank), directions

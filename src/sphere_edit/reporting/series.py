@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Series:
     finished: bool
 
     @classmethod
-    def read(cls, folder: str | Path, label: str | None = None) -> Series:
+    def read(cls, folder: str | Path) -> Series:
         """A run from its folder.
 
         Raises:
@@ -68,7 +68,7 @@ class Series:
             )
         sphere = config["sphere"]
         method = config["settings"]["method"]
-        name = label or method + (" + SPHERE" if sphere else "")
+        name = method + (" + SPHERE" if sphere else "")
         before = {matrix: energy["total"] for matrix, energy in unedited["energy"].items()}
         whole = sum(before.values())
         done = [0]
@@ -151,8 +151,6 @@ def labelled(folders: Sequence[str | Path]) -> list[Series]:
     found = [Series.read(folder) for folder in folders]
     labels = [series.label for series in found]
     return [
-        series
-        if labels.count(series.label) == 1
-        else Series.read(series.folder, f"{series.label} ({series.folder.name})")
+        series if labels.count(series.label) == 1 else replace(series, label=f"{series.label} ({series.folder.name})")
         for series in found
     ]
