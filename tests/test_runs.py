@@ -7,6 +7,8 @@ import multiprocessing
 import random
 import shutil
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, files, hyperspherical_energy
 from sphere_edit import editor as editor_module
-from sphere_edit.editing import journal
+from sphere_edit.editing import guard, journal
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
+from sphere_edit.evaluation.metrics import FactScores, summarise
 from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.progress import Quiet, RichReporter
 
@@ -285,6 +288,91 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
         ours, theirs = resumed.metrics(), whole.metrics()
         assert ours == theirs
         resumed.close()
+
+
+def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_path, monkeypatch):
+    free = start(model, tmp_path / "free", eval_every=1)
+    free.edit(fact_records(8))
+    reports = [batch["matrices"] for batch in free.run.history.batches]
+    drifts = [guard.DRIFT.measured(report) for report in reports]
+    assert drifts[0] < drifts[1] < drifts[2], "or this test says nothing"
+    monkeypatch.setattr(guard, "LIMITS", (replace(guard.DRIFT, value=(drifts[1] + drifts[2]) / 2),))
+    editor = start(model, tmp_path / "run", eval_every=1, guard=True)
+    metrics = editor.edit(fact_records(8))
+    history = editor.run.history
+    assert (history.head, history.finished, history.pending, metrics["after"]) == (2, True, [], 2)
+    assert history.withdrawn == {4, 5, 6, 7}
+    assert history.guard["batch"] == 3
+    assert history.guard["matrices"] == reports[2]
+    assert "relative drift" in history.guard["reason"]
+    events = [entry["event"] for entry in editor.run.entries]
+    assert events == ["facts", "unedited", "batch", "evaluation", "batch", "evaluation", "guard", "finished"]
+    guarded = weights_of(editor)
+    free.rollback(2)
+    assert same(guarded, weights_of(free)), "nothing of the third batch is left"
+    # the run goes on as one that never met the guard
+    monkeypatch.setattr(guard, "LIMITS", ())
+    editor.edit(fact_records(8)[4:6])
+    assert editor.run.history.guard is None
+    assert editor.run.history.head == 3
+    assert editor.run.history.batches[2]["matrices"] == reports[2]
+
+
+def test_a_guard_that_objects_to_the_first_batch_leaves_the_unedited_model(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "LIMITS", (replace(guard.DRIFT, value=0.0),))
+    editor = start(model, tmp_path / "run", guard=True)
+    original = weights_of(editor)
+    metrics = editor.edit(fact_records(4))
+    assert (metrics["after"], metrics["facts"], metrics["per_fact"]) == (0, 0, [])
+    assert same(original, weights_of(editor))
+    editor.close()
+    with opened(tmp_path / "run") as again:
+        assert same(original, weights_of(again))
+        assert again.run.history.finished
+
+
+def test_an_objection_names_the_number_and_both_values():
+    reports = {
+        "a": {"collateral_ratio": 0.1, "relative_drift": 0.2, "energy_drift": -0.3},
+        "b": {"collateral_ratio": 0.2, "relative_drift": 0.1, "energy_drift": 0.2},
+    }
+    summed = guard.Limit("sum", "collateral_ratio", 0.25, summed=True)
+    largest = guard.Limit("largest", "energy_drift", 0.25)
+    assert guard.objection(reports, [summed]) == "the sum would be 0.3, above 0.25"
+    assert guard.objection(reports, [largest]) == "the largest would be 0.3, above 0.25"
+    assert guard.objection(reports, [replace(summed, value=0.31), replace(largest, value=0.3)]) is None
+    reports["a"]["collateral_ratio"] = None
+    assert guard.objection(reports, [replace(summed, value=0.0)]) is None, "what was not measured objects to nothing"
+
+
+def test_checkpoints_on_a_sample_ask_for_much_the_same_facts_and_the_end_for_all(model, tmp_path):
+    editor = start(model, tmp_path / "run", eval_every=1, eval_sample=3)
+    metrics = editor.edit(fact_records(10))
+    asked = [
+        json.loads((tmp_path / "run" / "evaluations" / f"batch-{batch:04d}.json").read_text())["facts"]
+        for batch in range(1, 6)
+    ]
+    assert [len(facts) for facts in asked] == [2, 3, 3, 3, 10]
+    assert asked[0] == [0, 1]
+    assert asked[4] == list(range(10))
+    for before, after in pairwise(asked[1:4]):
+        gone, come = set(before) - set(after), set(after) - set(before)
+        assert len(gone) == len(come) <= 2
+        assert all(fact > max(before) for fact in come), "an earlier fact does not come back"
+    assert [entry["facts"] for entry in editor.run.history.evaluations] == [2, 3, 3, 3, 10]
+    assert metrics["facts"] == 10
+    scores = json.loads((tmp_path / "run" / "evaluations" / "batch-0003.json").read_text())["scores"]
+    assert editor.run.history.evaluations[2]["summary"] == summarise([FactScores.from_dict(s) for s in scores])
+
+
+def test_metrics_hold_what_the_model_says_before_and_after(model, tmp_path):
+    editor = start(model, tmp_path / "run")
+    records = fact_records(2)
+    before = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
+    metrics = editor.edit(records)
+    after = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
+    assert [fact["unedited"]["said"] for fact in metrics["per_fact"]] == before
+    assert [fact["edited"]["said"] for fact in metrics["per_fact"]] == after
 
 
 def _work(model: str, run: str) -> None:

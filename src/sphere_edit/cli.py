@@ -172,6 +172,13 @@ def edit(
     seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. [default: 0]")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first N facts.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
+    eval_sample: Annotated[
+        int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. [default: all]")
+    ] = None,
+    guard: Annotated[
+        bool | None,
+        typer.Option("--guard/--no-guard", help="Stop before a batch that would harm the model. [default: off]"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any setting of the API; the command line wins.")
     ] = None,
@@ -201,6 +208,8 @@ def edit(
         "dtype": dtype and dtype.value,
         "seed": seed,
         "eval_every": eval_every,
+        "eval_sample": eval_sample,
+        "guard": guard,
     }
     wish = _Wish(facts, _given(given), config, limit, skip_bad, resume, dry_run, trust_remote_code)
     from sphere_edit.editing.journal import RunFolder
@@ -367,6 +376,7 @@ def show(
     facts: Annotated[int, typer.Option(min=0, help="How many facts to list, failures first.")] = 5,
 ) -> None:
     """What a run's journal says: settings, batches, facts, metrics, timings."""
+    from sphere_edit.editing.guard import stopped
     from sphere_edit.editing.journal import RunFolder
     from sphere_edit.reporting.results import batches_table, facts_table, make_table, metrics_table, percent, timings
 
@@ -378,7 +388,8 @@ def show(
         if sphere
         else "no SPHERE"
     )
-    state = "finished" if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
+    ended = "finished" if history.guard is None else stopped(history.guard)
+    state = ended if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
     out.print(
         f"[bold]{run}[/bold]: {config['model']['source']}, {config['settings']['method']}, {projection}",
         highlight=False,
@@ -557,6 +568,11 @@ def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
     editor.close()
     _write_report(editor.folder)
     _say_where(editor.folder)
+    if editor.run is not None and editor.run.history.guard is not None:
+        from sphere_edit.editing.guard import stopped
+
+        err.print(f"[bold red]Guard:[/bold red] {stopped(editor.run.history.guard)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(3)
 
 
 def _write_report(folder: Path) -> None:

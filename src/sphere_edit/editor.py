@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from sphere_edit._version import __version__
+from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.journal import SCHEMA, RunFolder
 from sphere_edit.editing.loop import SequentialLoop, plan_batches, superseded_by
 from sphere_edit.editing.moments import Corpus, load_corpus
@@ -24,7 +26,14 @@ from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError, refused_records
-from sphere_edit.evaluation.metrics import FactScores, complete_answers, perplexity, score_facts, summarise
+from sphere_edit.evaluation.metrics import (
+    FactScores,
+    complete_answers,
+    continuations,
+    perplexity,
+    score_facts,
+    summarise,
+)
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
@@ -220,7 +229,9 @@ class Editor:
                 self.reporter.say(f"Batch {number}: {len(batch)} facts, {len(pending) - len(batch)} after it", "bold")
                 for index in replaced:
                     self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
-                self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
+                entry = self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
+                if entry["event"] == "guard":
+                    self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
             self._evaluate(final=True)
             if not run.history.finished:
                 run.append("finished", after=run.history.head)
@@ -265,9 +276,9 @@ class Editor:
         self._say_left_out([*found.bad, *unreadable])
         with self.weights.unedited():
             complete = complete_answers(self.loaded, given)
-            before = self._score(complete, "unedited model")
+            before = self._score(complete, "unedited model", say=True)
         edited = self.run is not None and self.run.history.head > 0
-        after = self._score(complete, "edited model") if edited else before
+        after = self._score(complete, "edited model", say=True) if edited else before
         return Evaluation(complete, before, after)
 
     def metrics(self) -> dict[str, Any]:
@@ -430,12 +441,19 @@ class Editor:
             self.settings.diagnostic_sphere(),
             statistics,
             self.reporter,
+            self.settings.guard,
         )
         self._loop.go_to(run.history.head)
         self.run = run
 
-    def _score(self, facts: Sequence[Fact], title: str) -> list[FactScores]:
-        return score_facts(self.loaded, facts, self.settings.tokens_per_batch, self.reporter, title)
+    def _score(self, facts: Sequence[Fact], title: str, say: bool = False) -> list[FactScores]:
+        """Scores of complete facts, on request with what the model says after each prompt."""
+        size = self.settings.tokens_per_batch
+        scores = score_facts(self.loaded, facts, size, self.reporter, title)
+        if not say:
+            return scores
+        said = continuations(self.loaded, facts, size, self.reporter)
+        return [replace(score, said=text) for score, text in zip(scores, said, strict=True)]
 
     def _measure_unedited(self) -> None:
         """The unedited model on each session's facts, once; its perplexity and energies with the first."""
@@ -449,7 +467,7 @@ class Editor:
                 continue
             with self.weights.unedited():
                 complete = complete_answers(self.loaded, part)
-                scores = self._score(complete, "unedited model")
+                scores = self._score(complete, "unedited model", say=True)
                 whole = self._whole_model("perplexity, unedited") if session == 1 else {}
             content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
             write_json(path, content)
@@ -469,20 +487,34 @@ class Editor:
         if every is not None and head > 0 and head % every == 0:
             self._evaluate(final=False)
 
+    def _sampled(self, retained: Sequence[int]) -> list[int]:
+        """The facts that a checkpoint asks for: all, or those first in a random order of all facts, fixed by the seed.
+
+        A fact keeps its place in that order whatever comes after it, so that consecutive checkpoints ask for much the same facts.
+        """
+        size = self.settings.eval_sample
+        if size is None or len(retained) <= size:
+            return list(retained)
+        order = {index: random.Random(f"{self.settings.seed} {index}").random() for index in retained}
+        return sorted(sorted(retained, key=order.__getitem__)[:size])
+
     def _evaluate(self, final: bool) -> None:
-        """Evaluate every fact the model should know now; skipped where the journal has it already."""
+        """Evaluate what the model should know now, in the end all of it; skipped where the journal has it already."""
         run = self._run()
         history = run.history
         path = self.folder / "evaluations" / f"batch-{history.head:04d}.json"
-        known = next((e for e in history.evaluations if e["after"] == history.head), None)
+        asked = history.retained if final else self._sampled(history.retained)
+        known = next((e for e in history.evaluations if e["after"] == history.head and e["facts"] >= len(asked)), None)
         complete, before, whole_before = self._unedited_results()
         if known is None or not path.is_file():
-            scores = self._score([complete[index] for index in history.retained], f"evaluation after {history.head}")
-            content = {"after": history.head, "facts": history.retained, "scores": [s.as_dict() for s in scores]}
-            write_json(path, content)
+            facts = [complete[index] for index in asked]
+            scores = self._score(facts, f"evaluation after {history.head}", say=final)
+            write_json(path, {"after": history.head, "facts": asked, "scores": [s.as_dict() for s in scores]})
             if known is None:
                 whole = self._whole_model("perplexity")
-                known = run.append("evaluation", after=history.head, summary=summarise(scores), **whole)
+                known = run.append(
+                    "evaluation", after=history.head, facts=len(asked), summary=summarise(scores), **whole
+                )
         if final:
             scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
             self._write_metrics(known, complete, before, whole_before, scores)

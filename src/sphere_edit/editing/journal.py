@@ -6,7 +6,7 @@ the last line belongs to work that did not finish, and is done again.
     config.json                 settings, model identity, versions, context templates
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
-    journal.jsonl               facts, unedited, batch, evaluation, rollback, finished
+    journal.jsonl               facts, unedited, batch, evaluation, guard, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     evaluations/…json           per-fact results
@@ -40,7 +40,7 @@ from sphere_edit.files import (
 )
 from sphere_edit.numerics.update import Update, update_from
 
-SCHEMA = 2
+SCHEMA = 3
 _SEEN = ("keys", "residual")  # parts of an update file that are not the update
 
 Entry = dict[str, Any]
@@ -53,9 +53,10 @@ class History:
     total: int = 0  # facts accepted so far
     sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
     batches: list[Entry] = field(default_factory=list)  # batch entries that stand, first to last
-    withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback
+    withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
     evaluations: list[Entry] = field(default_factory=list)
     finished: bool = False
+    guard: Entry | None = None  # why the run stopped before its last facts
 
     @property
     def head(self) -> int:
@@ -90,11 +91,14 @@ class History:
         if kind == "facts":
             self.sessions.append(entry["count"])
             self.total += entry["count"]
-            self.finished = False
+            self.finished, self.guard = False, None
         elif kind == "batch":
             self.batches.append(entry)
         elif kind == "evaluation":
-            self.evaluations.append(entry)
+            self.evaluations = [e for e in self.evaluations if e["after"] != entry["after"]] + [entry]
+        elif kind == "guard":
+            self.withdrawn |= set(self.pending)
+            self.guard = entry
         elif kind == "rollback":
             kept = self.batches[: entry["to"]]
             self.batches = kept

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.guard import objection
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.methods.base import (
     JointMethod,
@@ -63,16 +64,23 @@ class SequentialLoop:
         diagnostic: Sphere,
         statistics: Mapping[str, Statistics],
         reporter: Reporter,
+        guarded: bool = False,
     ):
         self.run, self.weights, self.source, self.method = run, weights, source, method
         self.sphere, self.diagnostic, self.statistics, self.reporter = sphere, diagnostic, statistics, reporter
+        self.guarded = guarded
         self.states: dict[str, State] = {name: {} for name in weights.names}
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._key_metrics: dict[str, KeyMetric] = {}
+        self._unedited_energies: dict[str, float] = {}
         self.at: int | None = None  # the batch whose weights and state are in memory
 
     def edit(self, indices: Sequence[int], facts: Sequence[Fact], superseded: Sequence[int]) -> dict[str, Any]:
-        """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace."""
+        """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace.
+
+        Where the run is guarded and the batch would leave the safe region, nothing of it stands: what is committed instead
+        is the guard's entry, which withdraws all facts still waiting.
+        """
         self.settle()
         batch = self.run.history.head + 1
         clock = _Clock()
@@ -103,19 +111,22 @@ class SequentialLoop:
             for name in self.weights.names
         }
         clock.lap("diagnosing")
+        done = {
+            "batch": batch,
+            "facts": list(indices),
+            "superseded": list(superseded),
+            "targets": report.as_dict(),
+            "matrices": matrices,
+        }
+        if self.guarded and (reason := objection(matrices)):
+            entry = self.run.append("guard", **done, reason=reason, seconds=clock.seconds)
+            self.settle()
+            return entry
         self.run.write_update(batch, updates, seen)
         self.run.write_checkpoint(batch, self.weights.working, self.states)
         clock.lap("storing")
-        entry = self.run.append(
-            "batch",
-            batch=batch,
-            facts=list(indices),
-            superseded=list(superseded),
-            targets=report.as_dict(),
-            matrices=matrices,
-            seconds=clock.seconds,
-            peak_memory=peak_memory(self.source.loaded.device),
-        )
+        memory = peak_memory(self.source.loaded.device)
+        entry = self.run.append("batch", **done, seconds=clock.seconds, peak_memory=memory)
         self.at = batch
         self.run.thin(batch)
         if self.diagnostic.basis == "current":
@@ -242,7 +253,7 @@ class SequentialLoop:
         """
         original, now = self.weights.original(name), self.weights.deployed(name)
         gradient = energy_gradient(deployed)
-        energy = hyperspherical_energy(now)
+        energy, unedited = hyperspherical_energy(now), self._unedited_energy(name)
         moment = self.statistics[name].second_moment
         if moment is not None and name not in self._key_metrics:
             self._key_metrics[name] = KeyMetric.of(moment)
@@ -252,6 +263,7 @@ class SequentialLoop:
         return {
             "energy": energy.total,
             "energy_per_pair": energy.per_pair,
+            "energy_drift": energy.total / unedited - 1 if unedited else 0.0,
             "energy_change": energy.total - hyperspherical_energy(deployed).total,
             "first_order": bounds.first_order,
             "first_order_solved": float((gradient * solved.dense()).sum()),
@@ -266,6 +278,11 @@ class SequentialLoop:
             "relative_drift": float((now - original).double().norm() / original.double().norm()),
             "collateral_ratio": None if moment is None else collateral_ratio(now - original, original, moment),
         }
+
+    def _unedited_energy(self, name: str) -> float:
+        if name not in self._unedited_energies:
+            self._unedited_energies[name] = hyperspherical_energy(self.weights.original(name)).total
+        return self._unedited_energies[name]
 
     def _directions(self, name: str, weight: Tensor) -> Tensor:
         """SPHERE's directions for a matrix: those of ``weight``, or of W0; each is computed once."""

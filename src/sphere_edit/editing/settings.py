@@ -59,6 +59,10 @@ class Settings(BaseModel):
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
     moments: MomentSettings = MomentSettings()
     eval_every: int | None = Field(None, ge=1, description="evaluate after every N batches too, not only at the end")
+    eval_sample: int | None = Field(
+        None, ge=1, description="at those checkpoints only so many past facts, a fixed random sample; all at the end"
+    )
+    guard: bool = Field(False, description="stop before a batch after which the model would leave its safe region")
     tokens_per_batch: int = Field(4096, ge=16, description="tokens in one forward pass; changes speed and rounding")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or the checkpoint's own")

@@ -21,12 +21,16 @@ from sphere_edit.models.forward import (
     Predictions,
     TokenBatch,
     batches_by_length,
+    generate,
     greedy_continuations,
     last_hidden,
     next_token_scores,
+    same_length_batches,
 )
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
+
+_SAID_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,12 @@ class PromptScore:
 
 @dataclass(frozen=True)
 class FactScores:
-    """All prompts of one fact."""
+    """All prompts of one fact; ``said`` is the greedy continuation of the rewrite prompt, where it was asked for."""
 
     rewrite: PromptScore
     paraphrases: tuple[PromptScore, ...]
     neighbors: tuple[PromptScore, ...]
+    said: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -65,6 +70,7 @@ class FactScores:
             PromptScore(**record["rewrite"]),
             tuple(PromptScore(**score) for score in record["paraphrases"]),
             tuple(PromptScore(**score) for score in record["neighbors"]),
+            record["said"],
         )
 
 
@@ -138,6 +144,24 @@ def score_facts(
         )
         for fact in facts
     ]
+
+
+def continuations(
+    loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int, reporter: Reporter, title: str = "generation"
+) -> list[str]:
+    """What the model says after each fact's prompt, greedily: as many tokens as target_new has, and at least 12."""
+    encoder = Encoder(loaded.tokenizer)
+    prompts = [encoder.encode(fact.filled_prompt.rstrip()).ids for fact in facts]
+    lengths = [max(_SAID_TOKENS, len(encoder.encode(fact.target_new).ids)) for fact in facts]
+    said = [""] * len(facts)
+    with reporter.bar(title, len(facts), "prompts") as advance:
+        for chunk in same_length_batches([len(prompt) for prompt in prompts], max_tokens):
+            rows = generate(loaded, [prompts[index] for index in chunk], max(lengths[index] for index in chunk))
+            for index, row in zip(chunk, rows, strict=True):
+                new = row[len(prompts[index]) :][: lengths[index]]
+                said[index] = loaded.tokenizer.decode(new, skip_special_tokens=True)
+            advance(len(chunk))
+    return said
 
 
 def _answer_scores(

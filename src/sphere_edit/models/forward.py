@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]
         else:
             batches.append([index])
     return batches
+
+
+def same_length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """As `batches_by_length`, but a batch holds rows of one length only, as `generate` takes them."""
+    return [
+        list(part)
+        for batch in batches_by_length(lengths, max_tokens)
+        for _, part in groupby(batch, key=lengths.__getitem__)
+    ]
 
 
 @contextmanager
