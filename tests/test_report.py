@@ -102,14 +102,19 @@ def test_the_page_needs_nothing_but_itself_and_runs_nothing_that_a_fact_says(pag
 
 
 def test_facts_that_did_not_take_come_first_and_all_are_there(page, runs):
-    rows = [row for row in Page(page.read_text()).rows if len(row) == 9]
+    rows = [row for row in Page(page.read_text()).rows if len(row) == 11]
     assert len(rows) == 3 * 12
-    assert rows == sorted(rows, key=lambda row: (row[7] == "yes", row[8] == "yes"))
+    assert rows == sorted(rows, key=lambda row: (row[9] == "yes", row[10] == "yes"))
     metrics = json.loads((runs[0] / "metrics.json").read_text())
     taken = sum(
         fact["edited"]["rewrite"]["nll_right"] <= fact["edited"]["rewrite"]["nll_other"] for fact in metrics["per_fact"]
     )
-    assert taken == sum(row[2] == "alphaedit + SPHERE" and row[7] == "yes" for row in rows)
+    assert taken == sum(row[2] == "alphaedit + SPHERE" and row[9] == "yes" for row in rows)
+    said = {(row[0], row[4], row[5]) for row in rows if row[2] == "alphaedit + SPHERE"}
+    assert said == {
+        (fact["prompt"].replace("{}", fact["subject"]), *(" ".join(fact[when]["said"].split()) for when in ("unedited", "edited")))
+        for fact in metrics["per_fact"]
+    }  # fmt: skip
 
 
 def test_series_are_what_the_run_measured(runs):
@@ -164,6 +169,22 @@ def test_cosines_and_spectrum_draw_what_they_say():
     assert len(changed.get_ydata()) == 1, "a change of rank one"
     share = figure.axes[1].get_lines()[0].get_ydata()
     assert 0 < share[-1] <= 100
+
+
+def test_one_map_of_neurons_before_and_after_is_the_same_each_time_and_shows_what_moved():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(30, 16, generator=generator)
+    after = before.clone()
+    after[7] = -before[7]
+    maps = []
+    for _ in range(2):
+        axis, top, right = plots.neighbourhoods(before, 3 * after, "x").axes
+        maps.append([torch.tensor(points.get_offsets().data) for points in axis.collections])
+        assert [len(density.get_lines()) for density in (top, right)] == [2, 2]
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
+    moved = (maps[0][0] - maps[0][1]).norm(dim=1)
+    assert int(moved.argmax()) == 7, "lengths do not matter, the neuron that turned does"
+    assert float(moved[7]) > 10 * float(moved.median())
 
 
 @pytest.mark.parametrize(

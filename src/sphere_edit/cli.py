@@ -112,7 +112,7 @@ def demo(
 
     from sphere_edit.editor import Editor
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.reporting.results import make_table, metrics_table
+    from sphere_edit.reporting.results import make_table, metrics_table, one_line
 
     folder = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     given = read_facts("demo", limit=limit)
@@ -127,7 +127,10 @@ def demo(
         took = now.strip().startswith(fact.target_new.strip())
         colour = "green" if took else "red"
         table.add_row(
-            fact.filled_prompt, fact.target_new, _escape(_line(said)), f"[{colour}]{_escape(_line(now))}[/{colour}]"
+            fact.filled_prompt,
+            fact.target_new,
+            _escape(one_line(said)),
+            f"[{colour}]{_escape(one_line(now))}[/{colour}]",
         )
     out.print(table)
     out.print(
@@ -653,10 +656,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     """What the user said; the rest is left to the settings' own defaults."""
     found = {name: _given(value) if isinstance(value, dict) else value for name, value in options.items()}
     return {name: value for name, value in found.items() if value is not None and value != {}}
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _escape(text: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
+from sklearn.manifold import TSNE
 from torch import Tensor
 
 from sphere_edit.editing.methods import METHODS
@@ -25,6 +26,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
 _BEFORE, _AFTER, _GREY = "#56B4E9", "#D55E00", "#808080"
 _NEURONS_SHOWN = 200
+_NEURONS_EMBEDDED = 400
 _ARROWS = 30
 
 
@@ -140,6 +142,41 @@ def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
     axis.set_ylabel("Density", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> Figure:
+    """Neurons before and after in the plane, by t-SNE of their directions, with the density along each axis.
+
+    Both are embedded together, so that one map shows them; at most 400 neurons, evenly spread over the matrix's rows. Distances
+    within a neighbourhood mean something, those between neighbourhoods do not (van der Maaten and Hinton 2008).
+    """
+    shown = torch.linspace(0, len(before) - 1, min(_NEURONS_EMBEDDED, len(before))).round().long()
+    rows = torch.cat([unit_rows(before[shown]), unit_rows(after[shown])]).float()
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    placed = torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows.numpy()))
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
+    axis = figure.add_subplot(grid[1, 0])
+    top, right = figure.add_subplot(grid[0, 0], sharex=axis), figure.add_subplot(grid[1, 1], sharey=axis)
+    count = len(shown)
+    for points, name, colour, marker in (
+        (placed[:count], "before", _BEFORE, "o"),
+        (placed[count:], "after", _AFTER, "x"),
+    ):
+        x, y = points.T.tolist()
+        axis.scatter(x, y, s=14, linewidths=0.8, color=colour, marker=marker, label=name)
+        ends = placed.min(0).values.tolist(), placed.max(0).values.tolist()
+        for values, low, high, density, across in ((x, ends[0][0], ends[1][0], top, True), (y, ends[0][1], ends[1][1], right, False)):  # fmt: skip
+            at = torch.linspace(low, high, 200)
+            height = stats.gaussian_kde(values)(at.numpy())
+            density.plot(*((at, height) if across else (height, at)), color=colour, linewidth=1.4)
+    for density in (top, right):
+        density.set_axis_off()
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlabel(f"t-SNE of {count} of {len(before)} neurons of {title}", fontsize=9)
+    axis.legend(fontsize=9, frameon=False, loc="upper right")
     return figure
 
 

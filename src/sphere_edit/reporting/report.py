@@ -22,7 +22,7 @@ from sphere_edit.files import write_atomically
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
 from sphere_edit.reporting.energy import NOTE
-from sphere_edit.reporting.results import number, percent, relative, short_name, timings
+from sphere_edit.reporting.results import number, one_line, percent, relative, short_name, timings
 from sphere_edit.reporting.series import METRICS, Series, labelled
 
 
@@ -100,6 +100,7 @@ def write_report(
         "energies": _energies(series),
         "figures": shown,
         "facts": _facts(series),
+        "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
     }
     template = files("sphere_edit").joinpath("data/report.html.jinja").read_text("utf-8")
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(content)
@@ -148,6 +149,11 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
                 f"cosines{tag}",
                 f"{run.label}: cosines between neurons of {short}.",
                 partial(_of_change, plots.cosines, run, name),
+            ),
+            (
+                f"neighbourhoods{tag}",
+                f"{run.label}: neurons of {short} before and after in one map (t-SNE of their directions), and their density along its axes.",
+                partial(_of_change, plots.neighbourhoods, run, name),
             ),
         ]  # fmt: skip
     return found
@@ -251,6 +257,7 @@ def _facts(runs: Sequence[Series]) -> list[list[str]]:
                 fact["target_new"].strip(),
                 *([run.label] if len(runs) > 1 else []),
                 str(fact["batch"]),
+                *(one_line(fact[when]["said"]) for when in ("unedited", "edited")),
                 *(_probability(score) for score in (before["nll_right"], after["nll_right"], after["nll_other"])),
                 "yes" if likelier else "no",
                 "yes" if strict else "no",

@@ -101,12 +101,13 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
         score = row["edited"]["rewrite"]
         return score["nll_right"] <= score["nll_other"], score["correct"]
 
-    columns = ("prompt", "new answer", "batch", "likelihood", "strict")
+    columns = ("prompt", "new answer", "says now", "batch", "likelihood", "strict")
     table = make_table(f"Facts ({count} of {len(per_fact)}, failures first)", *columns, left=columns)
     for row in sorted(per_fact, key=lambda row: (*verdicts(row), row["index"]))[:count]:
         marks = ["yes" if verdict else "no" for verdict in verdicts(row)]
         prompt = row["prompt"].replace("{}", row["subject"])
-        table.add_row(Text(prompt), Text(row["target_new"].strip()), str(row["batch"]), *marks)
+        said = Text(one_line(row["edited"]["said"]))
+        table.add_row(Text(prompt), Text(row["target_new"].strip()), said, str(row["batch"]), *marks)
     return table
 
 
@@ -117,6 +118,11 @@ def timings(batches: Sequence[Mapping[str, Any]]) -> str:
         for stage, seconds in entry["seconds"].items():
             total[stage] = total.get(stage, 0.0) + seconds
     return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in total.items())
+
+
+def one_line(text: str | None) -> str:
+    """What a model said, without line breaks; a dash where it was not asked."""
+    return "–" if text is None else " ".join(text.split())
 
 
 def percent(value: float | None) -> str:
