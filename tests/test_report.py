@@ -41,7 +41,7 @@ def runs(tmp_path_factory) -> list[Path]:
     facts[3] = {**facts[3], "target_new": EVIL}
     found = []
     for name, method, sphere in (("a", "alphaedit", True), ("b", "alphaedit", False), ("c", "memit", True)):
-        options = {**QUICK, **METHODS[method], "eval_every": 1, "sphere": {"enabled": sphere}}
+        options = {**QUICK, **METHODS[method], "evaluation": {"every": 1}, "sphere": {"enabled": sphere}}
         editor = Editor.from_pretrained(model, folder / name, reporter=Quiet(), **options)
         editor.edit(facts)
         editor.close()

@@ -89,7 +89,7 @@ def check_energies(editor):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sphere", [True, False])
 def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_path, method, sphere):
-    editor = start(model, tmp_path / "run", sphere={"enabled": sphere}, eval_every=1, **METHODS[method])
+    editor = start(model, tmp_path / "run", sphere={"enabled": sphere}, evaluation={"every": 1}, **METHODS[method])
     original = weights_of(editor)
     metrics = editor.edit(fact_records(4))
     first_batch, second_batch = editor.run.history.batches
@@ -259,7 +259,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
         "append": RunFolder.append,
         "thin": RunFolder.thin,
     }
-    options = {"eval_every": 1}
+    options = {"evaluation": {"every": 1}}
     counter = crash_at(None)
     whole = start(model, tmp_path / "whole", **options)
     whole.edit(fact_records(4))
@@ -291,13 +291,13 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
 
 
 def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_path, monkeypatch):
-    free = start(model, tmp_path / "free", eval_every=1)
+    free = start(model, tmp_path / "free", evaluation={"every": 1})
     free.edit(fact_records(8))
     reports = [batch["matrices"] for batch in free.run.history.batches]
     drifts = [guard.DRIFT.measured(report) for report in reports]
     assert drifts[0] < drifts[1] < drifts[2], "or this test says nothing"
     monkeypatch.setattr(guard, "LIMITS", (replace(guard.DRIFT, value=(drifts[1] + drifts[2]) / 2),))
-    editor = start(model, tmp_path / "run", eval_every=1, guard=True)
+    editor = start(model, tmp_path / "run", evaluation={"every": 1}, guard=True)
     metrics = editor.edit(fact_records(8))
     history = editor.run.history
     assert (history.head, history.finished, history.pending, metrics["after"]) == (2, True, [], 2)
@@ -346,7 +346,7 @@ def test_an_objection_names_the_number_and_both_values():
 
 
 def test_checkpoints_on_a_sample_ask_for_much_the_same_facts_and_the_end_for_all(model, tmp_path):
-    editor = start(model, tmp_path / "run", eval_every=1, eval_sample=3)
+    editor = start(model, tmp_path / "run", evaluation={"every": 1, "sample": 3})
     metrics = editor.edit(fact_records(10))
     asked = [
         json.loads((tmp_path / "run" / "evaluations" / f"batch-{batch:04d}.json").read_text())["facts"]
@@ -382,7 +382,7 @@ def _work(model: str, run: str) -> None:
         with opened(run) as editor:
             editor.resume()
     else:
-        start(Path(model), Path(run), eval_every=2).edit(fact_records(10))
+        start(Path(model), Path(run), evaluation={"every": 2}).edit(fact_records(10))
 
 
 def test_killed_at_twenty_random_instants_and_resumed(model, tmp_path):

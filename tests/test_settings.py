@@ -46,7 +46,10 @@ def told(*layers: dict) -> str:
             {"batch_size": "many"},
             "settings: 'batch_size': Input should be a valid integer, unable to parse string as an",
         ),
-        ({"eval_every": 0}, "settings: 'eval_every': Input should be greater than or equal to 1, not 0"),
+        (
+            {"evaluation": {"every": 0}},
+            "settings: 'evaluation.every': Input should be greater than or equal to 1, not 0",
+        ),
         ({"seed": -1}, "settings: 'seed': Input should be greater than or equal to 0, not -1"),
         ({"seed": 2**63}, "settings: 'seed': Input should be less than "),
         ({"layers": "4-8"}, "settings: 'layers': expected layer numbers such as [4, 5], or those of each role, "),
@@ -107,7 +110,9 @@ def test_sphere_is_the_methods_own_but_for_what_is_said(name):
 
 
 def test_settings_survive_the_config_file_of_a_run():
-    settings = make_settings({"layers": [8, 4], "targets": {"lr": "1e-3"}, "options": {"l2": 3.5}, "eval_every": 2})
+    settings = make_settings(
+        {"layers": [8, 4], "targets": {"lr": "1e-3"}, "options": {"l2": 3.5}, "evaluation": {"every": 2}}
+    )
     assert make_settings(json.loads(settings.model_dump_json())) == settings
     assert make_settings() == Settings()
 

@@ -210,8 +210,7 @@ def edit(
         "device": device,
         "dtype": dtype and dtype.value,
         "seed": seed,
-        "eval_every": eval_every,
-        "eval_sample": eval_sample,
+        "evaluation": {"every": eval_every, "sample": eval_sample},
         "guard": guard,
     }
     wish = _Wish(facts, _given(given), config, limit, skip_bad, resume, dry_run, trust_remote_code)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,8 @@ from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError, refused_records
-from sphere_edit.evaluation.metrics import (
-    FactScores,
-    complete_answers,
-    continuations,
-    perplexity,
-    score_facts,
-    summarise,
-)
+from sphere_edit.evaluation.evaluator import Evaluator
+from sphere_edit.evaluation.metrics import FactScores, complete_answers, summarise
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
@@ -42,9 +35,7 @@ from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.forward import generate
 from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
-from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter, RichReporter
-from sphere_edit.reporting.results import SCHEMA as METRICS_SCHEMA
 
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
@@ -88,6 +79,7 @@ class Editor:
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)
         self.run: RunFolder | None = None
         self._loop: SequentialLoop | None = None
+        self._evaluator: Evaluator | None = None
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -218,10 +210,11 @@ class Editor:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
         run = self._run()
         try:
-            self._measure_unedited()
+            evaluator = self._the_evaluator()
+            evaluator.measure_unedited(run)
             facts = run.facts()
             while pending := run.history.pending:
-                self._evaluate_if_due()
+                evaluator.checkpoint(run)
                 batch = pending[: self.settings.batch_size]
                 history = run.history
                 replaced = superseded_by(facts, batch, history.retained)
@@ -232,7 +225,7 @@ class Editor:
                 entry = self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
                 if entry["event"] == "guard":
                     self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
-            self._evaluate(final=True)
+            evaluator.finish(run)
             if not run.history.finished:
                 run.append("finished", after=run.history.head)
         except BaseException:  # an interruption too must leave the model in memory as the journal says
@@ -274,11 +267,12 @@ class Editor:
         found = facts_from(facts, skip_bad)
         given, unreadable = self._readable(found.facts, skip_bad)
         self._say_left_out([*found.bad, *unreadable])
+        evaluator = Evaluator(self.loaded, self.weights, self.settings, [], self.reporter)
         with self.weights.unedited():
             complete = complete_answers(self.loaded, given)
-            before = self._score(complete, "unedited model", say=True)
+            before = evaluator.score(complete, "unedited model", say=True)
         edited = self.run is not None and self.run.history.head > 0
-        after = self._score(complete, "edited model", say=True) if edited else before
+        after = evaluator.score(complete, "edited model", say=True) if edited else before
         return Evaluation(complete, before, after)
 
     def metrics(self) -> dict[str, Any]:
@@ -369,6 +363,10 @@ class Editor:
         assert self._loop is not None
         return self._loop
 
+    def _the_evaluator(self) -> Evaluator:
+        assert self._evaluator is not None
+        return self._evaluator
+
     def _start(self) -> None:
         """Create the run folder: everything that affects results is decided and written here, before the first batch."""
         run = RunFolder.create(self.folder, {})
@@ -430,7 +428,8 @@ class Editor:
     def _attach(self, run: RunFolder) -> None:
         """Work in this run from here on, with the weights and the state of its last batch."""
         with plain_errors(self.folder / "heldout.json", "read"):
-            self._heldout: list[list[int]] = json.loads((self.folder / "heldout.json").read_text("utf-8"))
+            heldout = json.loads((self.folder / "heldout.json").read_text("utf-8"))
+        self._evaluator = Evaluator(self.loaded, self.weights, self.settings, heldout, self.reporter)
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
         self._loop = SequentialLoop(
             run,
@@ -445,128 +444,6 @@ class Editor:
         )
         self._loop.go_to(run.history.head)
         self.run = run
-
-    def _score(self, facts: Sequence[Fact], title: str, say: bool = False) -> list[FactScores]:
-        """Scores of complete facts, on request with what the model says after each prompt."""
-        size = self.settings.tokens_per_batch
-        scores = score_facts(self.loaded, facts, size, self.reporter, title)
-        if not say:
-            return scores
-        said = continuations(self.loaded, facts, size, self.reporter)
-        return [replace(score, said=text) for score, text in zip(scores, said, strict=True)]
-
-    def _measure_unedited(self) -> None:
-        """The unedited model on each session's facts, once; its perplexity and energies with the first."""
-        run = self._run()
-        done = {entry["session"] for entry in run.entries if entry["event"] == "unedited"}
-        facts, first = run.facts(), 0
-        for session, count in enumerate(run.history.sessions, 1):
-            part, first = facts[first : first + count], first + count
-            path = self.folder / "evaluations" / f"unedited-{session:04d}.json"
-            if session in done and path.is_file():
-                continue
-            with self.weights.unedited():
-                complete = complete_answers(self.loaded, part)
-                scores = self._score(complete, "unedited model", say=True)
-                whole = self._whole_model("perplexity, unedited") if session == 1 else {}
-            content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
-            write_json(path, content)
-            if session not in done:
-                run.append("unedited", session=session, summary=summarise(scores), **whole)
-
-    def _whole_model(self, title: str) -> dict[str, Any]:
-        """Perplexity on the held-out text and the energy of every edited matrix, as deployed."""
-        energies = {name: hyperspherical_energy(self.weights.deployed(name)) for name in self.weights.names}
-        return {
-            "perplexity": perplexity(self.loaded, self._heldout, self.settings.tokens_per_batch, self.reporter, title),
-            "energy": {name: {"total": e.total, "per_pair": e.per_pair} for name, e in energies.items()},
-        }
-
-    def _evaluate_if_due(self) -> None:
-        every, head = self.settings.eval_every, self._run().history.head
-        if every is not None and head > 0 and head % every == 0:
-            self._evaluate(final=False)
-
-    def _sampled(self, retained: Sequence[int]) -> list[int]:
-        """The facts that a checkpoint asks for: all, or those first in a random order of all facts, fixed by the seed.
-
-        A fact keeps its place in that order whatever comes after it, so that consecutive checkpoints ask for much the same facts.
-        """
-        size = self.settings.eval_sample
-        if size is None or len(retained) <= size:
-            return list(retained)
-        order = {index: random.Random(f"{self.settings.seed} {index}").random() for index in retained}
-        return sorted(sorted(retained, key=order.__getitem__)[:size])
-
-    def _evaluate(self, final: bool) -> None:
-        """Evaluate what the model should know now, in the end all of it; skipped where the journal has it already."""
-        run = self._run()
-        history = run.history
-        path = self.folder / "evaluations" / f"batch-{history.head:04d}.json"
-        asked = history.retained if final else self._sampled(history.retained)
-        known = next((e for e in history.evaluations if e["after"] == history.head and e["facts"] >= len(asked)), None)
-        complete, before, whole_before = self._unedited_results()
-        if known is None or not path.is_file():
-            facts = [complete[index] for index in asked]
-            scores = self._score(facts, f"evaluation after {history.head}", say=final)
-            write_json(path, {"after": history.head, "facts": asked, "scores": [s.as_dict() for s in scores]})
-            if known is None:
-                whole = self._whole_model("perplexity")
-                known = run.append(
-                    "evaluation", after=history.head, facts=len(asked), summary=summarise(scores), **whole
-                )
-        if final:
-            scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
-            self._write_metrics(known, complete, before, whole_before, scores)
-
-    def _unedited_results(self) -> tuple[list[Fact], list[FactScores], dict[str, Any]]:
-        facts: list[Fact] = []
-        scores: list[FactScores] = []
-        whole: dict[str, Any] = {}
-        for session in range(1, len(self._run().history.sessions) + 1):
-            path = self.folder / "evaluations" / f"unedited-{session:04d}.json"
-            with plain_errors(path, "read"):
-                content = json.loads(path.read_text("utf-8"))
-            facts += [Fact.from_dict(record) for record in content["facts"]]
-            scores += [FactScores.from_dict(record) for record in content["scores"]]
-            whole = whole or {name: content[name] for name in ("perplexity", "energy")}
-        return facts, scores, whole
-
-    def _write_metrics(
-        self,
-        entry: Mapping[str, Any],
-        facts: Sequence[Fact],
-        before: Sequence[FactScores],
-        whole_before: Mapping[str, Any],
-        after: Sequence[FactScores],
-    ) -> None:
-        history = self._run().history
-        kept = history.retained
-        batch_of = {index: batch["batch"] for batch in history.batches for index in batch["facts"]}
-        write_json(
-            self.folder / "metrics.json",
-            {
-                "schema": METRICS_SCHEMA,
-                "after": history.head,
-                "facts": len(kept),
-                "superseded": len(history.superseded),
-                "unedited": {**summarise([before[index] for index in kept]), **whole_before},
-                "edited": {**entry["summary"], "perplexity": entry["perplexity"], "energy": entry["energy"]},
-                "per_fact": [
-                    {
-                        "index": index,
-                        "batch": batch_of[index],
-                        **{
-                            name: getattr(facts[index], name)
-                            for name in ("subject", "prompt", "target_new", "target_true")
-                        },
-                        "unedited": before[index].as_dict(),
-                        "edited": score.as_dict(),
-                    }
-                    for index, score in zip(kept, after, strict=True)
-                ],
-            },
-        )
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     length = min(256, getattr(editor.model.config, "max_position_embeddings", 256))
     passage = [[index % 100 for index in range(length)]] * 2
     reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / (2 * length)
-    evaluations = 2 + (len(facts) // settings.batch_size // settings.eval_every if settings.eval_every else 0)
+    evaluations = 2 + (
+        len(facts) // settings.batch_size // settings.evaluation.every if settings.evaluation.every else 0
+    )
     moments = settings.moments
     seconds = {stage: share * time for stage, time in _source_times(editor, trial).items()}
     seconds["evaluation"] = (

@@ -42,6 +42,17 @@ class SphereSettings(BaseModel):
             raise SphereEditError(_first_error("sphere", error)) from None
 
 
+class EvaluationSettings(BaseModel):
+    """What a run measures beside facts and held-out text, and when: before the first batch, after the last, at checkpoints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    every: int | None = Field(None, ge=1, description="evaluate after every N batches too, not only at the end")
+    sample: int | None = Field(
+        None, ge=1, description="at those checkpoints only so many past facts, a fixed random sample; all at the end"
+    )
+
+
 class Settings(BaseModel):
     """How a run edits. Every option of the command line and of a YAML file is a field here."""
 
@@ -58,10 +69,7 @@ class Settings(BaseModel):
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
     moments: MomentSettings = MomentSettings()
-    eval_every: int | None = Field(None, ge=1, description="evaluate after every N batches too, not only at the end")
-    eval_sample: int | None = Field(
-        None, ge=1, description="at those checkpoints only so many past facts, a fixed random sample; all at the end"
-    )
+    evaluation: EvaluationSettings = EvaluationSettings()
     guard: bool = Field(False, description="stop before a batch after which the model would leave its safe region")
     tokens_per_batch: int = Field(4096, ge=16, description="tokens in one forward pass; changes speed and rounding")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")

@@ -9,8 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-SCHEMA = 1
-
 LABELS = {
     "efficacy": "Efficacy",
     "generalization": "Generalization",
