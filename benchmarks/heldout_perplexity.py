@@ -9,7 +9,7 @@ import sys
 
 from sphere_edit.editing.moments import MomentSettings, load_corpus
 from sphere_edit.editor import opened
-from sphere_edit.evaluation.metrics import perplexity
+from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.progress import RichReporter
 
 
@@ -20,8 +20,8 @@ def main(run: str, corpus: str) -> None:
         tokens = editor.settings.tokens_per_batch
         heldout = load_corpus(editor.loaded, MomentSettings(corpus=corpus), 0, reporter).heldout
         with editor.weights.unedited():
-            before = perplexity(editor.loaded, heldout, tokens, reporter, "unedited")
-        after = perplexity(editor.loaded, heldout, tokens, reporter, "edited")
+            before = score_heldout(editor.loaded, heldout, tokens, reporter, "unedited").perplexity
+        after = score_heldout(editor.loaded, heldout, tokens, reporter, "edited").perplexity
     print(f"{run}: {before:.3f} → {after:.3f}, × {after / before:.4f}, on {len(heldout)} passages of {corpus}")
 
 

@@ -152,6 +152,22 @@ CSV = (
 )
 
 
+def test_generation_prompts_of_counterfact_are_kept_and_counted_in_the_hash(write):
+    record = {
+        "requested_rewrite": {
+            "prompt": "{} plays the",
+            "subject": "Toko Yasuda",
+            "target_new": {"str": "piano"},
+            "target_true": {"str": "guitar"},
+        },
+        "generation_prompts": ["Toko Yasuda is known for", "Toko Yasuda is known for"],
+    }
+    read = read_facts(write("nested.json", json.dumps([record])))
+    assert read.facts[0].generation_prompts == ("Toko Yasuda is known for",) * 2
+    other = read_facts(write("other.json", json.dumps([{**record, "generation_prompts": ["Toko"]}])))
+    assert read.sha256 != other.sha256
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -112,7 +112,7 @@ def test_facts_that_did_not_take_come_first_and_all_are_there(page, runs):
     assert taken == sum(row[2] == "alphaedit + SPHERE" and row[9] == "yes" for row in rows)
     said = {(row[0], row[4], row[5]) for row in rows if row[2] == "alphaedit + SPHERE"}
     assert said == {
-        (fact["prompt"].replace("{}", fact["subject"]), *(" ".join(fact[when]["said"].split()) for when in ("unedited", "edited")))
+        (fact["prompt"].replace("{}", fact["subject"]), *(" ".join(fact[when]["rewrite"]["said"].split()) for when in ("unedited", "edited")))
         for fact in metrics["per_fact"]
     }  # fmt: skip
 

@@ -306,7 +306,17 @@ def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_pa
     assert history.guard["matrices"] == reports[2]
     assert "relative drift" in history.guard["reason"]
     events = [entry["event"] for entry in editor.run.entries]
-    assert events == ["facts", "unedited", "batch", "evaluation", "batch", "evaluation", "guard", "finished"]
+    assert events == [
+        "facts",
+        "unedited",
+        "batch",
+        "evaluation",
+        "batch",
+        "evaluation",
+        "guard",
+        "evaluation",
+        "finished",
+    ]
     guarded = weights_of(editor)
     free.rollback(2)
     assert same(guarded, weights_of(free)), "nothing of the third batch is left"
@@ -371,8 +381,8 @@ def test_metrics_hold_what_the_model_says_before_and_after(model, tmp_path):
     before = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
     metrics = editor.edit(records)
     after = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
-    assert [fact["unedited"]["said"] for fact in metrics["per_fact"]] == before
-    assert [fact["edited"]["said"] for fact in metrics["per_fact"]] == after
+    assert [fact["unedited"]["rewrite"]["said"] for fact in metrics["per_fact"]] == before
+    assert [fact["edited"]["rewrite"]["said"] for fact in metrics["per_fact"]] == after
 
 
 def _work(model: str, run: str) -> None:

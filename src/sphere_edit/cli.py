@@ -134,7 +134,12 @@ def demo(
         )
     out.print(table)
     out.print(
-        metrics_table(metrics["unedited"], metrics["edited"], f"All {metrics['facts']} facts, after the last batch")
+        metrics_table(
+            metrics["unedited"],
+            metrics["edited"],
+            f"All {metrics['facts']} facts, after the last batch",
+            metrics["intervals"],
+        )
     )
     _write_report(folder)
     _say_where(folder)
@@ -431,7 +436,8 @@ def show(
     metrics = run / "metrics.json"
     if metrics.is_file():
         content = json.loads(metrics.read_text("utf-8"))
-        out.print(metrics_table(content["unedited"], content["edited"], f"After batch {content['after']}"))
+        title = f"After batch {content['after']}"
+        out.print(metrics_table(content["unedited"], content["edited"], title, content["intervals"]))
         if facts:
             out.print(facts_table(content["per_fact"], min(facts, len(content["per_fact"]))))
 
@@ -564,7 +570,10 @@ def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
     metrics = _work(editor, work)
     out.print(
         metrics_table(
-            metrics["unedited"], metrics["edited"], f"All {metrics['facts']} facts, after batch {metrics['after']}"
+            metrics["unedited"],
+            metrics["edited"],
+            f"All {metrics['facts']} facts, after batch {metrics['after']}",
+            metrics["intervals"],
         )
     )
     editor.close()

@@ -25,7 +25,7 @@ from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError, refused_records
-from sphere_edit.evaluation.evaluator import Evaluator
+from sphere_edit.evaluation.evaluator import Evaluator, check_measurable
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, summarise
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
@@ -80,6 +80,7 @@ class Editor:
         self.run: RunFolder | None = None
         self._loop: SequentialLoop | None = None
         self._evaluator: Evaluator | None = None
+        check_measurable(loaded, self.settings.evaluation)
 
     # --- opening --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -51,6 +51,11 @@ class EvaluationSettings(BaseModel):
     sample: int | None = Field(
         None, ge=1, description="at those checkpoints only so many past facts, a fixed random sample; all at the end"
     )
+    generation: Literal["plain", "chat", "off"] = Field(
+        "plain", description="at the end, what the model says after each prompt: as it is, or as a message in a chat"
+    )
+    texts: int = Field(0, ge=0, description="at the end, let it write about so many facts (fluency, consistency)")
+    references: str | None = Field(None, description="texts (.txt, .jsonl) that say what is said of the new answers")
 
 
 class Settings(BaseModel):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.editing.journal import RunFolder
-from sphere_edit.editing.settings import Settings
-from sphere_edit.evaluation.metrics import (
-    FactScores,
-    complete_answers,
-    continuations,
-    perplexity,
-    score_facts,
-    summarise,
-)
+from torch import Tensor
+
+from sphere_edit.editing.journal import History, RunFolder
+from sphere_edit.editing.moments import read_passages
+from sphere_edit.editing.settings import EvaluationSettings, Settings
+from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
+from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
+from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
@@ -27,6 +25,20 @@ from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter
 
 METRICS_SCHEMA = 2
+_WHOLE = ("perplexity", "divergence", "energy", "texts")  # what is measured of the model as a whole
+_AGES = 10  # classes of age that retention tells apart
+
+
+def check_measurable(loaded: LoadedModel, settings: EvaluationSettings) -> None:
+    """Refuse what could not be measured, before anything is computed.
+
+    Raises:
+        SphereEditError: no chat template where answers are asked for in a chat, or reference texts that cannot be read.
+    """
+    if settings.generation == "chat":
+        check_chat(loaded)
+    if settings.references is not None:
+        read_passages(settings.references)
 
 
 class Evaluator:
@@ -42,19 +54,20 @@ class Evaluator:
     ):
         self.loaded, self.weights, self.reporter, self.heldout = loaded, weights, reporter, heldout
         self.settings, self.seed, self.max_tokens = settings.evaluation, settings.seed, settings.tokens_per_batch
+        self._unedited_hidden: list[Tensor] | None = None
 
     def score(self, facts: Sequence[Fact], title: str, say: bool = False) -> list[FactScores]:
-        """Scores of complete facts by the model as it stands, on request with what it says after each prompt."""
+        """Scores of complete facts by the model as it stands; with ``say`` also what it says, if the settings want that."""
         scores = score_facts(self.loaded, facts, self.max_tokens, self.reporter, title)
-        if not say:
+        if not say or self.settings.generation == "off":
             return scores
-        said = continuations(self.loaded, facts, self.max_tokens, self.reporter)
-        return [replace(score, said=text) for score, text in zip(scores, said, strict=True)]
+        chat = self.settings.generation == "chat"
+        return with_answers(self.loaded, facts, scores, chat, self.max_tokens, self.reporter)
 
     # --- of a run -------------------------------------------------------------------------------------------------
 
     def measure_unedited(self, run: RunFolder) -> None:
-        """The unedited model on each session's facts, once; its perplexity and energies with the first."""
+        """The unedited model on each session's facts, once; with the first, it as a whole (`_whole_model`)."""
         done = {entry["session"] for entry in run.entries if entry["event"] == "unedited"}
         facts, first = run.facts(), 0
         for session, count in enumerate(run.history.sessions, 1):
@@ -65,7 +78,7 @@ class Evaluator:
             with self.weights.unedited():
                 complete = complete_answers(self.loaded, part)
                 scores = self.score(complete, "unedited model", say=True)
-                whole = self._whole_model("perplexity, unedited") if session == 1 else {}
+                whole = {**self._whole_model(unedited=True), **self._texts(complete)} if session == 1 else {}
             content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
             write_json(path, content)
             if session not in done:
@@ -75,32 +88,33 @@ class Evaluator:
         """Evaluate where the settings ask for it after the batch that the run stands at."""
         every, head = self.settings.every, run.history.head
         if every is not None and head > 0 and head % every == 0:
-            self._evaluate(run, self._sampled(run.history.retained), say=False)
+            self._evaluate(run, self._sampled(run.history.retained), final=False)
 
     def finish(self, run: RunFolder) -> None:
         """Evaluate every fact the model should know now, and write ``metrics.json``."""
-        entry = self._evaluate(run, run.history.retained, say=True)
+        entry = self._evaluate(run, run.history.retained, final=True)
         path = _results(run)
         with plain_errors(path, "read"):
             scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
         write_json(run.path / "metrics.json", _metrics(run, entry, scores))
 
-    def _evaluate(self, run: RunFolder, asked: Sequence[int], say: bool) -> Mapping[str, Any]:
+    def _evaluate(self, run: RunFolder, asked: Sequence[int], final: bool) -> Mapping[str, Any]:
         """Evaluate some facts after the batch that the run stands at; what the journal and the folder have is not done again."""
         head, path = run.history.head, _results(run)
         known = next(
-            (entry for entry in run.history.evaluations if entry["after"] == head and entry["facts"] >= len(asked)),
+            (e for e in run.history.evaluations if e["after"] == head and (e["final"] or not final)),
             None,
         )
         if known is not None and path.is_file():
             return known
         complete, _, _ = _unedited(run)
-        scores = self.score([complete[index] for index in asked], f"evaluation after {head}", say)
+        facts = [complete[index] for index in asked]
+        scores = self.score(facts, f"evaluation after {head}", say=final)
         write_json(path, {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]})
         if known is not None:
             return known
-        whole = self._whole_model("perplexity")
-        return run.append("evaluation", after=head, facts=len(asked), summary=summarise(scores), **whole)
+        whole = {**self._whole_model(), **(self._texts(facts) if final else {})}
+        return run.append("evaluation", after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
 
     def _sampled(self, retained: Sequence[int]) -> list[int]:
         """The facts that a checkpoint asks for: all, or those first in a random order of all facts, fixed by the seed.
@@ -108,18 +122,43 @@ class Evaluator:
         A fact keeps its place in that order whatever comes after it, so that consecutive checkpoints ask for much the same facts.
         """
         size = self.settings.sample
-        if size is None or len(retained) <= size:
-            return list(retained)
-        order = {index: random.Random(f"{self.seed} {index}").random() for index in retained}
-        return sorted(sorted(retained, key=order.__getitem__)[:size])
+        return list(retained) if size is None else self._first_of(retained, size)
 
-    def _whole_model(self, title: str) -> dict[str, Any]:
-        """Perplexity on the held-out text and the energy of every edited matrix, as deployed."""
+    def _first_of(self, indices: Sequence[int], size: int) -> list[int]:
+        order = {index: random.Random(f"{self.seed} {index}").random() for index in indices}
+        return sorted(sorted(indices, key=order.__getitem__)[:size])
+
+    def _whole_model(self, unedited: bool = False) -> dict[str, Any]:
+        """Held-out text on the model as it stands, and the energy of every edited matrix."""
+        if unedited:
+            text = replace(self._unedited_text(), divergence=0.0)
+        else:
+            original = self._unedited_hidden or self._unedited_text().hidden
+            text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=original)
         energies = {name: hyperspherical_energy(self.weights.deployed(name)) for name in self.weights.names}
         return {
-            "perplexity": perplexity(self.loaded, self.heldout, self.max_tokens, self.reporter, title),
+            "perplexity": text.perplexity,
+            "divergence": text.divergence,
             "energy": {name: {"total": e.total, "per_pair": e.per_pair} for name, e in energies.items()},
         }
+
+    def _unedited_text(self) -> HeldoutScores:
+        """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
+        with self.weights.unedited():
+            found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")
+        self._unedited_hidden = found.hidden
+        return found
+
+    def _texts(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        """How the model writes about some of the facts, if the settings want to know."""
+        count = min(self.settings.texts, len(facts))
+        if count == 0:
+            return {}
+        shown = [facts[index] for index in self._first_of(range(len(facts)), count)]
+        source = self.settings.references
+        references = None if source is None else read_passages(source)
+        scores = score_texts(self.loaded, shown, references, self.seed, self.max_tokens, self.reporter)
+        return {"texts": asdict(scores)}
 
 
 def _results(run: RunFolder) -> Path:
@@ -137,7 +176,7 @@ def _unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, A
             content = json.loads(path.read_text("utf-8"))
         facts += [Fact.from_dict(record) for record in content["facts"]]
         scores += [FactScores.from_dict(record) for record in content["scores"]]
-        whole = whole or {name: content[name] for name in ("perplexity", "energy")}
+        whole = whole or {name: content[name] for name in _WHOLE if name in content}
     return facts, scores, whole
 
 
@@ -153,7 +192,9 @@ def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScore
         "facts": len(kept),
         "superseded": len(history.superseded),
         "unedited": {**summarise([before[index] for index in kept]), **whole_before},
-        "edited": {**entry["summary"], "perplexity": entry["perplexity"], "energy": entry["energy"]},
+        "edited": {**entry["summary"], **{name: entry[name] for name in _WHOLE if name in entry}},
+        "intervals": {"unedited": intervals([before[index] for index in kept]), "edited": intervals(after)},
+        "retention": _retention(history, kept, after),
         "per_fact": [
             {
                 "index": index,
@@ -165,3 +206,22 @@ def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScore
             for index, score in zip(kept, after, strict=True)
         ],
     }
+
+
+def _retention(history: History, kept: Sequence[int], scores: Sequence[FactScores]) -> list[dict[str, Any]]:
+    """The metrics by how many edits ago a fact was edited, youngest first: batches in at most ten classes of much the same size."""
+    after = dict(zip(kept, scores, strict=True))
+    classes: list[dict[str, Any]] = []
+    ago, size = 0, -(-history.head // _AGES) if history.head else 1
+    newest_first = history.batches[::-1]
+    for start in range(0, len(newest_first), size):
+        batches = newest_first[start : start + size]
+        edits = sum(len(batch["facts"]) for batch in batches)
+        members = [after[index] for batch in batches for index in batch["facts"] if index in after]
+        if members:
+            span = {"from": ago, "to": ago + edits - 1}
+            classes.append(
+                {"edits_ago": span, "facts": len(members), **summarise(members), "intervals": intervals(members)}
+            )
+        ago += edits
+    return classes

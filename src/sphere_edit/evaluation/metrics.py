@@ -1,19 +1,23 @@
-"""Efficacy, generalization, specificity and perplexity of the deployed model.
+"""Efficacy, generalization and specificity of the deployed model, in four protocols side by side.
 
-Every prompt is scored in two protocols side by side:
+Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new):
 
-- *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE): the mean negative log-likelihood per token of one answer is
-  lower than that of the other: target_new against target_true for efficacy and generalization, the neighbour's own answer
-  against target_new for specificity;
-- *strict*: every token of the right answer is the likeliest one, given the tokens before it.
+- *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
+  right answer is lower than that of its rival;
+- *strict*: every token of the right answer is the likeliest one, given the answer's tokens before it;
+- *token*: the share of the right answer's tokens that are the likeliest, given those before (the authors' ZsRE numbers);
+- *generated*: what the model says freely and greedily begins with the right answer (`sphere_edit.evaluation.generation`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
@@ -21,43 +25,62 @@ from sphere_edit.models.forward import (
     Predictions,
     TokenBatch,
     batches_by_length,
-    generate,
     greedy_continuations,
     last_hidden,
     next_token_scores,
-    same_length_batches,
 )
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
 
-_SAID_TOKENS = 12
+PARTS = ("efficacy", "generalization", "specificity")
+PROTOCOLS = {"": "likelihood", "_strict": "strict", "_token": "per token", "_generated": "generated"}
+_DRAWS = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """One prompt of a fact: mean negative log-likelihood per token (nats) of both answers, and the strict verdict.
+    """One prompt of a fact.
 
-    ``right`` is the answer that should win after the edit (target_new; for a neighbour its own), ``other`` the rival.
+    Attributes:
+        nll_right: mean negative log-likelihood per token (nats) of the right answer.
+        nll_other: of its rival.
+        accuracy: share of the right answer's tokens that are the likeliest, given those before.
+        said: what the model says after the prompt, where it was asked.
+        begins: whether that begins with the right answer.
     """
 
     nll_right: float
     nll_other: float
-    correct: bool
+    accuracy: float
+    said: str | None = None
+    begins: bool | None = None
 
     @property
     def prefers(self) -> bool:
         """The likelihood verdict; the same text on both sides counts as kept."""
         return self.nll_right <= self.nll_other
 
+    @property
+    def correct(self) -> bool:
+        """The strict verdict."""
+        return self.accuracy == 1.0
+
+
+_VERDICTS: Mapping[str, Callable[[PromptScore], float | None]] = {
+    "": lambda score: float(score.prefers),
+    "_strict": lambda score: float(score.correct),
+    "_token": lambda score: score.accuracy,
+    "_generated": lambda score: None if score.begins is None else float(score.begins),
+}
+
 
 @dataclass(frozen=True)
 class FactScores:
-    """All prompts of one fact; ``said`` is the greedy continuation of the rewrite prompt, where it was asked for."""
+    """All prompts of one fact."""
 
     rewrite: PromptScore
     paraphrases: tuple[PromptScore, ...]
     neighbors: tuple[PromptScore, ...]
-    said: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -70,8 +93,15 @@ class FactScores:
             PromptScore(**record["rewrite"]),
             tuple(PromptScore(**score) for score in record["paraphrases"]),
             tuple(PromptScore(**score) for score in record["neighbors"]),
-            record["said"],
         )
+
+    def prompts(self) -> tuple[PromptScore, ...]:
+        """Rewrite, paraphrases, neighbours, in the order of `questions`."""
+        return (self.rewrite, *self.paraphrases, *self.neighbors)
+
+    def of_part(self, part: str) -> tuple[PromptScore, ...]:
+        """The prompts that efficacy, generalization or specificity is the mean of."""
+        return {"efficacy": (self.rewrite,), "generalization": self.paraphrases, "specificity": self.neighbors}[part]
 
 
 @dataclass(frozen=True)
@@ -120,59 +150,59 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
     return completed
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt of a fact with its right answer and the rival."""
+
+    prompt: str
+    right: Answer
+    other: Answer
+
+
+def questions(fact: Fact) -> list[Question]:
+    """All prompts of a complete fact: its own, its paraphrases, its neighbours."""
+    new = Answer(fact.target_new)
+    truth = Answer(_known(fact.target_true), fact.target_true_ids)
+    own = [Question(prompt, new, truth) for prompt in (fact.filled_prompt, *fact.paraphrases)]
+    return own + [Question(n.prompt, Answer(_known(n.answer), n.answer_ids), new) for n in fact.neighbors]
+
+
 def score_facts(
     loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int, reporter: Reporter, title: str = "evaluation"
 ) -> list[FactScores]:
     """Score every prompt of every fact on the model as it stands; facts must be complete (`complete_answers`)."""
-    asked: list[tuple[str, Answer, Answer]] = []  # prompt, right answer, other answer
-    for fact in facts:
-        new = Answer(fact.target_new)
-        truth = Answer(_known(fact.target_true), fact.target_true_ids)
-        asked += [(prompt, new, truth) for prompt in (fact.filled_prompt, *fact.paraphrases)]
-        asked += [(n.prompt, Answer(_known(n.answer), n.answer_ids), new) for n in fact.neighbors]
-    pairs = {(prompt, answer): None for prompt, *answers in asked for answer in answers}
+    asked = [questions(fact) for fact in facts]
+    pairs = {
+        (question.prompt, answer): None
+        for several in asked
+        for question in several
+        for answer in (question.right, question.other)
+    }
     scored = _answer_scores(loaded, list(pairs), max_tokens, reporter, title)
-    verdicts = iter(
-        PromptScore(scored[prompt, right][0], scored[prompt, other][0], scored[prompt, right][1])
-        for prompt, right, other in asked
-    )
-    return [
-        FactScores(
-            next(verdicts),
-            tuple(next(verdicts) for _ in fact.paraphrases),
-            tuple(next(verdicts) for _ in fact.neighbors),
-        )
-        for fact in facts
-    ]
+
+    def score(question: Question) -> PromptScore:
+        right, accuracy = scored[question.prompt, question.right]
+        return PromptScore(right, scored[question.prompt, question.other][0], accuracy)
+
+    return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
 
 
-def continuations(
-    loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int, reporter: Reporter, title: str = "generation"
-) -> list[str]:
-    """What the model says after each fact's prompt, greedily: as many tokens as target_new has, and at least 12."""
-    encoder = Encoder(loaded.tokenizer)
-    prompts = [encoder.encode(fact.filled_prompt.rstrip()).ids for fact in facts]
-    lengths = [max(_SAID_TOKENS, len(encoder.encode(fact.target_new).ids)) for fact in facts]
-    said = [""] * len(facts)
-    with reporter.bar(title, len(facts), "prompts") as advance:
-        for chunk in same_length_batches([len(prompt) for prompt in prompts], max_tokens):
-            rows = generate(loaded, [prompts[index] for index in chunk], max(lengths[index] for index in chunk))
-            for index, row in zip(chunk, rows, strict=True):
-                new = row[len(prompts[index]) :][: lengths[index]]
-                said[index] = loaded.tokenizer.decode(new, skip_special_tokens=True)
-            advance(len(chunk))
-    return said
+def grouped(fact: Fact, scores: Iterable[PromptScore]) -> FactScores:
+    """The scores of a fact's `questions`, told apart."""
+    rewrite, *rest = scores
+    cut = len(fact.paraphrases)
+    return FactScores(rewrite, tuple(rest[:cut]), tuple(rest[cut:]))
 
 
 def _answer_scores(
     loaded: LoadedModel, pairs: Sequence[tuple[str, Answer]], max_tokens: int, reporter: Reporter, title: str
-) -> dict[tuple[str, Answer], tuple[float, bool]]:
-    """For each (prompt, answer): mean NLL per answer token, and whether each of them is the argmax."""
+) -> dict[tuple[str, Answer], tuple[float, float]]:
+    """For each (prompt, answer): mean NLL per answer token, and the share of them that are the argmax."""
     encoder = Encoder(loaded.tokenizer)
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
     hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
     rows = list(hosts)
-    found: dict[tuple[str, Answer], tuple[float, bool]] = {}
+    found: dict[tuple[str, Answer], tuple[float, float]] = {}
     with reporter.bar(title, len(pairs), "answers") as advance:
         for chunk in batches_by_length([len(row) for row in rows], max_tokens):
             hidden = last_hidden(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device))
@@ -183,7 +213,7 @@ def _answer_scores(
             sizes = [len(answer) for *_, answer in answers]
             right = (likeliest == where.tokens).split(sizes)
             for (_, index), loss, hits in zip(guests, losses.split(sizes), right, strict=True):
-                found[pairs[index]] = (float(loss.double().mean()), bool(hits.all()))
+                found[pairs[index]] = (float(loss.double().mean()), float(hits.double().mean()))
             advance(len(guests))
     return found
 
@@ -204,56 +234,61 @@ def _hosts(rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
     return hosts
 
 
-def perplexity(
-    loaded: LoadedModel,
-    passages: Sequence[Sequence[int]],
-    max_tokens: int,
-    reporter: Reporter,
-    title: str = "perplexity",
-) -> float | None:
-    """exp of the mean negative log-likelihood per predicted token, over passages of token ids read one by one.
-
-    None where the model's loss is not finite (a float16 model that overflows).
-    """
-    passages = [passage for passage in passages if len(passage) > 1]
-    total, count = 0.0, 0
-    with reporter.bar(title, sum(len(passage) for passage in passages), "tokens") as advance:
-        for chunk in batches_by_length([len(passage) for passage in passages], max_tokens):
-            batch = TokenBatch.of([passages[index] for index in chunk], loaded.device)
-            hidden = last_hidden(loaded, batch)
-            predicted = batch.mask[:, 1:].bool()
-            losses, _ = next_token_scores(loaded, hidden[:, :-1][predicted], batch.ids[:, 1:][predicted])
-            total += float(losses.double().sum())
-            count += len(losses)
-            advance(int(batch.mask.sum()))
-    return math.exp(min(total / count, 700.0)) if count and math.isfinite(total) else None
-
-
 def summarise(scores: Sequence[FactScores]) -> dict[str, float | None]:
-    """Means over facts (of a fact's prompts first), in percent; None where no fact has such prompts.
+    """Means over facts (of a fact's prompts first), in percent, by part and protocol; None where nothing was measured.
 
-    ``score`` is the harmonic mean of the three, in each protocol.
+    ``score`` is the harmonic mean of the three parts, in each protocol.
     """
-    summary: dict[str, float | None] = {}
-    for suffix, verdict in (("", "prefers"), ("_strict", "correct")):
-        parts = {
-            "efficacy": _mean(float(getattr(score.rewrite, verdict)) for score in scores),
-            "generalization": _mean(_share(score.paraphrases, verdict) for score in scores if score.paraphrases),
-            "specificity": _mean(_share(score.neighbors, verdict) for score in scores if score.neighbors),
-        }
-        values = [value for value in parts.values() if value is not None]
-        harmonic = len(values) / sum(1 / value for value in values) if values and min(values) > 0 else 0.0
-        summary |= {name + suffix: value for name, value in parts.items()} | {"score" + suffix: harmonic}
-    return summary
+    values = _values(scores)
+    return _named(_means(values, torch.ones(1, len(values), dtype=values.dtype))[0])
 
 
-def _share(scores: Sequence[PromptScore], verdict: str) -> float:
-    return sum(getattr(score, verdict) for score in scores) / len(scores)
+def intervals(scores: Sequence[FactScores], seed: int = 0) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile bootstrap intervals, over facts, of what `summarise` says, from 1,000 draws."""
+    values = _values(scores)
+    count = len(values)
+    if count == 0:
+        return dict.fromkeys(summarise(scores))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (_DRAWS, count), generator=generator)
+    weights = torch.zeros(_DRAWS, count, dtype=values.dtype).scatter_add_(
+        1, drawn, torch.ones(_DRAWS, count, dtype=values.dtype)
+    )
+    means = _means(values, weights)
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
+    lows, highs = _named(low), _named(high)
+    return {
+        name: None if (first := lows[name]) is None or (last := highs[name]) is None else (first, last) for name in lows
+    }
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return 100 * sum(numbers) / len(numbers) if numbers else None
+def _values(scores: Sequence[FactScores]) -> Tensor:
+    """Each fact's share of prompts that went well ``[facts, 12]``: three parts in each of four protocols; NaN for none."""
+    rows = [
+        [_share(score.of_part(part), verdict) for verdict in _VERDICTS.values() for part in PARTS] for score in scores
+    ]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(_VERDICTS) * len(PARTS))
+
+
+def _share(scores: Sequence[PromptScore], verdict: Callable[[PromptScore], float | None]) -> float:
+    verdicts = [value for score in scores if (value := verdict(score)) is not None]
+    return sum(verdicts) / len(verdicts) if verdicts else math.nan
+
+
+def _means(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means of columns in percent ``[draws, 16]``, NaN left out, with each protocol's harmonic mean after its parts."""
+    there = values.isfinite().to(values.dtype)
+    means = 100 * (weights @ values.nan_to_num()) / (weights @ there)
+    parts = means.reshape(len(weights), len(_VERDICTS), len(PARTS))
+    known = parts.isfinite()
+    harmonic = known.sum(-1) / torch.where(known, 1 / parts, 0.0).sum(-1)
+    harmonic = torch.where(known.any(-1), harmonic, torch.nan)
+    return torch.cat([parts, harmonic[..., None]], dim=-1).flatten(1)
+
+
+def _named(means: Tensor) -> dict[str, float | None]:
+    names = [f"{part}{suffix}" for suffix in _VERDICTS for part in (*PARTS, "score")]
+    return {name: None if math.isnan(value) else value for name, value in zip(names, means.tolist(), strict=True)}
 
 
 def _known(answer: str | None) -> str:

@@ -32,7 +32,7 @@ class Fact:
     """One edit: after ``prompt`` with ``subject`` in it, the model should say ``target_new``.
 
     ``prompt`` holds one ``{}`` where the subject stands. ``target_true`` is what the model should have said before.
-    ``record`` is the number, from 1, of its record in the file it was read from; ``source_id`` the data set's own id;
+    ``generation_prompts`` begin texts about the subject, for fluency. ``record`` is the number, from 1, of its record in the file it was read from; ``source_id`` the data set's own id;
     ``target_true_ids`` the tokens of target_true where the unedited model was asked for it.
     """
 
@@ -42,6 +42,7 @@ class Fact:
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
     source_id: str = ""
     record: int = 0
     target_true_ids: tuple[int, ...] | None = None
@@ -69,6 +70,7 @@ class Fact:
         )
         changed = {
             "paraphrases": tuple(record["paraphrases"]),
+            "generation_prompts": tuple(record["generation_prompts"]),
             "neighbors": neighbors,
             "target_true_ids": _ids(record["target_true_ids"]),
         }
@@ -82,6 +84,7 @@ def make_fact(
     target_true: object = None,
     paraphrases: object = (),
     neighbors: object = (),
+    generation_prompts: object = (),
     source_id: str = "",
     record: int = 0,
 ) -> Fact:
@@ -101,8 +104,9 @@ def make_fact(
         prompt=_template(prompt, subject.strip()),
         target_new=target_new.rstrip(),
         target_true=None if target_true is None else _text(target_true, "target_true").rstrip(),
-        paraphrases=tuple(_text(text, "paraphrases").rstrip() for text in as_list(paraphrases, "paraphrases")),
+        paraphrases=_texts(paraphrases, "paraphrases"),
         neighbors=tuple(_neighbor(item) for item in as_list(neighbors, "neighbors")),
+        generation_prompts=_texts(generation_prompts, "generation_prompts"),
         source_id=source_id,
         record=record,
     )
@@ -140,6 +144,10 @@ def _neighbor(item: object) -> Neighbor:
         prompt = _text(item["prompt"], "neighbors.prompt").rstrip()
         return Neighbor(prompt, None if answer is None else _text(answer, "neighbors.answer").rstrip())
     raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
+
+
+def _texts(value: object, name: str) -> tuple[str, ...]:
+    return tuple(_text(text, name).rstrip() for text in as_list(value, name))
 
 
 def _text(value: object, name: str) -> str:

@@ -84,7 +84,10 @@ def _fact_set(
             continue
         facts.append(fact)
         protocols[shape.protocol.format(zsre_target=zsre_target)] = None
-        digest.update(json.dumps(fact.as_dict(), sort_keys=True).encode())
+        fields = fact.as_dict()
+        if not fact.generation_prompts:  # a fact without keeps the hash it had before there were any
+            del fields["generation_prompts"]
+        digest.update(json.dumps(fields, sort_keys=True).encode())
         if limit is not None and len(facts) == limit:
             break
     if bad and not skip_bad:
@@ -137,6 +140,7 @@ def _nested_counterfact(record: Record, _: ZsreTarget) -> dict[str, Any]:
         "target_true": truth,
         "paraphrases": record.get("paraphrase_prompts", []),
         "neighbors": [{"prompt": prompt, "answer": truth} for prompt in neighbors],
+        "generation_prompts": record.get("generation_prompts"),
     }
 
 
@@ -167,7 +171,7 @@ def _zsre(record: Record, target: ZsreTarget) -> dict[str, Any]:
 
 
 def _own(record: Record, _: ZsreTarget) -> dict[str, Any]:
-    names = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors")
+    names = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors", "generation_prompts")
     return {name: record.get(name) for name in names}
 
 

@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
+from sphere_edit.evaluation.metrics import PromptScore
 from sphere_edit.files import write_atomically
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
@@ -212,8 +213,9 @@ def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
     rows = []
     for run in runs:
         for name, index in (("unedited", 0), ("edited", -1)):
-            cells = [percent(run.metrics[key][index]) for key in METRICS if key != "perplexity"]
-            rows.append([f"{run.label}, {name}", *cells, number(run.metrics["perplexity"][index])])
+            values = {key: series[index] for key, series in run.metrics.items()}
+            cells = [percent(value) for key, value in values.items() if key not in ("perplexity", "divergence")]
+            rows.append([f"{run.label}, {name}", *cells, number(values["perplexity"]), number(values["divergence"])])
     return {"columns": [label.removesuffix(", %") for label in METRICS.values()], "rows": rows}
 
 
@@ -250,19 +252,18 @@ def _facts(runs: Sequence[Series]) -> list[list[str]]:
     found: list[tuple[tuple[bool, bool, float], list[str]]] = []
     for run in runs:
         for fact in run.facts():
-            before, after = fact["unedited"]["rewrite"], fact["edited"]["rewrite"]
-            likelier, strict = after["nll_right"] <= after["nll_other"], after["correct"]
+            before, after = (PromptScore(**fact[when]["rewrite"]) for when in ("unedited", "edited"))
             cells = [
                 fact["prompt"].replace("{}", fact["subject"]),
                 fact["target_new"].strip(),
                 *([run.label] if len(runs) > 1 else []),
                 str(fact["batch"]),
-                *(one_line(fact[when]["said"]) for when in ("unedited", "edited")),
-                *(_probability(score) for score in (before["nll_right"], after["nll_right"], after["nll_other"])),
-                "yes" if likelier else "no",
-                "yes" if strict else "no",
+                *(one_line(score.said) for score in (before, after)),
+                *(_probability(nll) for nll in (before.nll_right, after.nll_right, after.nll_other)),
+                "yes" if after.prefers else "no",
+                "yes" if after.correct else "no",
             ]
-            found.append(((likelier, strict, -after["nll_right"]), cells))
+            found.append(((after.prefers, after.correct, -after.nll_right), cells))
     return [cells for _, cells in sorted(found, key=lambda item: item[0])]
 
 

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from sphere_edit.evaluation.metrics import PROTOCOLS, PromptScore
+
 LABELS = {
     "efficacy": "Efficacy",
     "generalization": "Generalization",
@@ -27,34 +29,41 @@ def make_table(title: str, *columns: str, left: Sequence[str] = (), head: bool =
     return table
 
 
-def metrics_table(unedited: Mapping[str, Any], edited: Mapping[str, Any], title: str) -> Table:
-    """The unedited and the edited model side by side, in both protocols, with perplexity and energies."""
-    table = make_table(title, "", "before", "after", "before, strict", "after, strict", left=("",))
-    for key, label in LABELS.items():
-        cells = [unedited[key], edited[key], unedited[f"{key}_strict"], edited[f"{key}_strict"]]
-        table.add_row(label, *(percent(cell) for cell in cells), style="bold" if key == "score" else "")
+def metrics_table(
+    unedited: Mapping[str, Any], edited: Mapping[str, Any], title: str, intervals: Mapping[str, Any] | None = None
+) -> Table:
+    """The unedited and the edited model side by side, in every protocol, with what was measured of the model as a whole."""
+    table = make_table(title, "", "protocol", "before", "after", "95 %", left=("", "protocol"))
+    for suffix, protocol in PROTOCOLS.items():
+        for key, label in LABELS.items():
+            name = key + suffix
+            if edited[name] is not None:
+                within = None if intervals is None else intervals["edited"][name]
+                cells = (percent(unedited[name]), percent(edited[name]), "" if within is None else between(within))
+                table.add_row(
+                    label, protocol, *cells, style="bold" if key == "score" else "", end_section=key == "score"
+                )
     if "perplexity" in edited:
         before, after = unedited["perplexity"], edited["perplexity"]
-        table.add_row(
-            "Perplexity", number(before), number(after), "", f"× {after / before:.3f}" if before and after else ""
-        )
+        ratio = f"× {after / before:.3f}" if before and after else ""
+        table.add_row("Perplexity", "held-out text", number(before), number(after), ratio)
+        table.add_row("KL from unedited, nats", "held-out text", "", number(edited["divergence"], 4), "")
+    for name, digits in (("fluency", 3), ("consistency", 3)):
+        if "texts" in edited and edited["texts"][name] is not None:
+            values = [number(side["texts"][name], digits) if "texts" in side else "" for side in (unedited, edited)]
+            table.add_row(name.capitalize(), f"{edited['texts']['facts']} facts", *values, "")
     for name, energy in edited.get("energy", {}).items():
-        before = unedited["energy"][name]["per_pair"]
-        table.add_row(
-            f"Energy {short_name(name)}",
-            f"{before:.5f}",
-            f"{energy['per_pair']:.5f}",
-            "",
-            relative(before, energy["per_pair"]),
-        )
+        before, after = unedited["energy"][name]["per_pair"], energy["per_pair"]
+        table.add_row("Energy a pair", short_name(name), f"{before:.5f}", f"{after:.5f}", relative(before, after))
     return table
 
 
 def single_table(scores: Mapping[str, Any], title: str) -> Table:
-    """One model alone, in both protocols."""
-    table = make_table(title, "", "likelihood", "strict", left=("",))
+    """One model alone, in every protocol."""
+    shown = [suffix for suffix in PROTOCOLS if scores[f"efficacy{suffix}"] is not None]
+    table = make_table(title, "", *(PROTOCOLS[suffix] for suffix in shown), left=("",))
     for key, label in LABELS.items():
-        table.add_row(label, percent(scores[key]), percent(scores[f"{key}_strict"]))
+        table.add_row(label, *(percent(scores[f"{key}{suffix}"]) for suffix in shown))
     return table
 
 
@@ -96,15 +105,15 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
     """Some facts of ``metrics.json``, those that did not take first, then those not held strictly, then the oldest."""
 
     def verdicts(row: Mapping[str, Any]) -> tuple[bool, bool]:
-        score = row["edited"]["rewrite"]
-        return score["nll_right"] <= score["nll_other"], score["correct"]
+        score = PromptScore(**row["edited"]["rewrite"])
+        return score.prefers, score.correct
 
     columns = ("prompt", "new answer", "says now", "batch", "likelihood", "strict")
     table = make_table(f"Facts ({count} of {len(per_fact)}, failures first)", *columns, left=columns)
     for row in sorted(per_fact, key=lambda row: (*verdicts(row), row["index"]))[:count]:
         marks = ["yes" if verdict else "no" for verdict in verdicts(row)]
         prompt = row["prompt"].replace("{}", row["subject"])
-        said = Text(one_line(row["edited"]["said"]))
+        said = Text(one_line(row["edited"]["rewrite"]["said"]))
         table.add_row(Text(prompt), Text(row["target_new"].strip()), said, str(row["batch"]), *marks)
     return table
 
@@ -128,9 +137,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} %"
 
 
-def number(value: float | None) -> str:
-    """A number with two decimals, or "not finite" where the model's loss was not."""
-    return "not finite" if value is None else f"{value:.2f}"
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with some decimals, or "not finite" where the model's loss was not."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def between(interval: Sequence[float]) -> str:
+    """A confidence interval of percentages."""
+    return f"{interval[0]:.1f}–{interval[1]:.1f}"
 
 
 def span(values: Sequence[float]) -> str:

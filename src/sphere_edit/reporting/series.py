@@ -23,7 +23,9 @@ METRICS = {
     "generalization_strict": "Generalization, strict, %",
     "specificity": "Specificity, %",
     "perplexity": "Perplexity",
+    "divergence": "KL from the unedited, nats",
 }
+_WHOLE = ("perplexity", "divergence")
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,18 @@ class Series:
         done = [0]
         for batch in history.batches:
             done.append(done[-1] + len(batch["facts"]))
-        points = [(0, unedited["summary"], unedited["perplexity"], unedited["energy"])]
-        for entry in sorted(history.evaluations, key=lambda entry: entry["after"]):
-            points.append((done[entry["after"]], entry["summary"], entry["perplexity"], entry["energy"]))
+        entries = [unedited, *sorted(history.evaluations, key=lambda entry: entry["after"])]
         metrics: dict[str, list[float | None]] = {
-            key: [summary[key] for _, summary, _, _ in points] for key in METRICS if key != "perplexity"
+            key: [entry[key] if key in _WHOLE else entry["summary"][key] for entry in entries] for key in METRICS
         }
-        metrics["perplexity"] = [perplexity for _, _, perplexity, _ in points]
-        energy = [sum(matrix["total"] for matrix in energies.values()) / whole - 1 for *_, energies in points]
+        energy = [sum(matrix["total"] for matrix in entry["energy"].values()) / whole - 1 for entry in entries]
         return cls(
             run.path,
             name,
             method,
             sphere is not None,
             config,
-            [edits for edits, *_ in points],
+            [0, *(done[entry["after"]] for entry in entries[1:])],
             metrics,
             energy,
             before,

@@ -1,0 +1,193 @@
+"""What the edited model says of itself: answers, fluency, and consistency with reference texts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.metrics import FactScores, grouped, questions
+from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.models.forward import generate, same_length_batches, seeded
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.progress import Reporter
+
+_ANSWER_TOKENS = 12
+_TEXT_TOKENS = 100
+
+
+def with_answers(
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    scores: Sequence[FactScores],
+    chat: bool,
+    max_tokens: int,
+    reporter: Reporter,
+) -> list[FactScores]:
+    """The scores with what the model says, greedily, after every prompt of every fact, and whether it begins with the right answer.
+
+    As many tokens as the right answer has, and at least 12. With ``chat``, the prompt is a user's message in the model's own
+    chat template, and the answer is what the assistant says.
+    """
+    encoder = Encoder(loaded.tokenizer)
+    asked = [question for fact in facts for question in questions(fact)]
+    sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
+    said = continuations(loaded, _coded(loaded, [q.prompt for q in asked], chat), sizes, max_tokens, reporter)
+    pairs = iter(zip(asked, said, strict=True))
+    found = []
+    for fact, score in zip(facts, scores, strict=True):
+        told = []
+        for prompt in score.prompts():
+            question, text = next(pairs)
+            told.append(replace(prompt, said=text, begins=begins_with(text, question.right.text)))
+        found.append(grouped(fact, told))
+    return found
+
+
+def begins_with(said: str, answer: str) -> bool:
+    """Whether a text begins with an answer, whatever the case and the spaces, and does not go on within its last word."""
+    told, wanted = " ".join(said.split()).casefold(), " ".join(answer.split()).casefold()
+    rest = told[len(wanted) :]
+    return told.startswith(wanted) and not (wanted[-1:].isalnum() and rest[:1].isalnum() and rest[:1].isascii())
+
+
+def continuations(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    lengths: Sequence[int],
+    max_tokens: int,
+    reporter: Reporter,
+    title: str = "generation",
+    **options: Any,
+) -> list[str]:
+    """What the model says after each prompt (token ids), at most so many tokens; greedily unless ``options`` say otherwise."""
+    said = [""] * len(prompts)
+    with reporter.bar(title, len(prompts), "prompts") as advance:
+        for chunk in same_length_batches([len(prompt) for prompt in prompts], max_tokens):
+            rows = generate(loaded, [prompts[i] for i in chunk], max(lengths[i] for i in chunk), **options)
+            for index, row in zip(chunk, rows, strict=True):
+                new = row[len(prompts[index]) :][: lengths[index]]
+                said[index] = loaded.tokenizer.decode(new, skip_special_tokens=True)
+            advance(len(chunk))
+    return said
+
+
+def _coded(loaded: LoadedModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    if not chat:
+        encoder = Encoder(loaded.tokenizer)
+        return [encoder.encode(prompt.rstrip()).ids for prompt in prompts]
+    check_chat(loaded)
+    return [
+        list(
+            loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+        )
+        for prompt in prompts
+    ]
+
+
+def check_chat(loaded: LoadedModel) -> None:
+    """Refuse a model without a chat template.
+
+    Raises:
+        SphereEditError: its tokenizer has none.
+    """
+    if getattr(loaded.tokenizer, "chat_template", None) is None:
+        raise SphereEditError(
+            f"'{loaded.source}' has no chat template; use generation: plain, which continues the prompt itself"
+        )
+
+
+# --- fluency and consistency --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """How the model writes about edited subjects.
+
+    Attributes:
+        fluency: weighted entropy of 2- and 3-grams in bits, the mean over texts (`n_gram_entropy`).
+        consistency: mean TF-IDF cosine of a fact's texts with its reference texts, from 0 to 1; None without any.
+        facts: how many facts were written about.
+        referenced: how many of them had reference texts.
+    """
+
+    fluency: float
+    consistency: float | None
+    facts: int
+    referenced: int
+
+
+def score_texts(
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    references: Sequence[str] | None,
+    seed: int,
+    max_tokens: int,
+    reporter: Reporter,
+) -> TextScores:
+    """Let the model write 100 tokens after each of a fact's generation prompts, sampled from the 5 likeliest (ROME's protocol).
+
+    A data set without generation prompts has its rewrite prompt and paraphrases used instead. Reference texts of a fact are
+    those ``references`` that mention its target_new.
+    """
+    encoder = Encoder(loaded.tokenizer)
+    prompts = [(index, prompt) for index, fact in enumerate(facts) for prompt in _writing_prompts(fact)]
+    coded = [encoder.encode(prompt.rstrip()).ids for _, prompt in prompts]
+    with seeded(loaded.device, seed):
+        lengths = [_TEXT_TOKENS] * len(coded)
+        said = continuations(loaded, coded, lengths, max_tokens, reporter, "writing", do_sample=True, top_k=5)
+    texts: list[list[str]] = [[] for _ in facts]
+    for (index, prompt), text in zip(prompts, said, strict=True):
+        texts[index].append(prompt + text)
+    entropies = [sum(map(n_gram_entropy, several)) / len(several) for several in texts]
+    cosines = list(_cosines(facts, texts, references)) if references else []
+    return TextScores(
+        sum(entropies) / len(entropies),
+        sum(cosines) / len(cosines) if cosines else None,
+        len(facts),
+        len(cosines),
+    )
+
+
+def _writing_prompts(fact: Fact) -> Sequence[str]:
+    return fact.generation_prompts or (fact.filled_prompt, *fact.paraphrases)
+
+
+def n_gram_entropy(text: str) -> float:
+    """``(2/3 H₂ + 4/3 H₃) / 2``, H_n the entropy in bits of the text's n-grams of words and signs (ROME, arXiv:2202.05262, §3.2).
+
+    A text that repeats itself has little of it. Too short a text for a trigram has H₃ = 0.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return sum(weight * _entropy(words, n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) / 2
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values())
+
+
+def tf_idf_cosine(vectorizer: TfidfVectorizer, first: str, second: str) -> float:
+    """Cosine of two texts' TF-IDF vectors, in ``vectorizer``'s vocabulary and document frequencies."""
+    one, other = vectorizer.transform([first, second])
+    return float((one @ other.T).sum())  # the vectors have length 1, or 0 where no word is known
+
+
+def _cosines(facts: Sequence[Fact], texts: Sequence[Sequence[str]], references: Sequence[str]) -> Iterator[float]:
+    vectorizer = TfidfVectorizer().fit(references)
+    folded = [reference.casefold() for reference in references]
+    for fact, several in zip(facts, texts, strict=True):
+        mention = re.compile(rf"\b{re.escape(fact.target_new.strip().casefold())}\b")
+        about = [reference for reference, low in zip(references, folded, strict=True) if mention.search(low)]
+        if about:
+            yield tf_idf_cosine(vectorizer, " ".join(several), " ".join(about))

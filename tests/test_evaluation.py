@@ -1,0 +1,220 @@
+"""Protocols, intervals, held-out text, generation: against their definitions and cases worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch.nn import functional
+
+from conftest import fact_records
+from families import save_tiny, tiny
+from sphere_edit import SphereEditError
+from sphere_edit.editor import Editor, opened
+from sphere_edit.evaluation.generation import (
+    begins_with,
+    continuations,
+    n_gram_entropy,
+    score_texts,
+    tf_idf_cosine,
+    with_answers,
+)
+from sphere_edit.evaluation.heldout import score_heldout
+from sphere_edit.evaluation.metrics import (
+    FactScores,
+    PromptScore,
+    complete_answers,
+    intervals,
+    questions,
+    score_facts,
+    summarise,
+)
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.facts.readers import facts_from
+from sphere_edit.progress import Quiet
+from test_runs import METHODS, QUICK
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def facts_of(count):
+    return facts_from(fact_records(count)).facts
+
+
+def fact_scores(*prompts):
+    """A fact of rewrite, paraphrases and neighbours, each (likelihood, accuracy, begins)."""
+    rewrite, paraphrases, neighbors = prompts
+
+    def score(prefers, accuracy, begins):
+        return PromptScore(1.0, 2.0 if prefers else 0.5, accuracy, "x", begins)
+
+    return FactScores(score(*rewrite), tuple(score(*p) for p in paraphrases), tuple(score(*n) for n in neighbors))
+
+
+def test_every_protocol_is_a_mean_over_facts_of_a_facts_own_mean():
+    scores = [
+        fact_scores((True, 1.0, True), [(True, 0.5, False), (False, 0.0, False)], [(True, 1.0, True)]),
+        fact_scores((False, 0.5, False), [(True, 1.0, True)], []),
+    ]
+    found = summarise(scores)
+    expected = {"efficacy": 50, "generalization": 75, "specificity": 100, "efficacy_strict": 50}
+    expected |= {"generalization_strict": 50, "specificity_strict": 100, "efficacy_token": 75}
+    expected |= {"generalization_token": 62.5, "specificity_token": 100, "efficacy_generated": 50}
+    expected |= {"generalization_generated": 50, "specificity_generated": 100}
+    for suffix in ("", "_strict", "_token", "_generated"):
+        parts = [expected[part + suffix] for part in ("efficacy", "generalization", "specificity")]
+        expected["score" + suffix] = 3 / sum(1 / part for part in parts)
+    assert found == pytest.approx(expected)
+    assert summarise([fact_scores((True, 0.0, None), [], [])])["efficacy_generated"] is None
+    assert summarise([fact_scores((True, 0.0, None), [], [])])["score_strict"] == 0
+    assert set(summarise([]).values()) == {None}
+    assert FactScores.from_dict(scores[0].as_dict()) == scores[0]
+
+
+def test_intervals_are_those_of_the_means_of_drawn_facts():
+    generator = torch.Generator().manual_seed(1)
+    took = (torch.rand(120, generator=generator) < 0.7).tolist()
+    scores = [fact_scores((t, 1.0, t), [(t, 1.0, t)], [(not t, 1.0, t)]) for t in took]
+    low, high = intervals(scores)["efficacy"]
+    share = sum(took) / len(took)
+    half = 196 * math.sqrt(share * (1 - share) / len(took))
+    assert low == pytest.approx(100 * share - half, abs=1.5)
+    assert high == pytest.approx(100 * share + half, abs=1.5)
+    assert intervals(scores)["efficacy_strict"] == (100, 100)
+    assert intervals(scores) == intervals(scores), "seeded"
+    harmonic = intervals(scores)["score"]
+    assert harmonic[0] < summarise(scores)["score"] < harmonic[1]
+    assert intervals([])["efficacy"] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "verdict"),
+    [(" Vienna, the city", "Vienna", True), ("vienna", " Vienna", True), (" Viennas", "Vienna", False),
+     (" the city of Vienna", "Vienna", False), ("New\n York is", "New York", True), ("", "Vienna", False),
+     ("東京です", "東京", True), ("C++ is", "C++", True)],
+)  # fmt: skip
+def test_a_text_begins_with_an_answer(said, answer, verdict):
+    assert begins_with(said, answer) is verdict
+
+
+def test_n_gram_entropy_by_hand():
+    # bigrams: a b (2), b a (1), b c (1); trigrams: aba, bab, abc
+    second = -(0.5 * math.log2(0.5) + 2 * 0.25 * math.log2(0.25))
+    assert n_gram_entropy("a b a b c") == pytest.approx((2 / 3 * second + 4 / 3 * math.log2(3)) / 2)
+    assert n_gram_entropy("so so so so so") == 0
+    assert n_gram_entropy("Hi, you") == pytest.approx((2 / 3 * 1) / 2), (
+        "a sign counts as a word; one trigram says nothing"
+    )
+    assert n_gram_entropy("one") == 0
+
+
+def test_tf_idf_cosine_by_hand():
+    vectorizer = TfidfVectorizer().fit(["red fox", "red dog", "red dog barks"])
+    red, dog = 1.0, math.log(4 / 3) + 1  # ln((1 + n) / (1 + df)) + 1
+    barks = math.log(4 / 2) + 1
+    first, second = math.hypot(red, dog), math.hypot(dog, barks)
+    assert tf_idf_cosine(vectorizer, "Red dog", "dog barks") == pytest.approx(dog * dog / (first * second))
+    assert tf_idf_cosine(vectorizer, "cat", "red dog") == 0
+
+
+def test_kl_and_perplexity_of_heldout_text_against_their_definitions():
+    loaded = tiny("llama", torch.float32)
+    passages = [[5, 9, 3, 8, 1, 2], [7, 7, 4], [3], [9, 1, 2, 6]]
+    first = score_heldout(loaded, passages, 8, Quiet())
+    before = [torch.tensor([p]) for p in passages if len(p) > 1]
+    plain = [loaded.model(ids).logits[0, :-1].log_softmax(-1) for ids in before]
+    losses = torch.cat([-p.gather(1, ids[0, 1:, None])[:, 0] for p, ids in zip(plain, before, strict=True)])
+    assert first.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert first.divergence is None
+    with torch.no_grad():
+        loaded.model.get_submodule(loaded.architecture.module_name(1, "down")).weight.mul_(-2)
+    second = score_heldout(loaded, passages, 8, Quiet(), unedited=first.hidden)
+    edited = [loaded.model(ids).logits[0, :-1].log_softmax(-1) for ids in before]
+    expected = functional.kl_div(torch.cat(edited), torch.cat(plain), log_target=True, reduction="sum") / len(losses)
+    assert second.divergence == pytest.approx(float(expected), rel=1e-4)
+    assert second.divergence > 1e-3
+    assert score_heldout(loaded, passages, 8, Quiet(), unedited=second.hidden).divergence == 0
+    assert score_heldout(loaded, [[3]], 8, Quiet()).perplexity is None
+
+
+def test_generated_answers_are_those_of_plain_greedy_decoding_and_agree_with_the_strict_verdict():
+    loaded = tiny("gpt2", torch.float32)
+    facts = complete_answers(loaded, facts_of(6))
+    scores = with_answers(loaded, facts, score_facts(loaded, facts, 64, Quiet()), False, 64, Quiet())
+    encoder = Encoder(loaded.tokenizer)
+    seen = 0
+    for fact, score in zip(facts, scores, strict=True):
+        for question, prompt in zip(questions(fact), score.prompts(), strict=True):
+            ids = encoder.encode(question.prompt).ids
+            for _ in range(12):
+                ids = [*ids, int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())]
+            text = loaded.tokenizer.decode(ids[-12:], skip_special_tokens=True)
+            assert text.startswith(prompt.said), "it may end at the end of a text"
+            assert prompt.begins == begins_with(prompt.said, question.right.text)
+            if question.right.ids is not None:  # the model's own greedy answer
+                seen += prompt.correct and prompt.said.startswith(question.right.text)
+    assert seen > 0
+
+
+def test_a_chat_asks_through_the_models_own_template_and_says_where_there_is_none(tmp_path):
+    loaded = tiny("llama", torch.float32)
+    facts = complete_answers(loaded, facts_of(2))
+    scores = score_facts(loaded, facts, 64, Quiet())
+    loaded.tokenizer.chat_template = CHAT
+    told = with_answers(loaded, facts, scores, True, 256, Quiet())
+    ids = loaded.tokenizer(f"<user>{facts[0].filled_prompt}<a>", add_special_tokens=False)["input_ids"]
+    (expected,) = continuations(loaded, [ids], [12], 256, Quiet())
+    assert told[0].rewrite.said == expected
+    folder = save_tiny("llama", tmp_path / "model")
+    with pytest.raises(SphereEditError, match="has no chat template; use generation: plain"):
+        Editor.from_pretrained(folder, tmp_path / "run", evaluation={"generation": "chat"}, **QUICK).edit(
+            fact_records(2)
+        )
+    assert not (tmp_path / "run").exists(), "said before anything was begun"
+
+
+def test_texts_are_seeded_and_references_are_those_that_mention_the_new_answer():
+    loaded = tiny("llama", torch.float32)
+    facts = facts_of(3)
+    references = [f"All about {facts[0].target_new} and more.", "Nothing of it."]
+    first, again, other = (score_texts(loaded, facts, references, seed, 64, Quiet()) for seed in (0, 0, 1))
+    assert first == again != other
+    assert (first.facts, first.referenced) == (3, sum(f.target_new == facts[0].target_new for f in facts))
+    assert 0 < first.fluency < 10
+    assert 0 <= first.consistency <= 1
+    assert score_texts(loaded, facts, None, 0, 64, Quiet()).consistency is None
+
+
+def test_a_run_holds_intervals_divergence_texts_and_retention_by_age(tmp_path):
+    model = save_tiny("llama", tmp_path / "model")
+    references = tmp_path / "references.txt"
+    references.write_text("\n\n".join(f"Words about {record['target_new']} here." for record in fact_records(12)))
+    options = {**QUICK, **METHODS["alphaedit"], "batch_size": 1}
+    evaluation = {"every": 5, "texts": 4, "references": str(references)}
+    editor = Editor.from_pretrained(model, tmp_path / "run", evaluation=evaluation, reporter=Quiet(), **options)
+    metrics = editor.edit(fact_records(12))
+    unedited, edited = metrics["unedited"], metrics["edited"]
+    assert unedited["divergence"] == 0 < edited["divergence"]
+    assert edited["texts"]["facts"] == 4
+    assert edited["texts"]["referenced"] == 4
+    assert unedited["texts"] != edited["texts"]
+    low, high = metrics["intervals"]["edited"]["efficacy"]
+    assert low <= edited["efficacy"] <= high
+    ages = metrics["retention"]
+    assert [(age["edits_ago"]["from"], age["edits_ago"]["to"], age["facts"]) for age in ages] == [
+        (first, first + 1, 2) for first in range(0, 12, 2)
+    ]
+    newest = [fact["edited"]["rewrite"]["accuracy"] == 1 for fact in metrics["per_fact"][-2:]]
+    assert ages[0]["efficacy_strict"] == 50 * sum(newest)
+    entries = editor.run.history.evaluations
+    assert [(entry["after"], entry["final"]) for entry in entries] == [(5, False), (10, False), (12, True)]
+    editor.close()
+    with opened(tmp_path / "run", Quiet()) as again:  # in a new process, compared with the unedited model once more
+        again.edit([{"subject": "Zed", "prompt": "{} sings in", "target_new": "Rome"}])
+        assert again.run.history.evaluations[-1]["divergence"] > 0
+    with pytest.raises(SphereEditError, match="there is no corpus file"):
+        Editor.from_pretrained(model, tmp_path / "other", evaluation={"references": "no.txt"}, **QUICK).edit(
+            fact_records(2)
+        )
