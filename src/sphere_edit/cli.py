@@ -378,6 +378,53 @@ def evaluate(
 
 
 @app.command()
+def ability(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-evaluation-harness: boolq,rte,…")],
+    task_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with task definitions (lm-eval YAML), or with data of the tasks that ship."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many documents of each task.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers a model computes with.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """General ability of a model; or of a run's model before and after its edits, kept in the run."""
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.files import write_json
+    from sphere_edit.planning import check_room
+
+    if json_file is not None:
+        check_room(json_file.absolute().parent, 0)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise SphereEditError("which tasks? Give their names: --tasks boolq,rte")
+    from sphere_edit.editor import Editor
+    from sphere_edit.evaluation.ability import AbilityTasks
+    from sphere_edit.reporting.results import ability_table
+
+    found = AbilityTasks(names, task_dir, limit)
+    if is_run := RunFolder.exists(model):
+        if dtype is not None:
+            raise SphereEditError(f"{model} is a run, which keeps its dtype; leave out --dtype")
+        editor = Editor.open(model, _reporter(), device, trust_remote_code)
+    else:
+        options = _given({"device": device, "dtype": dtype and dtype.value})
+        editor = Editor.from_pretrained(model, None, None, _reporter(), trust_remote_code, **options)
+    scores = editor.ability(found)
+    editor.close()
+    out.print(ability_table(scores, model))
+    if json_file is not None:
+        write_json(json_file, scores)
+    if is_run:
+        _write_report(Path(model))
+
+
+@app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     facts: Annotated[int, typer.Option(min=0, help="How many facts to list, failures first.")] = 5,
@@ -385,7 +432,15 @@ def show(
     """What a run's journal says: settings, batches, facts, metrics, timings."""
     from sphere_edit.editing.guard import stopped
     from sphere_edit.editing.journal import RunFolder
-    from sphere_edit.reporting.results import batches_table, facts_table, make_table, metrics_table, percent, timings
+    from sphere_edit.reporting.results import (
+        ability_table,
+        batches_table,
+        facts_table,
+        make_table,
+        metrics_table,
+        percent,
+        timings,
+    )
 
     folder = RunFolder.open(run)
     history, config = folder.history, folder.config
@@ -438,6 +493,9 @@ def show(
         content = json.loads(metrics.read_text("utf-8"))
         title = f"After batch {content['after']}"
         out.print(metrics_table(content["unedited"], content["edited"], title, content["intervals"]))
+        if "ability" in content["edited"]:
+            scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
+            out.print(ability_table(scores, f"after batch {content['after']}"))
         if facts:
             out.print(facts_table(content["per_fact"], min(facts, len(content["per_fact"]))))
 

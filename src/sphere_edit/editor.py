@@ -25,7 +25,8 @@ from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError, refused_records
-from sphere_edit.evaluation.evaluator import Evaluator, check_measurable
+from sphere_edit.evaluation.ability import AbilityTasks
+from sphere_edit.evaluation.evaluator import Evaluator
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, summarise
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
@@ -79,8 +80,7 @@ class Editor:
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)
         self.run: RunFolder | None = None
         self._loop: SequentialLoop | None = None
-        self._evaluator: Evaluator | None = None
-        check_measurable(loaded, self.settings.evaluation)
+        self._evaluator = Evaluator(loaded, self.weights, self.settings, reporter)
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -185,6 +185,7 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
+        self._evaluator.check()
         planned, left_out = self.check(given, skip_bad)
         if self.run is None:
             self._start()
@@ -211,7 +212,7 @@ class Editor:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
         run = self._run()
         try:
-            evaluator = self._the_evaluator()
+            evaluator = self._evaluator
             evaluator.measure_unedited(run)
             facts = run.facts()
             while pending := run.history.pending:
@@ -268,13 +269,28 @@ class Editor:
         found = facts_from(facts, skip_bad)
         given, unreadable = self._readable(found.facts, skip_bad)
         self._say_left_out([*found.bad, *unreadable])
-        evaluator = Evaluator(self.loaded, self.weights, self.settings, [], self.reporter)
+        evaluator = self._evaluator
         with self.weights.unedited():
             complete = complete_answers(self.loaded, given)
             before = evaluator.score(complete, "unedited model", say=True)
         edited = self.run is not None and self.run.history.head > 0
         after = evaluator.score(complete, "edited model", say=True) if edited else before
         return Evaluation(complete, before, after)
+
+    def ability(self, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
+        """General ability of the unedited model and, in a run, of the edited one: scores by task, by ``unedited`` and ``edited``.
+
+        Of a run, the scores go into its journal and ``metrics.json``, and what the journal has is not measured again.
+        """
+        if self.run is None:
+            scores = tasks.score(self.loaded, self.settings.seed)
+            return {"unedited": {name: score.as_dict() for name, score in scores.items()}}
+        self._the_loop().settle()
+        with self.weights.unedited():
+            before = self._evaluator.measure_ability(self.run, 0, tasks)
+        after = self._evaluator.measure_ability(self.run, self.run.history.head, tasks)
+        self._evaluator.refresh_metrics(self.run)
+        return {"unedited": before, "edited": after}
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
@@ -364,10 +380,6 @@ class Editor:
         assert self._loop is not None
         return self._loop
 
-    def _the_evaluator(self) -> Evaluator:
-        assert self._evaluator is not None
-        return self._evaluator
-
     def _start(self) -> None:
         """Create the run folder: everything that affects results is decided and written here, before the first batch."""
         run = RunFolder.create(self.folder, {})
@@ -429,8 +441,7 @@ class Editor:
     def _attach(self, run: RunFolder) -> None:
         """Work in this run from here on, with the weights and the state of its last batch."""
         with plain_errors(self.folder / "heldout.json", "read"):
-            heldout = json.loads((self.folder / "heldout.json").read_text("utf-8"))
-        self._evaluator = Evaluator(self.loaded, self.weights, self.settings, heldout, self.reporter)
+            self._evaluator.heldout = json.loads((self.folder / "heldout.json").read_text("utf-8"))
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
         self._loop = SequentialLoop(
             run,

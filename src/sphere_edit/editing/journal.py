@@ -6,7 +6,7 @@ the last line belongs to work that did not finish, and is done again.
     config.json                 settings, model identity, versions, context templates
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
-    journal.jsonl               facts, unedited, batch, evaluation, guard, rollback, finished
+    journal.jsonl               facts, unedited, batch, evaluation, ability, guard, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     evaluations/…json           per-fact results
@@ -55,6 +55,7 @@ class History:
     batches: list[Entry] = field(default_factory=list)  # batch entries that stand, first to last
     withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
     evaluations: list[Entry] = field(default_factory=list)
+    abilities: list[Entry] = field(default_factory=list)  # general ability after some batches, 0 for the unedited model
     finished: bool = False
     guard: Entry | None = None  # why the run stopped before its last facts
 
@@ -96,6 +97,8 @@ class History:
             self.batches.append(entry)
         elif kind == "evaluation":
             self.evaluations = [e for e in self.evaluations if e["after"] != entry["after"]] + [entry]
+        elif kind == "ability":
+            self.abilities.append(entry)
         elif kind == "guard":
             self.withdrawn |= set(self.pending)
             self.guard = entry
@@ -104,6 +107,7 @@ class History:
             self.batches = kept
             self.withdrawn = set(range(self.total)) - set(self.edited)
             self.evaluations = [e for e in self.evaluations if e["after"] <= entry["to"]]
+            self.abilities = [e for e in self.abilities if e["after"] <= entry["to"]]
             self.finished = True
         elif kind == "finished":
             self.finished = True

@@ -56,6 +56,10 @@ class EvaluationSettings(BaseModel):
     )
     texts: int = Field(0, ge=0, description="at the end, let it write about so many facts (fluency, consistency)")
     references: str | None = Field(None, description="texts (.txt, .jsonl) that say what is said of the new answers")
+    tasks: tuple[str, ...] = Field((), description="general ability: tasks of lm-evaluation-harness")
+    task_dir: str | None = Field(None, description="folder with task definitions, or data of the tasks that ship")
+    task_limit: int | None = Field(None, ge=1, description="so many documents of each task")
+    tasks_every: int | None = Field(None, ge=1, description="tasks after every N batches too, not only at the end")
 
 
 class Settings(BaseModel):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sphere_edit.editing.journal import History, RunFolder
 from sphere_edit.editing.moments import read_passages
-from sphere_edit.editing.settings import EvaluationSettings, Settings
+from sphere_edit.editing.settings import Settings
+from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
@@ -29,18 +30,6 @@ _WHOLE = ("perplexity", "divergence", "energy", "texts")  # what is measured of 
 _AGES = 10  # classes of age that retention tells apart
 
 
-def check_measurable(loaded: LoadedModel, settings: EvaluationSettings) -> None:
-    """Refuse what could not be measured, before anything is computed.
-
-    Raises:
-        SphereEditError: no chat template where answers are asked for in a chat, or reference texts that cannot be read.
-    """
-    if settings.generation == "chat":
-        check_chat(loaded)
-    if settings.references is not None:
-        read_passages(settings.references)
-
-
 class Evaluator:
     """Measures a model whose weights are put in place by others, and keeps what it found in the run folder."""
 
@@ -49,12 +38,27 @@ class Evaluator:
         loaded: LoadedModel,
         weights: EditedWeights,
         settings: Settings,
-        heldout: Sequence[Sequence[int]],
         reporter: Reporter,
+        heldout: Sequence[Sequence[int]] = (),
     ):
         self.loaded, self.weights, self.reporter, self.heldout = loaded, weights, reporter, heldout
         self.settings, self.seed, self.max_tokens = settings.evaluation, settings.seed, settings.tokens_per_batch
         self._unedited_hidden: list[Tensor] | None = None
+        self._tasks: AbilityTasks | None = None
+
+    def check(self) -> None:
+        """Refuse what could not be measured, before anything is computed.
+
+        Raises:
+            SphereEditError: no chat template where answers are asked for in a chat, or reference texts or tasks that cannot be read.
+        """
+        settings = self.settings
+        if settings.generation == "chat":
+            check_chat(self.loaded)
+        if settings.references is not None:
+            read_passages(settings.references)
+        if settings.tasks and self._tasks is None:
+            self._tasks = AbilityTasks(settings.tasks, settings.task_dir, settings.task_limit)
 
     def score(self, facts: Sequence[Fact], title: str, say: bool = False) -> list[FactScores]:
         """Scores of complete facts by the model as it stands; with ``say`` also what it says, if the settings want that."""
@@ -83,16 +87,34 @@ class Evaluator:
             write_json(path, content)
             if session not in done:
                 run.append("unedited", session=session, summary=summarise(scores), **whole)
+        if self.settings.tasks:
+            self.check()
+            with self.weights.unedited():
+                self._ability(run, 0)
 
     def checkpoint(self, run: RunFolder) -> None:
         """Evaluate where the settings ask for it after the batch that the run stands at."""
         every, head = self.settings.every, run.history.head
         if every is not None and head > 0 and head % every == 0:
             self._evaluate(run, self._sampled(run.history.retained), final=False)
+        every = self.settings.tasks_every
+        if every is not None and head > 0 and head % every == 0:
+            self._ability(run, head)
 
     def finish(self, run: RunFolder) -> None:
         """Evaluate every fact the model should know now, and write ``metrics.json``."""
         entry = self._evaluate(run, run.history.retained, final=True)
+        self._ability(run, run.history.head)
+        self._write_metrics(run, entry)
+
+    def refresh_metrics(self, run: RunFolder) -> None:
+        """Write ``metrics.json`` again, where the run has one for where it stands."""
+        head = run.history.head
+        entry = next((e for e in run.history.evaluations if e["after"] == head and e["final"]), None)
+        if entry is not None and _results(run).is_file():
+            self._write_metrics(run, entry)
+
+    def _write_metrics(self, run: RunFolder, entry: Mapping[str, Any]) -> None:
         path = _results(run)
         with plain_errors(path, "read"):
             scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
@@ -115,6 +137,20 @@ class Evaluator:
             return known
         whole = {**self._whole_model(), **(self._texts(facts) if final else {})}
         return run.append("evaluation", after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
+
+    def _ability(self, run: RunFolder, after: int) -> None:
+        if self._tasks is not None:
+            self.measure_ability(run, after, self._tasks)
+
+    def measure_ability(self, run: RunFolder, after: int, tasks: AbilityTasks) -> dict[str, Any]:
+        """Scores of the model in place, which is that after a batch (0: unedited); what the journal has is not measured again."""
+        done = [e for e in run.history.abilities if e["after"] == after and e["limit"] == tasks.limit]
+        if not set(tasks.names) <= {name for entry in done for name in entry["tasks"]}:
+            self.reporter.say(f"General ability after batch {after}: {', '.join(tasks.names)}")
+            scores = tasks.score(self.loaded, self.seed)
+            found = {name: score.as_dict() for name, score in scores.items()}
+            done.append(run.append("ability", after=after, tasks=tasks.names, limit=tasks.limit, scores=found))
+        return {name: score for entry in done for name, score in entry["scores"].items()}
 
     def _sampled(self, retained: Sequence[int]) -> list[int]:
         """The facts that a checkpoint asks for: all, or those first in a random order of all facts, fixed by the seed.
@@ -180,6 +216,12 @@ def _unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, A
     return facts, scores, whole
 
 
+def _abilities(history: History, after: int) -> dict[str, Any]:
+    """Every score of general ability after a batch, the last measured of each task."""
+    scores = {name: score for e in history.abilities if e["after"] == after for name, score in e["scores"].items()}
+    return {"ability": scores} if scores else {}
+
+
 def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScores]) -> dict[str, Any]:
     """The content of ``metrics.json``."""
     history = run.history
@@ -191,8 +233,12 @@ def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScore
         "after": history.head,
         "facts": len(kept),
         "superseded": len(history.superseded),
-        "unedited": {**summarise([before[index] for index in kept]), **whole_before},
-        "edited": {**entry["summary"], **{name: entry[name] for name in _WHOLE if name in entry}},
+        "unedited": {**summarise([before[index] for index in kept]), **whole_before, **_abilities(history, 0)},
+        "edited": {
+            **entry["summary"],
+            **{name: entry[name] for name in _WHOLE if name in entry},
+            **_abilities(history, history.head),
+        },
         "intervals": {"unedited": intervals([before[index] for index in kept]), "edited": intervals(after)},
         "retention": _retention(history, kept, after),
         "per_fact": [

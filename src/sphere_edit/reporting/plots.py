@@ -55,10 +55,7 @@ def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
         axis.axis("off")
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("Facts edited", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(3, max(1, len(runs))), fontsize=9, frameon=False
-    )
+    _legend(figure, axes[0], len(runs))
     return figure
 
 
@@ -93,10 +90,7 @@ def differences(runs: Sequence[Series]) -> Figure:
         axis.set_ylabel(f"Change of {METRICS[key][0].lower()}{METRICS[key][1:]}", fontsize=9)
         axis.set_xlabel("Change of energy, % of the unedited", fontsize=9)
         axis.tick_params(labelsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(3, max(1, len(runs))), fontsize=9, frameon=False
-    )
+    _legend(figure, axes[0], len(runs))
     return figure
 
 
@@ -229,6 +223,57 @@ def heat(run: Series) -> Figure:
     _ticks(axis)
     figure.colorbar(image, ax=axis).set_label("ΔHE, %", fontsize=9)
     return figure
+
+
+def abilities(runs: Sequence[Series], columns: int = 2) -> Figure:
+    """General ability over edits, one panel a task, with one standard error up and down and what guessing would score."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.abilities))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.6 * columns, 0.6 + 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, task in zip(axes, tasks, strict=False):
+        for run in runs:
+            points = run.abilities.get(task, [])
+            if points:
+                x = [edits for edits, _ in points]
+                y = [100 * score["value"] for _, score in points]
+                errors = [100 * (score["error"] or 0.0) for _, score in points]
+                axis.errorbar(x, y, yerr=errors, capsize=2, marker="o", markersize=3, **_line(run))
+                axis.axhline(100 * points[0][1]["chance"], color=_GREY, linewidth=0.8, linestyle=":")
+                axis.set_ylabel(f"{task}, {points[0][1]['metric']}, %", fontsize=9)
+        axis.set_xlabel("Facts edited", fontsize=9)
+        _ticks(axis)
+    for axis in axes[len(tasks) :]:
+        axis.axis("off")
+    _legend(figure, axes[0], len(runs))
+    return figure
+
+
+def retention(runs: Sequence[Series]) -> Figure:
+    """What is left of earlier facts: the metrics after the last batch against how many edits ago a fact was edited, with 95 % intervals."""
+    keys = ("efficacy_strict", "generalization_strict", "specificity")
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(keys))
+    for axis, key in zip(axes, keys, strict=True):
+        for run in runs:
+            ages = [age for age in run.retention() if age[key] is not None]
+            x = [(age["edits_ago"]["from"] + age["edits_ago"]["to"]) / 2 for age in ages]
+            y = [age[key] for age in ages]
+            spans = [age["intervals"][key] for age in ages]
+            errors = [[v - low for v, (low, _) in zip(y, spans, strict=True)], [high - v for v, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
+            axis.errorbar(x, y, yerr=errors, capsize=2, marker="o", markersize=3, **_line(run))
+        axis.set_ylim(-3, 103)
+        axis.set_ylabel(METRICS[key], fontsize=9)
+        axis.set_xlabel("Edits since", fontsize=9)
+        _ticks(axis)
+    _legend(figure, axes[0], len(runs))
+    return figure
+
+
+def _legend(figure: Figure, axis: Axes, runs: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    columns = min(3, max(1, runs))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _line(run: Series) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
+from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation.metrics import PromptScore
 from sphere_edit.files import write_atomically
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
 from sphere_edit.reporting.energy import NOTE
-from sphere_edit.reporting.results import number, one_line, percent, relative, short_name, timings
+from sphere_edit.reporting.results import number, one_line, percent, relative, short_name, timings, with_error
 from sphere_edit.reporting.series import METRICS, Series, labelled
 
 
@@ -99,6 +100,7 @@ def write_report(
         "runs": [_run(run) for run in series],
         "metrics": _metrics(series),
         "energies": _energies(series),
+        "abilities": _abilities(series),
         "figures": shown,
         "facts": _facts(series),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
@@ -125,6 +127,12 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             "hollow without. Line, 95 % band and correlations are of all runs together."
         )
         found.append(("differences", caption, partial(plots.differences, runs)))
+    if any(len(run.retention()) > 1 for run in runs):
+        caption = "What is left after the last batch, by how many edits ago a fact was edited: batches in at most ten classes, with 95 % intervals."
+        found.append(("retention", caption, partial(plots.retention, runs)))
+    if any(len(points) > 1 for run in runs for points in run.abilities.values()):
+        caption = "General ability over edits, with one standard error up and down. Dotted: what guessing would score."
+        found.append(("abilities", caption, partial(plots.abilities, runs)))
     for number_, run in enumerate(runs, 1):
         if not run.batches:
             continue
@@ -187,7 +195,13 @@ def _run(run: Series) -> dict[str, Any]:
     return {
         "label": run.label,
         "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; "
-        + ("finished" if run.finished else "not finished: what follows is of the last evaluation"),
+        + (
+            f"guard: {stopped(run.guard)}"
+            if run.guard is not None
+            else "finished"
+            if run.finished
+            else "not finished: what follows is of the last evaluation"
+        ),
         "lights": [
             TAKEN.light(strict, percent(strict)),
             INTACT.light(ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
@@ -243,6 +257,26 @@ def _energies(runs: Sequence[Series]) -> dict[str, Any]:
                     "–" if collateral is None else f"{collateral:.4f}",
                     f"{batch['first_order']:+.2f}",
                     f"{batch['energy_change']:+.2f}",
+                ]
+            )
+    return {"columns": columns, "rows": rows}
+
+
+def _abilities(runs: Sequence[Series]) -> dict[str, Any]:
+    columns = ("metric", "documents", "before", "after", "edits", "guessing")
+    rows = []
+    for run in runs:
+        for task, points in run.abilities.items():
+            before, (edits, after) = points[0][1], points[-1]
+            rows.append(
+                [
+                    f"{run.label}, {task}" if len(runs) > 1 else task,
+                    after["metric"],
+                    str(after["documents"]),
+                    with_error(before),
+                    with_error(after),
+                    str(edits),
+                    percent(100 * before["chance"]) + (": unedited at chance" if before["at_chance"] else ""),
                 ]
             )
     return {"columns": columns, "rows": rows}

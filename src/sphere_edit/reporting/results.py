@@ -67,6 +67,27 @@ def single_table(scores: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def ability_table(scores: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """General ability by task, before and, where it was edited, after, with standard errors."""
+    edited = "edited" in scores
+    columns = ("task", "metric", "documents", "before", *(("after",) if edited else ()), "guessing")
+    table = make_table(f"General ability, {title}", *columns, left=("task", "metric"))
+    for name, before in scores["unedited"].items():
+        after = scores.get("edited", {}).get(name)
+        cells = [with_error(before), *([with_error(after) if after else "–"] if edited else [])]
+        guessing = percent(100 * before["chance"]) + (" (at chance)" if before["at_chance"] else "")
+        table.add_row(name, before["metric"], str(before["documents"]), *cells, guessing)
+    return table
+
+
+def with_error(score: Mapping[str, Any]) -> str:
+    """An ability's score in percent with its standard error."""
+    if score["metric"] == "word_perplexity":
+        return number(score["value"])
+    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+    return f"{100 * score['value']:.1f}{error} %"
+
+
 _TARGET_COLUMNS = (("loss_before", 2), ("loss_after", 3), ("probability_after", 3))
 
 

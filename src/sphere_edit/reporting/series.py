@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.journal import RunFolder
+from sphere_edit.editing.journal import History, RunFolder
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors
 from sphere_edit.numerics.projection import Sphere
@@ -52,7 +52,9 @@ class Series:
     energies: dict[str, float]  # of each unedited matrix
     batches: list[dict[str, Any]]
     batch_edits: list[int]
+    abilities: dict[str, list[tuple[int, dict[str, Any]]]]  # by task: facts edited, score
     finished: bool
+    guard: dict[str, Any] | None  # the journal's entry, where the guard stopped the run
 
     @classmethod
     def read(cls, folder: str | Path) -> Series:
@@ -93,7 +95,9 @@ class Series:
             before,
             history.batches,
             done[1:],
+            _abilities(history, done),
             history.finished,
+            history.guard,
         )
 
     def judged(self, key: str) -> list[float | None]:
@@ -103,11 +107,18 @@ class Series:
 
     def facts(self) -> list[dict[str, Any]]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""
+        return self._final("per_fact")
+
+    def retention(self) -> list[dict[str, Any]]:
+        """The metrics of ``metrics.json`` by age of the facts, youngest first; empty before the first evaluation is finished."""
+        return self._final("retention")
+
+    def _final(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / "metrics.json"
         if not path.is_file():
             return []
         with plain_errors(path, "read"):
-            found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["per_fact"]
+            found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))[name]
         return found
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
@@ -143,6 +154,15 @@ class Series:
         principal = sphere.directions(basis)
         part = (written.double() @ principal) @ principal.T
         return weight, (written + sphere.alpha / (1 - sphere.alpha) * part).float(), written
+
+
+def _abilities(history: History, done: Sequence[int]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """Scores of general ability by task, in order of edits; of what was measured twice, the last."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for entry in history.abilities:
+        for name, score in entry["scores"].items():
+            found.setdefault(name, {})[done[entry["after"]]] = score
+    return {name: sorted(scores.items()) for name, scores in found.items()}
 
 
 def labelled(folders: Sequence[str | Path]) -> list[Series]:
