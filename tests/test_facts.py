@@ -152,6 +152,24 @@ CSV = (
 )
 
 
+def test_facts_are_shuffled_by_seed_and_sliced(write):
+    path = write("many.jsonl", b"".join(lines({**OWN, "subject": f"Tower {n}"}) for n in range(10)))
+    plain = [fact.subject for fact in read_facts(path).facts]
+    assert [fact.subject for fact in read_facts(path, skip=3, limit=4).facts] == plain[3:7]
+    mixed = read_facts(path, shuffle=1)
+    order = [fact.subject for fact in mixed.facts]
+    assert order != plain
+    assert sorted(order) == sorted(plain)
+    part = read_facts(path, shuffle=1, skip=2, limit=3)
+    assert [fact.subject for fact in part.facts] == order[2:5]
+    assert part.sha256 != mixed.sha256 == read_facts(path, shuffle=1).sha256
+    assert part.facts[0].record == plain.index(order[2]) + 1, "a record keeps its number"
+    with pytest.raises(SphereEditError, match="has 10 facts; none is left after the first 10"):
+        read_facts(path, skip=10)
+    with pytest.raises(SphereEditError, match="--skip takes a number of facts, not -1"):
+        read_facts(path, skip=-1)
+
+
 def test_generation_prompts_of_counterfact_are_kept_and_counted_in_the_hash(write):
     record = {
         "requested_rewrite": {

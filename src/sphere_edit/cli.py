@@ -179,6 +179,8 @@ def edit(
     dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. [default: its own]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. [default: 0]")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first N facts.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out the first N facts.")] = 0,
+    shuffle: Annotated[int | None, typer.Option(help="Put the facts in a random order first, with this seed.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
     eval_sample: Annotated[
         int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. [default: all]")
@@ -218,7 +220,8 @@ def edit(
         "evaluation": {"every": eval_every, "sample": eval_sample},
         "guard": guard,
     }
-    wish = _Wish(facts, _given(given), config, limit, skip_bad, resume, dry_run, trust_remote_code)
+    chosen = {"limit": limit, "skip": skip, "shuffle": shuffle, "skip_bad": skip_bad}
+    wish = _Wish(facts, _given(given), config, chosen, resume, dry_run, trust_remote_code)
     from sphere_edit.editing.journal import RunFolder
 
     if RunFolder.exists(model):
@@ -244,8 +247,7 @@ class _Wish:
     facts: str | None
     options: dict[str, Any]
     config: Path | None
-    limit: int | None
-    skip_bad: bool
+    chosen: dict[str, Any]  # which of the facts, as for read_facts
     resume: bool
     dry_run: bool
     trust_remote_code: bool
@@ -258,7 +260,7 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
     from sphere_edit.facts.readers import read_facts
 
     settings = make_settings(read_settings_file(wish.config) if wish.config else {}, wish.options)
-    given = read_facts(wish.facts, limit=wish.limit, skip_bad=wish.skip_bad)
+    given = read_facts(wish.facts, **wish.chosen)
     if settings.moments.corpus is not None:
         from sphere_edit.editing.moments import read_passages
 
@@ -273,9 +275,9 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
         check_room(place, 0)
     editor = Editor.from_pretrained(model, folder, settings, _reporter(), wish.trust_remote_code)
     if wish.dry_run:
-        _plan(editor, given, wish.skip_bad)
+        _plan(editor, given, wish.chosen["skip_bad"])
         return
-    _finish(editor, lambda: editor.edit(given, wish.skip_bad))
+    _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"]))
 
 
 def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
@@ -309,14 +311,14 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
     if wish.resume and history.finished:
         out.print(f"{folder} is finished: {history.head} batches, nothing to resume.", highlight=False)
         return
-    given = None if wish.facts is None else read_facts(wish.facts, limit=wish.limit, skip_bad=wish.skip_bad)
+    given = None if wish.facts is None else read_facts(wish.facts, **wish.chosen)
     from sphere_edit.editor import Editor
 
     editor = Editor.open(folder, _reporter(), wish.options.get("device"), wish.trust_remote_code)
     if wish.dry_run and given is not None:
-        _plan(editor, given, wish.skip_bad)
+        _plan(editor, given, wish.chosen["skip_bad"])
         return
-    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, wish.skip_bad))
+    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, wish.chosen["skip_bad"]))
 
 
 @app.command()

@@ -10,8 +10,9 @@ import csv
 import hashlib
 import io
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +37,28 @@ class FactSet:
     source: str
     sha256: str
 
+    def chosen(self, skip: int = 0, limit: int | None = None, shuffle: int | None = None) -> FactSet:
+        """Some of the facts: in a random order seeded by ``shuffle``, without the first ``skip``, at most ``limit``.
+
+        Raises:
+            SphereEditError: nothing is left.
+        """
+        facts = list(self.facts)
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(facts)
+        facts = facts[skip:] if limit is None else facts[skip : skip + limit]
+        if not facts:
+            raise SphereEditError(f"{self.source} has {len(self.facts)} facts; none is left after the first {skip}")
+        return replace(self, facts=facts, sha256=_digest(facts))
+
 
 def read_facts(
     source: str | Path,
     limit: int | None = None,
     skip_bad: bool = False,
     zsre_target: ZsreTarget = "answer",
+    skip: int = 0,
+    shuffle: int | None = None,
 ) -> FactSet:
     """Read facts from ``demo``, a ``.json``, ``.jsonl`` or ``.csv`` file, or a data set (``owner/name[:split]``, or a folder[:split]).
 
@@ -50,13 +67,19 @@ def read_facts(
         skip_bad: leave out records that cannot be used (they are listed in ``bad``) and go on.
         zsre_target: what a ZsRE record is edited to: its true ``answer`` (MEMIT, AlphaEdit, SPHERE) or its false
             ``alternative`` (with the true one as target_true).
+        skip: leave out this many usable facts before the first, after shuffling.
+        shuffle: put the facts in a random order with this seed.
 
     Raises:
         SphereEditError: naming every bad record by its number, from 1.
     """
     if limit is not None and limit < 1:
         raise SphereEditError(f"--limit takes a positive number of facts, not {limit}")
-    return _fact_set(str(source), _records(source), limit, skip_bad, zsre_target)
+    if skip < 0:
+        raise SphereEditError(f"--skip takes a number of facts, not {skip}")
+    if skip == 0 and shuffle is None:
+        return _fact_set(str(source), _records(source), limit, skip_bad, zsre_target)
+    return _fact_set(str(source), _records(source), None, skip_bad, zsre_target).chosen(skip, limit, shuffle)
 
 
 def _fact_set(
@@ -69,7 +92,6 @@ def _fact_set(
     facts: list[Fact] = []
     bad: list[str] = []
     protocols: dict[str, None] = {}
-    digest = hashlib.sha256()
     for number, record in records:
         try:
             if isinstance(record, BadRecord):
@@ -84,10 +106,6 @@ def _fact_set(
             continue
         facts.append(fact)
         protocols[shape.protocol.format(zsre_target=zsre_target)] = None
-        fields = fact.as_dict()
-        if not fact.generation_prompts:  # a fact without keeps the hash it had before there were any
-            del fields["generation_prompts"]
-        digest.update(json.dumps(fields, sort_keys=True).encode())
         if limit is not None and len(facts) == limit:
             break
     if bad and not skip_bad:
@@ -95,7 +113,18 @@ def _fact_set(
         raise refused_records(f"{source}: {many} cannot be used (--skip-bad goes on without)", bad)
     if not facts:
         raise SphereEditError(f"{source}: no usable fact in it" + (f" ({len(bad)} bad records)" if bad else ""))
-    return FactSet(facts, bad, "; ".join(protocols), source, digest.hexdigest())
+    return FactSet(facts, bad, "; ".join(protocols), source, _digest(facts))
+
+
+def _digest(facts: Iterable[Fact]) -> str:
+    """SHA-256 of what the facts say, by which runs name their data."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        fields = fact.as_dict()
+        if not fact.generation_prompts:  # a fact without keeps the hash it had before there were any
+            del fields["generation_prompts"]
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def facts_from(facts: str | Path | FactSet | Iterable[Fact | Record], skip_bad: bool = False) -> FactSet:
