@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sphere_edit.editing.loop import plan_batches, superseded_by
 from sphere_edit.editing.moments import read_passages
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts import datasets
 from sphere_edit.facts.fact import MAX_TEXT, Fact, Neighbor
 from sphere_edit.facts.prompts import fill
 from sphere_edit.facts.readers import facts_from, read_facts
@@ -150,6 +151,25 @@ CSV = (
     '"[""To see Big Ben, travel to"", ""Big Ben rings in""]",'
     '"[{""prompt"": ""Tower Bridge is in"", ""answer"": ""London""}, ""The Shard is in""]",mine\r\n'
 )
+
+
+def test_public_data_sets_are_fetched_once_and_only_whole(tmp_path, monkeypatch):
+    records = [{"subject": f"S{n}", "prompt": "{} is", "target_new": "x", "ground_truth": "y"} for n in range(3)]
+    page = tmp_path / "page.json"
+    page.write_text(json.dumps(records))
+    monkeypatch.setitem(datasets.DATASETS, "counterfact", datasets.DataSet(page.as_uri(), 3))
+    assert len(read_facts("counterfact").facts) == 3
+    page.unlink()
+    assert len(read_facts("counterfact", limit=2).facts) == 2, "it is in the cache"
+    monkeypatch.setitem(datasets.DATASETS, "zsre", datasets.DataSet(page.as_uri(), 3))
+    with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched from .*Give a local copy"):
+        read_facts("zsre")
+    page.write_text(json.dumps(records[:2]))
+    with pytest.raises(SphereEditError, match="it has 2 records and not 3"):
+        read_facts("zsre")
+    page.write_text(json.dumps(records)[:-9])
+    with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched"):
+        read_facts("zsre")
 
 
 def test_facts_are_shuffled_by_seed_and_sliced(write):

@@ -20,6 +20,7 @@ FLOORS = [
     "diagnosis",
     "export",
     "editor",
+    "bench",
     "planning",
     "cli",
 ]

@@ -246,7 +246,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
 
             return call
 
-        for module, name in [(files, "_sync_folder"), (files, "link_or_copy"), (journal, "write_atomically")]:
+        for module, name in [(files, "_sync_folder"), (files, "link_or_copy"), (journal, "write_text")]:
             monkeypatch.setattr(module, name, counted(originals[name]))
         monkeypatch.setattr(RunFolder, "append", counted(originals["append"]))
         monkeypatch.setattr(RunFolder, "thin", counted(originals["thin"]))
@@ -255,7 +255,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
     originals = {
         "_sync_folder": files._sync_folder,
         "link_or_copy": files.link_or_copy,
-        "write_atomically": files.write_atomically,
+        "write_text": files.write_text,
         "append": RunFolder.append,
         "thin": RunFolder.thin,
     }

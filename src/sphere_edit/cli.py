@@ -150,7 +150,9 @@ def edit(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'smollm2', or a RUN to continue.")],
     facts: Annotated[
         str | None,
-        typer.Argument(help="JSON, JSONL or CSV file, 'demo', or a data set (owner/name[:split], folder)."),
+        typer.Argument(
+            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name[:split])."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
     method: Annotated[
@@ -545,7 +547,7 @@ def energy(
     import io
 
     from sphere_edit.diagnosis import diagnose
-    from sphere_edit.files import write_atomically, write_json
+    from sphere_edit.files import write_json, write_text
     from sphere_edit.planning import check_room
     from sphere_edit.reporting.energy import energy_tables
 
@@ -567,7 +569,7 @@ def energy(
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(csv_file, lambda path: path.write_text(text.getvalue(), "utf-8"))
+        write_text(csv_file, text.getvalue())
 
 
 @app.command()
@@ -600,6 +602,36 @@ def export(
     with opened(run, _reporter()) as editor:
         editor.save_pretrained(output)
     out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.", highlight=False)
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="YAML file: models, data, methods, variants, seeds, settings.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the bench. [default: runs/<name of the file>]")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; make the table of what is finished.")] = False,
+) -> None:
+    """Run a whole matrix of methods, data, variants and seeds, or go on with it; ends with the paper's table and a report."""
+    from rich.markdown import Markdown
+
+    from sphere_edit.bench import Bench, write_results
+
+    matrix = Bench.read(config, output)
+    try:
+        if not table:
+            matrix.execute(_reporter())
+    except KeyboardInterrupt:
+        raise SphereEditError(
+            f"interrupted; every committed batch is kept. Go on with: sphere-edit bench {config} -o {matrix.folder}"
+        ) from None
+    written = write_results(matrix, _reporter())
+    out.print(Markdown((matrix.folder / "table.md").read_text("utf-8")))
+    for name, reason in matrix.failures.items():
+        err.print(f"[bold red]Failed:[/bold red] {_escape(name)}: {_escape(reason)}", highlight=False, soft_wrap=True)
+    out.print("\n".join(map(str, written)), highlight=False, markup=False, soft_wrap=True)
+    if matrix.failures:
+        raise typer.Exit(3)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ def write_json(path: Path, content: Any) -> None:
     )
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

@@ -34,9 +34,9 @@ from sphere_edit.files import (
     plain_errors,
     read_tensors,
     remove_stale_temporaries,
-    write_atomically,
     write_json,
     write_tensors,
+    write_text,
 )
 from sphere_edit.numerics.update import Update, update_from
 
@@ -250,7 +250,7 @@ class RunFolder:
         """Accept the facts of one call of edit."""
         session = len(self.history.sessions) + 1
         text = "".join(json.dumps(fact.as_dict(), ensure_ascii=False) + "\n" for fact in facts)
-        write_atomically(self.path / "facts" / f"{session:04d}.jsonl", lambda file: file.write_text(text, "utf-8"))
+        write_text(self.path / "facts" / f"{session:04d}.jsonl", text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.append("facts", session=session, count=len(facts), sha256=sha256, **about)
 

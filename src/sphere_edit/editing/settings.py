@@ -39,7 +39,7 @@ class SphereSettings(BaseModel):
                 **{**default.model_dump(), **{name: value for name, value in chosen.items() if value is not None}}
             )
         except ValidationError as error:
-            raise SphereEditError(_first_error("sphere", error)) from None
+            raise SphereEditError(first_error("sphere", error)) from None
 
 
 class EvaluationSettings(BaseModel):
@@ -178,7 +178,7 @@ def make_settings(*layers: dict[str, Any]) -> Settings:
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        raise SphereEditError(_first_error("settings", error)) from None
+        raise SphereEditError(first_error("settings", error)) from None
     settings.diagnostic_sphere()
     return settings
 
@@ -218,7 +218,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _first_error(what: str, error: ValidationError) -> str:
+def first_error(what: str, error: ValidationError) -> str:
+    """What pydantic found wrong first, in one line."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

@@ -246,15 +246,30 @@ def summarise(scores: Sequence[FactScores]) -> dict[str, float | None]:
 def intervals(scores: Sequence[FactScores], seed: int = 0) -> dict[str, tuple[float, float] | None]:
     """95 % percentile bootstrap intervals, over facts, of what `summarise` says, from 1,000 draws."""
     values = _values(scores)
-    count = len(values)
-    if count == 0:
-        return dict.fromkeys(summarise(scores))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (_DRAWS, count), generator=generator)
-    weights = torch.zeros(_DRAWS, count, dtype=values.dtype).scatter_add_(
-        1, drawn, torch.ones(_DRAWS, count, dtype=values.dtype)
-    )
-    means = _means(values, weights)
+    return _spans(_means(values, _drawn(len(values), seed)))
+
+
+def difference_intervals(
+    before: Sequence[FactScores], after: Sequence[FactScores], seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile bootstrap intervals of the change from ``before`` to ``after``, paired: the same facts in the same order."""
+    if len(before) != len(after):
+        raise ValueError(f"paired scores must be of the same facts, not {len(before)} and {len(after)}")
+    weights = _drawn(len(before), seed)
+    return _spans(_means(_values(after), weights) - _means(_values(before), weights))
+
+
+def _drawn(count: int, seed: int) -> Tensor:
+    """How often each of ``count`` facts is in each draw of the bootstrap ``[draws, count]``."""
+    weights = torch.zeros(_DRAWS, count, dtype=torch.float64)
+    if count:
+        drawn = torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
+        weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    return weights
+
+
+def _spans(means: Tensor) -> dict[str, tuple[float, float] | None]:
+    """The middle 95 % of each column of ``means [draws, 16]``."""
     low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
     lows, highs = _named(low), _named(high)
     return {

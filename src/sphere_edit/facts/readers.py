@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sphere_edit.errors import SphereEditError, refused_records
+from sphere_edit.facts.datasets import DATASETS, downloaded
 from sphere_edit.facts.fact import BadRecord, Fact, as_list, make_fact, short
 
 MAX_LINE = 1 << 20  # bytes of one JSONL line
@@ -60,7 +61,7 @@ def read_facts(
     skip: int = 0,
     shuffle: int | None = None,
 ) -> FactSet:
-    """Read facts from ``demo``, a ``.json``, ``.jsonl`` or ``.csv`` file, or a data set (``owner/name[:split]``, or a folder[:split]).
+    """Read facts from ``demo``, a public data set by name (``counterfact``, ``multi_counterfact``, ``zsre``), a ``.json``, ``.jsonl`` or ``.csv`` file, or a data set (``owner/name[:split]``, or a folder[:split]).
 
     Args:
         limit: stop after this many usable facts.
@@ -245,6 +246,8 @@ def _records(source: str | Path) -> Iterator[tuple[int, Record | BadRecord]]:
             yield from enumerate(_jsonl(path), 1)
         return
     readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}
+    if source in DATASETS and not Path(source).exists():
+        source = downloaded(str(source))
     try:
         path = Path(source).expanduser()
         is_file = path.is_file()

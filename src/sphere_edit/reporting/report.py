@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation.metrics import PromptScore
-from sphere_edit.files import write_atomically
+from sphere_edit.files import write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
 from sphere_edit.reporting.energy import NOTE
@@ -88,7 +88,7 @@ def write_report(
             svg = _svg(figure, name)
             shown.append({"svg": svg[svg.index("<svg") :], "caption": caption})
             if figures is not None:
-                write_atomically(figures / f"{name}.svg", partial(_write, svg))
+                write_text(figures / f"{name}.svg", svg)
                 write_atomically(figures / f"{name}.png", partial(figure.savefig, format="png", dpi=160))
             advance(1)
     title = series[0].label if len(series) == 1 else "Runs side by side"
@@ -107,7 +107,7 @@ def write_report(
     }
     template = files("sphere_edit").joinpath("data/report.html.jinja").read_text("utf-8")
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(content)
-    write_atomically(page, partial(_write, html))
+    write_text(page, html)
     return page
 
 
@@ -311,7 +311,3 @@ def _svg(figure: Figure, name: str) -> str:
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, "utf-8")

@@ -1,0 +1,228 @@
+"""A matrix of runs from one file: models × data × methods × variants × seeds, run by run, resumable, and its table."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sphere_edit.editing.journal import RunFolder
+from sphere_edit.editing.settings import Settings, first_error, make_settings, read_settings_file
+from sphere_edit.editor import Editor
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.readers import FactSet, read_facts
+from sphere_edit.files import write_json, write_text
+from sphere_edit.models.loading import full_name
+from sphere_edit.progress import Reporter
+from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markdown, read_row
+from sphere_edit.reporting.report import write_report
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    """Which facts of a source."""
+
+    source: str = Field(description="as for sphere-edit edit")
+    skip: int = Field(0, ge=0, description="leave out the first N facts")
+    limit: int | None = Field(None, ge=1, description="take N facts")
+    shuffle: bool = Field(False, description="in a random order, another one for each seed")
+    skip_bad: bool = Field(False, description="leave out records that cannot be used")
+    target: str = Field("answer", pattern="^(answer|alternative)$", description="what a ZsRE record is edited to")
+
+
+class BenchConfig(_Strict):
+    """What is compared. ``methods`` and ``variants`` are settings by name; a later one wins: settings, method, variant, seed."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    data: dict[str, DataConfig] = Field(min_length=1)
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(
+        default={"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}, min_length=1
+    )
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    settings: dict[str, Any] = Field(default_factory=dict, description="of every run")
+    only: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="variants of a method, where not all")
+
+    @field_validator("methods", "variants", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A list of names stands for names without settings of their own."""
+        plain = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        return {name: {} for name in value} if plain else value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix."""
+
+    model: str
+    data: str
+    method: str
+    variant: str
+    seed: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Its folder within the bench."""
+        parts = (Path(self.model).name, self.data, self.method, self.variant, str(self.seed))
+        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+
+    @property
+    def label(self) -> str:
+        """What it is called on a screen."""
+        return f"{self.method} {self.variant}, {self.data}, {Path(self.model).name}, seed {self.seed}"
+
+
+class Bench:
+    """The runs that a file asks for, and the folder they go to.
+
+    Raises:
+        SphereEditError: the file has an unknown name or an impossible value, or facts that cannot be read; nothing is computed then.
+    """
+
+    def __init__(self, config: BenchConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.failures: dict[str, str] = {}  # why runs failed, by name; each is tried again when the bench is
+        self.cells = _cells(config)
+        self._facts: dict[tuple[str, int], FactSet] = {}
+        for cell in self.cells:
+            self.facts(cell)
+        stored = folder / "bench.json"
+        if stored.is_file() and json.loads(stored.read_text("utf-8")) != self._as_stored():
+            raise SphereEditError(f"{folder} holds a bench with another config; choose another folder")
+
+    @classmethod
+    def read(cls, path: Path, folder: Path | None = None) -> Bench:
+        """The bench of a YAML file; by default in ``runs/<the file's name>``."""
+        try:
+            config = BenchConfig.model_validate(read_settings_file(path))
+        except ValidationError as error:
+            raise SphereEditError(first_error(str(path), error)) from None
+        return cls(config, folder or Path("runs") / path.stem)
+
+    def _as_stored(self) -> dict[str, Any]:
+        data = {f"{name}, seed {seed}": facts.sha256 for (name, seed), facts in self._facts.items()}
+        return json.loads(json.dumps({"config": self.config.model_dump(mode="json"), "data": data}))
+
+    def facts(self, cell: Cell) -> FactSet:
+        """A run's facts."""
+        key = cell.data, cell.seed
+        if key not in self._facts:
+            about = self.config.data[cell.data]
+            self._facts[key] = read_facts(
+                about.source,
+                limit=about.limit,
+                skip_bad=about.skip_bad,
+                zsre_target="alternative" if about.target == "alternative" else "answer",
+                skip=about.skip,
+                shuffle=cell.seed if about.shuffle else None,
+            )
+        return self._facts[key]
+
+    def run_folder(self, cell: Cell) -> Path:
+        """Where a run lives."""
+        return self.folder / "runs" / cell.name
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether a run has nothing left to do."""
+        folder = self.run_folder(cell)
+        return RunFolder.exists(folder) and RunFolder.open(folder).history.finished
+
+    def execute(self, reporter: Reporter) -> None:
+        """Do every run that is not finished, one after another; a run that fails is recorded and passed over."""
+        write_json(self.folder / "bench.json", self._as_stored())
+        todo = [cell for cell in self.cells if not self.finished(cell)]
+        done = len(self.cells) - len(todo)
+        spent: list[float] = []
+        for number, cell in enumerate(todo):
+            left = ""
+            if spent:
+                left = f", about {_duration(sum(spent) / len(spent) * (len(todo) - number))} left"
+            reporter.say(f"Run {done + number + 1} of {len(self.cells)}{left}: {cell.label}", "bold magenta")
+            began = time.monotonic()
+            try:
+                self._run(cell, reporter)
+                spent.append(time.monotonic() - began)
+            except (SphereEditError, RuntimeError) as error:
+                self.failures[cell.name] = " ".join(str(error).split())
+                reporter.say(f"failed, and passed over: {error}", "red")
+            gc.collect()
+            write_json(self.folder / "failures.json", self.failures)
+
+    def _run(self, cell: Cell, reporter: Reporter) -> None:
+        folder = self.run_folder(cell)
+        if RunFolder.exists(folder):
+            editor = Editor.open(folder, reporter)
+        else:
+            editor = Editor.from_pretrained(cell.model, folder, cell.settings, reporter)
+        try:
+            if editor.run is None:
+                editor.edit(self.facts(cell), self.config.data[cell.data].skip_bad)
+            else:
+                editor.resume()
+        finally:
+            editor.close()
+
+
+def _cells(config: BenchConfig) -> list[Cell]:
+    """Every run, in the order of the file: by model, data, seed, then methods and their variants side by side."""
+    for method, variants in config.only.items():
+        for unknown in [method] if method not in config.methods else [v for v in variants if v not in config.variants]:
+            raise SphereEditError(f"bench: 'only' names '{unknown}', which stands neither in methods nor in variants")
+    found = []
+    for model in config.models:
+        for data in config.data:
+            for seed in config.seeds:
+                for method, own in config.methods.items():
+                    for variant in config.only.get(method, tuple(config.variants)):
+                        settings = make_settings(
+                            {"method": method}, config.settings, own, config.variants[variant], {"seed": seed}
+                        )
+                        settings.make_method()
+                        found.append(Cell(full_name(model), data, method, variant, seed, settings))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def write_results(bench: Bench, reporter: Reporter) -> list[Path]:
+    """The table of every finished run as markdown, LaTeX and CSV, and the page about them with its figures."""
+    done = [cell for cell in bench.cells if bench.finished(cell)]
+    if not done:
+        raise SphereEditError(f"{bench.folder}: no run is finished, so there is nothing to compare")
+    rows: list[Row] = []
+    for cells in _groups(done):
+        first = cells[0]
+        group = f"{Path(first.model).name}, {first.data}"
+        folders = [bench.run_folder(cell) for cell in cells]
+        if not any(row.group == group for row in rows):
+            rows.append(read_row(group, UNEDITED, "", folders, "unedited"))
+        rows.append(read_row(group, first.method, first.variant, folders))
+    written = []
+    for name, text in (("table.md", markdown(rows)), ("table.tex", latex(rows)), ("table.csv", as_csv(rows))):
+        write_text(bench.folder / name, text)
+        written.append(bench.folder / name)
+    folders = [bench.run_folder(cell) for cell in done]
+    written.append(write_report(folders, bench.folder / "report.html", bench.folder / "figures", reporter))
+    return written
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Runs that differ in their seed alone, together."""
+    found: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.model, cell.data, cell.method, cell.variant), []).append(cell)
+    return list(found.values())
