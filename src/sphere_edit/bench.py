@@ -189,7 +189,6 @@ def _cells(config: BenchConfig) -> list[Cell]:
                         settings = make_settings(
                             {"method": method}, config.settings, own, config.variants[variant], {"seed": seed}
                         )
-                        settings.make_method()
                         found.append(Cell(full_name(model), data, method, variant, seed, settings))
     return found
 

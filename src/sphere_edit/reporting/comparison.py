@@ -208,14 +208,14 @@ def _over_the_best(rows: Sequence[Row]) -> str:
     for group, members in _grouped(rows):
         plain = [row for row in members if row.variant == "plain"]
         others = [row for row in members if row.variant not in ("plain", "") and row.method != UNEDITED]
-        names = [n for n in PARTS if all(row.values[n] for row in plain + others)]
-        if plain and others and names:
-            gains = []
-            for name in names:
-                base, best = (max(row.values[name] or 0.0 for row in side) for side in (plain, others))
-                gains.append(100 * (best - base) / base)
-            said = ", ".join(f"{name} {gain:+.2f} %" for name, gain in zip(names, gains, strict=True))
-            lines.append(f"- {group}: {said}; mean {sum(gains) / len(gains):+.2f} %")
+        gains: dict[str, float] = {}
+        for name in PARTS if plain and others else ():
+            base, best = (max(row.values[name] or 0.0 for row in side) for side in (plain, others))
+            if base > 0:
+                gains[name] = 100 * (best - base) / base
+        if gains:
+            said = ", ".join(f"{name} {gain:+.2f} %" for name, gain in gains.items())
+            lines.append(f"- {group}: {said}; mean {sum(gains.values()) / len(gains):+.2f} %")
     if not lines:
         return ""
     return (
