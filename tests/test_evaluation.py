@@ -13,6 +13,7 @@ from conftest import fact_records
 from families import save_tiny, tiny
 from sphere_edit import SphereEditError
 from sphere_edit.editor import Editor, opened
+from sphere_edit.evaluation import evaluator
 from sphere_edit.evaluation.generation import (
     begins_with,
     continuations,
@@ -218,3 +219,29 @@ def test_a_run_holds_intervals_divergence_texts_and_retention_by_age(tmp_path):
         Editor.from_pretrained(model, tmp_path / "other", evaluation={"references": "no.txt"}, **QUICK).edit(
             fact_records(2)
         )
+
+
+def test_runs_that_ask_the_same_of_the_same_model_share_what_the_unedited_one_says(tmp_path, monkeypatch):
+    model = save_tiny("llama", tmp_path / "model")
+    asked = []
+    score = evaluator.score_facts
+    monkeypatch.setattr(evaluator, "score_facts", lambda *args: asked.append(args[-1]) or score(*args))
+
+    def edit(name, **options):
+        asked.clear()
+        editor = Editor.from_pretrained(
+            model, tmp_path / name, reporter=Quiet(), **{**QUICK, **METHODS["memit"], **options}
+        )
+        metrics = editor.edit(fact_records(4))
+        editor.close()
+        return metrics["unedited"], "unedited model" in asked
+
+    first, measured = edit("first")
+    assert measured
+    same, measured = edit("same", layers=[1])
+    assert not measured
+    assert list(same.pop("energy")) == ["model.layers.1.mlp.down_proj"]
+    assert len(first.pop("energy")) == 2
+    assert same == first
+    assert edit("other", evaluation={"generation": "off"})[1]
+    assert edit("more", seed=1)[1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sphere_edit.editing.journal import History, RunFolder
@@ -16,10 +18,10 @@ from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings
 from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
-from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
+from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
-from sphere_edit.files import plain_errors, write_json
+from sphere_edit.files import cache_dir, plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
@@ -79,18 +81,42 @@ class Evaluator:
             path = run.path / "evaluations" / f"unedited-{session:04d}.json"
             if session in done and path.is_file():
                 continue
-            with self.weights.unedited():
-                complete = complete_answers(self.loaded, part)
-                scores = self.score(complete, "unedited model", say=True)
-                whole = {**self._whole_model(unedited=True), **self._texts(complete)} if session == 1 else {}
-            content = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores], **whole}
+            content = self._unedited_content(part, whole=session == 1)
             write_json(path, content)
             if session not in done:
+                scores = [FactScores.from_dict(score) for score in content["scores"]]
+                whole = {name: content[name] for name in _WHOLE if name in content}
                 run.append("unedited", session=session, summary=summarise(scores), **whole)
         if self.settings.tasks:
             self.check()
             with self.weights.unedited():
                 self._ability(run, 0)
+
+    def _unedited_content(self, facts: Sequence[Fact], whole: bool) -> dict[str, Any]:
+        """What the unedited model makes of some facts, and it as a whole. Runs that ask the same of the same model share it."""
+        path = cache_dir() / "unedited" / f"{self._unedited_key(facts, whole)}.json"
+        if path.is_file():
+            with plain_errors(path, "read"):
+                found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        else:
+            with self.weights.unedited():
+                complete = complete_answers(self.loaded, facts)
+                scores = self.score(complete, "unedited model", say=True)
+                found = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores]}
+                if whole:
+                    found |= {**self._text_on_unedited(), **self._texts(complete)}
+            write_json(path, found)
+        return {**found, "energy": self._energies(self.weights.original)} if whole else found
+
+    def _unedited_key(self, facts: Sequence[Fact], whole: bool) -> str:
+        """A hash of all that `_unedited_content` depends on: weights, numbers they compute with, facts, texts, settings."""
+        settings = self.settings
+        references = read_passages(settings.references) if settings.references else None
+        parts: list[Any] = [METRICS_SCHEMA, self.loaded.fingerprint, str(self.loaded.dtype), str(self.loaded.device)]
+        parts += [torch.__version__, torch.get_num_threads(), self.max_tokens, self.seed]
+        parts += [settings.generation, [fact.as_dict() for fact in facts]]
+        parts += [self.heldout, settings.texts, references] if whole else []
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def checkpoint(self, run: RunFolder) -> None:
         """Evaluate where the settings ask for it after the batch that the run stands at."""
@@ -164,26 +190,24 @@ class Evaluator:
         order = {index: random.Random(f"{self.seed} {index}").random() for index in indices}
         return sorted(sorted(indices, key=order.__getitem__)[:size])
 
-    def _whole_model(self, unedited: bool = False) -> dict[str, Any]:
+    def _whole_model(self) -> dict[str, Any]:
         """Held-out text on the model as it stands, and the energy of every edited matrix."""
-        if unedited:
-            text = replace(self._unedited_text(), divergence=0.0)
-        else:
-            original = self._unedited_hidden or self._unedited_text().hidden
-            text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=original)
-        energies = {name: hyperspherical_energy(self.weights.deployed(name)) for name in self.weights.names}
-        return {
-            "perplexity": text.perplexity,
-            "divergence": text.divergence,
-            "energy": {name: {"total": e.total, "per_pair": e.per_pair} for name, e in energies.items()},
-        }
+        if self._unedited_hidden is None:
+            self._text_on_unedited()
+        text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=self._unedited_hidden)
+        energies = self._energies(self.weights.deployed)
+        return {"perplexity": text.perplexity, "divergence": text.divergence, "energy": energies}
 
-    def _unedited_text(self) -> HeldoutScores:
+    def _text_on_unedited(self) -> dict[str, Any]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
         with self.weights.unedited():
             found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")
         self._unedited_hidden = found.hidden
-        return found
+        return {"perplexity": found.perplexity, "divergence": 0.0}
+
+    def _energies(self, weight: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
+        found = {name: hyperspherical_energy(weight(name)) for name in self.weights.names}
+        return {name: {"total": energy.total, "per_pair": energy.per_pair} for name, energy in found.items()}
 
     def _texts(self, facts: Sequence[Fact]) -> dict[str, Any]:
         """How the model writes about some of the facts, if the settings want to know."""
