@@ -13,6 +13,10 @@ from pathlib import Path
 from sphere_edit.editing.guard import LIMITS, Limit
 from sphere_edit.reporting.series import Series, labelled
 
+ENERGY = Limit(
+    "relative change of a matrix's energy, for comparison", "energy_drift", 0.0029
+)  # what the first run bore, too
+JUDGED = (*LIMITS, ENERGY)
 KEPT, SOUND = 0.9, 1.3  # of the best strict efficacy so far, and times the unedited perplexity: still good
 LOST, BROKEN = 0.5, 2.0  # and bad
 
@@ -58,10 +62,10 @@ def main() -> None:
         f"{runs[0].label} is good up to {runs[0].edits[good]} facts (strict efficacy at least {KEPT:g} of its best, perplexity at most × {SOUND:g}).\n"
     )
     print("| limit | its largest value until then | the guard's |\n|---|---|---|")
-    for limit in LIMITS:
+    for limit in JUDGED:
         values = [value for value in measured(runs[0], limit)[:good] if value is not None]
         print(f"| {limit.name} | {max(values, default=float('nan')):.4g} | {limit.value:g} |")
-    names = [limit.name for limit in LIMITS]
+    names = [limit.name for limit in JUDGED]
     print(
         "\n| run | facts | strict efficacy, best and last | perplexity, last | good up to | halved at | perplexity doubled at | "
         + " | ".join(f"stopped by {name}" for name in names)
@@ -75,7 +79,7 @@ def main() -> None:
         doubled = first(run, [ratio(run, step) > BROKEN for step in steps])
         stops = [
             first(run, [value is not None and value > limit.value for value in measured(run, limit)])
-            for limit in LIMITS
+            for limit in JUDGED
         ]
         cells = ["–" if stop is None else str(stop) for stop in (halved, doubled, *stops)]
         print(

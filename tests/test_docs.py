@@ -29,7 +29,16 @@ def test_guide_examples_run_as_written():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/LOG.md", "docs/performance.md", "docs/results.md", "CHANGELOG.md"]
+    "page",
+    [
+        "README.md",
+        "docs/guide.md",
+        "docs/evaluation.md",
+        "docs/LOG.md",
+        "docs/performance.md",
+        "docs/results.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_links_between_pages_lead_somewhere(page):
     folder = (ROOT / page).parent

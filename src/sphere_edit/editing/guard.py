@@ -33,11 +33,11 @@ class Limit:
         return sum(found) if self.summed else max(map(abs, found))
 
 
-# found by experiment: docs/results.md, "The guard"
-COLLATERAL = Limit("collateral ratio, all matrices together", "collateral_ratio", 0.5, summed=True)
-DRIFT = Limit("relative drift ‖W − W0‖ / ‖W0‖ of a matrix", "relative_drift", 1.0)
-ENERGY = Limit("relative change of a matrix's hyperspherical energy", "energy_drift", 0.005)
-LIMITS: Sequence[Limit] = (COLLATERAL, DRIFT, ENERGY)
+# Both values are what one collapsing stream still bore, judged on others: docs/results.md, "The guard". The hyperspherical
+# energy has no limit here: over that stream it rose at once and then fell, while the model broke.
+COLLATERAL = Limit("collateral ratio, all matrices together", "collateral_ratio", 0.9, summed=True)
+DRIFT = Limit("relative drift ‖W − W0‖ / ‖W0‖ of a matrix", "relative_drift", 1.65)
+LIMITS: Sequence[Limit] = (COLLATERAL, DRIFT)
 
 
 def stopped(entry: Mapping[str, Any]) -> str:

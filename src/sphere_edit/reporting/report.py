@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
-from sphere_edit.editing.guard import stopped
+from sphere_edit.editing.guard import COLLATERAL, DRIFT, stopped
 from sphere_edit.evaluation.metrics import PromptScore
 from sphere_edit.files import write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
@@ -64,11 +64,21 @@ INTACT = Rule(
     "Is the rest intact?", 1.10, 1.30, "Perplexity on held-out text, times the unedited model's. Green up to 1.10, amber up to 1.30.",
     ("yes", "it begins to suffer", "no"),
 )  # fmt: skip
-STEADY = Rule(
-    "Is the energy steady?", 0.5, 2.0, "Largest change of a matrix's hyperspherical energy. Green up to 0.5 %, amber up to 2 %; "
-    "provisional, until thresholds are fixed by experiment.",
-    ("yes", "it drifts", "no"),
-)  # fmt: skip
+
+
+def _near(run: Series) -> dict[str, str]:
+    """How far the weights have moved, by the guard's own measure: the collateral ratio, or the drift where no second moments are."""
+    matrices = run.batches[-1]["matrices"] if run.batches else {}
+    limit = DRIFT if COLLATERAL.measured(matrices) is None and matrices else COLLATERAL
+    value = limit.measured(matrices) or 0.0
+    changes = [100 * (matrix["energy"] / run.energies[name] - 1) for name, matrix in matrices.items()]
+    energy = f"Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most. "
+    rule = Rule(
+        "Is it still near itself?", limit.value / 2, limit.value,
+        f"{limit.name[0].upper()}{limit.name[1:]}. Green up to {limit.value / 2:g}, amber up to {limit.value:g}, the guard's limit. {energy}",
+        ("yes", "it moves away", "no"),
+    )  # fmt: skip
+    return rule.light(value, f"{value:.3f}")
 
 
 def write_report(
@@ -186,11 +196,6 @@ def _run(run: Series) -> dict[str, Any]:
     config, last = run.config, {key: values[-1] for key, values in run.metrics.items()}
     strict, after, before = last["efficacy_strict"], last["perplexity"], run.metrics["perplexity"][0]
     ratio = after / before if after and before else None
-    changes = [
-        100 * (batch["energy"] / run.energies[name] - 1)
-        for name, batch in (run.batches[-1]["matrices"].items() if run.batches else ())
-    ]
-    largest = max(changes, key=abs, default=0.0)
     sphere = config["sphere"]
     return {
         "label": run.label,
@@ -205,7 +210,7 @@ def _run(run: Series) -> dict[str, Any]:
         "lights": [
             TAKEN.light(strict, percent(strict)),
             INTACT.light(ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
-            STEADY.light(abs(largest), f"{largest:+.3f} %"),
+            _near(run),
         ],
         "timings": f"Time by stage: {timings(run.batches)}",
         "settings": [
