@@ -221,6 +221,24 @@ def test_a_run_holds_intervals_divergence_texts_and_retention_by_age(tmp_path):
         )
 
 
+def test_facts_that_the_unedited_model_says_already_are_left_out_and_named(tmp_path, monkeypatch):
+    model = save_tiny("llama", tmp_path / "model")
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **QUICK, **METHODS["memit"])
+    asked = []
+
+    def score(self, facts, title, say=False):
+        asked.extend(facts)
+        return [FactScores(PromptScore(1.0, 2.0, float(fact.record == 2)), (), ()) for fact in facts]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "score", score)
+        planned, left_out = editor.check(facts_from(fact_records(3)), False, skip_known=True)
+    assert [fact.record for fact in planned] == [1, 3]
+    assert left_out == [f"record 2: the unedited model says '{fact_records(3)[1]['target_new']}' already"]
+    assert [fact.filled_prompt for fact in asked] == [fact.filled_prompt for fact in facts_of(3)]
+    assert all(not fact.paraphrases and not fact.neighbors for fact in asked)
+
+
 def test_runs_that_ask_the_same_of_the_same_model_share_what_the_unedited_one_says(tmp_path, monkeypatch):
     model = save_tiny("llama", tmp_path / "model")
     asked = []

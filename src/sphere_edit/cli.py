@@ -195,6 +195,9 @@ def edit(
         Path | None, typer.Option(help="YAML file with any setting of the API; the command line wins.")
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
+    skip_known: Annotated[
+        bool, typer.Option("--skip-known", help="Leave out facts whose new answer the unedited model gives already.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show settings and costs, edit nothing.")
@@ -223,7 +226,7 @@ def edit(
         "guard": guard,
     }
     chosen = {"limit": limit, "skip": skip, "shuffle": shuffle, "skip_bad": skip_bad}
-    wish = _Wish(facts, _given(given), config, chosen, resume, dry_run, trust_remote_code)
+    wish = _Wish(facts, _given(given), config, chosen, skip_known, resume, dry_run, trust_remote_code)
     from sphere_edit.editing.journal import RunFolder
 
     if RunFolder.exists(model):
@@ -250,6 +253,7 @@ class _Wish:
     options: dict[str, Any]
     config: Path | None
     chosen: dict[str, Any]  # which of the facts, as for read_facts
+    skip_known: bool
     resume: bool
     dry_run: bool
     trust_remote_code: bool
@@ -279,7 +283,7 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
     if wish.dry_run:
         _plan(editor, given, wish.chosen["skip_bad"])
         return
-    _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"]))
+    _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"], wish.skip_known))
 
 
 def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
@@ -320,7 +324,10 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
     if wish.dry_run and given is not None:
         _plan(editor, given, wish.chosen["skip_bad"])
         return
-    _finish(editor, lambda: editor.resume() if given is None else editor.edit(given, wish.chosen["skip_bad"]))
+    _finish(
+        editor,
+        lambda: editor.resume() if given is None else editor.edit(given, wish.chosen["skip_bad"], wish.skip_known),
+    )
 
 
 @app.command()

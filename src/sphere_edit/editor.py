@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.evaluator import Evaluator
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, summarise
 from sphere_edit.export import export_model, model_card
-from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
 from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.files import plain_errors, write_json
@@ -169,7 +169,7 @@ class Editor:
 
     # --- editing --------------------------------------------------------------------------------------------------
 
-    def edit(self, facts: Facts, skip_bad: bool = False) -> dict[str, Any]:
+    def edit(self, facts: Facts, skip_bad: bool = False, skip_known: bool = False) -> dict[str, Any]:
         """Edit facts in batches of ``batch_size``, then evaluate all facts edited so far.
 
         Called again, it goes on from where it stands, with the state of the method and the original weights.
@@ -177,6 +177,7 @@ class Editor:
         Args:
             facts: a file or data set, or facts (dictionaries with subject, prompt, target_new, …).
             skip_bad: leave out facts that cannot be used, instead of refusing all.
+            skip_known: leave out facts whose new answer the unedited model gives already (the strict verdict).
 
         Returns:
             the content of ``metrics.json``.
@@ -186,7 +187,7 @@ class Editor:
         """
         given = facts_from(facts, skip_bad)
         self._evaluator.check()
-        planned, left_out = self.check(given, skip_bad)
+        planned, left_out = self.check(given, skip_bad, skip_known)
         if self.run is None:
             self._start()
         run = self._run()
@@ -198,11 +199,12 @@ class Editor:
         run.add_facts(planned, source=given.source, protocol=given.protocol, left_out=left_out)
         return self.resume()
 
-    def check(self, given: FactSet, skip_bad: bool) -> tuple[list[Fact], list[str]]:
+    def check(self, given: FactSet, skip_bad: bool, skip_known: bool = False) -> tuple[list[Fact], list[str]]:
         """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens."""
         usable, unreadable = self._readable(given.facts, skip_bad)
+        usable, known = self._unknown(usable) if skip_known else (usable, [])
         plan = plan_batches(usable, self.settings.batch_size, skip_bad)
-        left_out = [*given.bad, *unreadable, *plan.bad]
+        left_out = [*given.bad, *unreadable, *known, *plan.bad]
         self._say_left_out(left_out)
         if not plan.facts:
             raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
@@ -357,6 +359,18 @@ class Editor:
         if bad and not skip_bad:
             raise refused_records("facts this model cannot read (--skip-bad goes on without)", bad)
         return usable, bad
+
+    def _unknown(self, facts: Sequence[Fact]) -> tuple[list[Fact], list[str]]:
+        """Facts whose new answer the unedited model does not give yet, and the records of the others."""
+        asked = [replace(f, target_true=f.target_true or f.target_new, paraphrases=(), neighbors=()) for f in facts]
+        with self.weights.unedited():
+            scores = self._evaluator.score(asked, "what is known already")
+        known = [score.rewrite.correct for score in scores]
+        return [fact for fact, k in zip(facts, known, strict=True) if not k], [
+            f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already"
+            for fact, k in zip(facts, known, strict=True)
+            if k
+        ]
 
     def _say_left_out(self, records: Sequence[str]) -> None:
         if records:
