@@ -290,13 +290,16 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
         resumed.close()
 
 
+DRIFT = guard.Limit("relative drift", "relative_drift", 0.0)
+
+
 def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_path, monkeypatch):
     free = start(model, tmp_path / "free", evaluation={"every": 1})
     free.edit(fact_records(8))
     reports = [batch["matrices"] for batch in free.run.history.batches]
-    drifts = [guard.DRIFT.measured(report) for report in reports]
+    drifts = [DRIFT.measured(report) for report in reports]
     assert drifts[0] < drifts[1] < drifts[2], "or this test says nothing"
-    monkeypatch.setattr(guard, "LIMITS", (replace(guard.DRIFT, value=(drifts[1] + drifts[2]) / 2),))
+    monkeypatch.setattr(guard, "LIMITS", (replace(DRIFT, value=(drifts[1] + drifts[2]) / 2),))
     editor = start(model, tmp_path / "run", evaluation={"every": 1}, guard=True)
     metrics = editor.edit(fact_records(8))
     history = editor.run.history
@@ -329,7 +332,7 @@ def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_pa
 
 
 def test_a_guard_that_objects_to_the_first_batch_leaves_the_unedited_model(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "LIMITS", (replace(guard.DRIFT, value=0.0),))
+    monkeypatch.setattr(guard, "LIMITS", (replace(DRIFT, value=0.0),))
     editor = start(model, tmp_path / "run", guard=True)
     original = weights_of(editor)
     metrics = editor.edit(fact_records(4))
@@ -339,6 +342,13 @@ def test_a_guard_that_objects_to_the_first_batch_leaves_the_unedited_model(model
     with opened(tmp_path / "run") as again:
         assert same(original, weights_of(again))
         assert again.run.history.finished
+
+
+def test_a_guarded_run_measures_second_moments_for_a_method_that_needs_none(model, tmp_path):
+    editor = Editor.from_pretrained(model, tmp_path / "run", method="ultraedit", guard=True, moments=QUICK["moments"])
+    editor.edit(fact_records(2))
+    (batch,) = editor.run.history.batches
+    assert 0 < guard.COLLATERAL.measured(batch["matrices"]) < guard.COLLATERAL.value
 
 
 def test_an_objection_names_the_number_and_both_values():

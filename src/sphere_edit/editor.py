@@ -413,6 +413,7 @@ class Editor:
                     self.settings.moments.tolerance,
                     self.reporter,
                     self.folder / "statistics",
+                    self.settings.guard,
                 )
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)

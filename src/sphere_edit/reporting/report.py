@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
-from sphere_edit.editing.guard import COLLATERAL, DRIFT, stopped
+from sphere_edit.editing.guard import COLLATERAL, stopped
 from sphere_edit.evaluation.metrics import PromptScore
 from sphere_edit.files import write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
@@ -67,17 +67,19 @@ INTACT = Rule(
 
 
 def _near(run: Series) -> dict[str, str]:
-    """How far the weights have moved, by the guard's own measure: the collateral ratio, or the drift where no second moments are."""
+    """How far the weights have moved, by the guard's own measure, with the energy beside it."""
     matrices = run.batches[-1]["matrices"] if run.batches else {}
-    limit = DRIFT if COLLATERAL.measured(matrices) is None and matrices else COLLATERAL
-    value = limit.measured(matrices) or 0.0
+    value = COLLATERAL.measured(matrices) if matrices else 0.0
     changes = [100 * (matrix["energy"] / run.energies[name] - 1) for name, matrix in matrices.items()]
-    energy = f"Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most. "
+    wording = (
+        f"{COLLATERAL.name[0].upper()}{COLLATERAL.name[1:]}. Green up to {COLLATERAL.value / 2:g}, amber up to {COLLATERAL.value:g}, "
+        f"the guard's limit. Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most."
+    )
     rule = Rule(
-        "Is it still near itself?", limit.value / 2, limit.value,
-        f"{limit.name[0].upper()}{limit.name[1:]}. Green up to {limit.value / 2:g}, amber up to {limit.value:g}, the guard's limit. {energy}",
-        ("yes", "it moves away", "no"),
-    )  # fmt: skip
+        "Is it still near itself?", COLLATERAL.value / 2, COLLATERAL.value, wording, ("yes", "it moves away", "no")
+    )
+    if value is None:
+        return {**rule.light(0.0, "not measured"), "colour": "", "verdict": "no second moments; --guard measures them"}
     return rule.light(value, f"{value:.3f}")
 
 
