@@ -178,7 +178,7 @@ def test_the_command_on_a_model_and_its_mistakes(edited, data, tmp_path, monkeyp
     [(0.55, 0.03, 0.5, True), (0.6, 0.03, 0.5, False), (0.1, 0.03, 0.5, True), (0.0, 0.0, 0.0, True), (0.2, None, 0.0, False)],
 )  # fmt: skip
 def test_a_score_within_two_standard_errors_of_guessing_is_at_chance(value, error, chance, verdict):
-    assert AbilityScore("acc", value, error, chance, 100, "1").at_chance is verdict
+    assert AbilityScore("acc", value, error, True, True, chance, 100, "1").at_chance is verdict
 
 
 def test_the_four_tasks_of_the_paper_read_the_public_data(shared):

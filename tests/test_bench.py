@@ -152,7 +152,10 @@ def test_a_failed_run_is_recorded_and_passed_over_and_tried_again(config, tmp_pa
      ({"data": {"own": {"source": "nosuch.json"}}}, "there is no file 'nosuch.json'"),
      ({"data": {"own": {"source": "x.json", "limit": 0}}}, "'data.own.limit'"),
      ({"seeds": []}, "'seeds'"),
-     ({"models": "smollm2"}, "'models'")],
+     ({"models": "smollm2"}, "'models'"),
+     ({"seeds": [0, 0]}, "two runs would share the folder"),
+     ({"variants": {"η 0.5": {}, "η-0.5": {}}}, "two runs would share the folder"),
+     ({"settings": {"moments": {"corpus": "no.txt"}}}, "there is no corpus file 'no.txt'")],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_computed(config, tmp_path, change, message):
     with pytest.raises(SphereEditError, match=re.escape(message)) as error:
@@ -182,6 +185,7 @@ def test_shipped_configs_are_valid_but_for_data_and_models_far_away(shared, tmp_
         config = yaml.safe_load(path.read_text())
         for name, about in config["data"].items():
             about.update(source=str(shared / "data" / f"{name}.json"), limit=20)
+        config["settings"].pop("moments", None)  # a corpus on the hub
         cells = bench_of(config, tmp_path / path.stem).cells
         assert len(cells) == len({cell.name for cell in cells}) >= 9
         assert all(len(cell.name) < 100 for cell in cells)
@@ -191,9 +195,12 @@ def test_shipped_configs_are_valid_but_for_data_and_models_far_away(shared, tmp_
 
 
 def row(method, variant, taken):
-    scores = [
-        FactScores(PromptScore(1.0, 2.0 if t else 0.5, float(t)), (PromptScore(1.0, 2.0, 1.0),), ()) for t in taken
-    ]
+    scores = {
+        (0, (f"s{n}", "{}", "x")): FactScores(
+            PromptScore(1.0, 2.0 if t else 0.5, float(t)), (PromptScore(1.0, 2.0, 1.0),), ()
+        )
+        for n, t in enumerate(taken)
+    }
     share = 100 * sum(taken) / len(taken)
     values = {"efficacy": share, "efficacy_strict": share, "generalization": 100.0, "generalization_strict": 100.0}
     values |= {"specificity": None, "perplexity": 1.5 if method == "a" else 1.2}
@@ -208,7 +215,7 @@ def test_tables_hold_the_numbers_the_best_in_bold_and_paired_improvements():
     assert "| a + SPHERE | 40 | **75.0 ± 5.0** |" in table
     assert "| b_c | 40 | 0.0 ± 5.0 |" in table
     assert "**1.200**" in table
-    low, high = difference_intervals(base.scores, better.scores)["efficacy_strict"]
+    low, high = difference_intervals(list(base.scores.values()), list(better.scores.values()))["efficacy_strict"]
     assert f"+25.0 [{low:+.1f}, {high:+.1f}]" in table
     assert 0 < low < 25 < high, "ten facts won, none lost"
     assert "mean +25.00 %" in table, "efficacy 75 instead of 50 is half as much again, generalization the same"
@@ -219,9 +226,9 @@ def test_tables_hold_the_numbers_the_best_in_bold_and_paired_improvements():
     assert read[1]["efficacy_low"] == "70.0"
     assert read[0]["specificity"] == ""
     with pytest.raises(ValueError, match="paired"):
-        difference_intervals(base.scores, base.scores[1:])
+        difference_intervals(list(base.scores.values()), [])
 
 
 def test_a_row_of_a_run_that_is_not_finished(tmp_path):
     with pytest.raises(SphereEditError, match="is not finished"):
-        read_row("g", "memit", "plain", [tmp_path])
+        read_row("g", "memit", "plain", {0: tmp_path})

@@ -4,6 +4,7 @@ import json
 import string
 import tracemalloc
 from collections import Counter
+from http.client import IncompleteRead
 from importlib import resources
 from pathlib import Path
 
@@ -153,6 +154,10 @@ CSV = (
 )
 
 
+def cut_short():
+    raise IncompleteRead(b"[{")
+
+
 def test_public_data_sets_are_fetched_once_and_only_whole(tmp_path, monkeypatch):
     records = [{"subject": f"S{n}", "prompt": "{} is", "target_new": "x", "ground_truth": "y"} for n in range(3)]
     page = tmp_path / "page.json"
@@ -167,6 +172,11 @@ def test_public_data_sets_are_fetched_once_and_only_whole(tmp_path, monkeypatch)
     page.write_text(json.dumps(records[:2]))
     with pytest.raises(SphereEditError, match="it has 2 records and not 3"):
         read_facts("zsre")
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *args, **kwargs: cut_short())
+    with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched"):
+        read_facts("zsre")
+    monkeypatch.undo()
+    monkeypatch.setitem(datasets.DATASETS, "zsre", datasets.DataSet(page.as_uri(), 3))
     page.write_text(json.dumps(records)[:-9])
     with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched"):
         read_facts("zsre")

@@ -323,6 +323,9 @@ def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_pa
     guarded = weights_of(editor)
     free.rollback(2)
     assert same(guarded, weights_of(free)), "nothing of the third batch is left"
+    editor.rollback(1)
+    assert editor.run.history.guard is None, "a run rolled back further does not stand where the guard stopped it"
+    editor.edit(fact_records(8)[2:4])
     # the run goes on as one that never met the guard
     monkeypatch.setattr(guard, "LIMITS", ())
     editor.edit(fact_records(8)[4:6])

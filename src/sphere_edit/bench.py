@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sphere_edit.editing.journal import RunFolder
+from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings, first_error, make_settings, read_settings_file
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
@@ -76,7 +77,7 @@ class Cell:
     def name(self) -> str:
         """Its folder within the bench."""
         parts = (Path(self.model).name, self.data, self.method, self.variant, str(self.seed))
-        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+        return "--".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts)
 
     @property
     def label(self) -> str:
@@ -95,9 +96,19 @@ class Bench:
         self.config, self.folder = config, folder
         self.failures: dict[str, str] = {}  # why runs failed, by name; each is tried again when the bench is
         self.cells = _cells(config)
+        names: dict[str, Cell] = {}
+        for cell in self.cells:
+            twin = names.setdefault(cell.name, cell)
+            if twin is not cell:
+                raise SphereEditError(
+                    f"bench: two runs would share the folder {cell.name}: {twin.label} ({twin.model}) and {cell.label} "
+                    f"({cell.model}); give them other names, or models in a bench of their own"
+                )
         self._facts: dict[tuple[str, int], FactSet] = {}
         for cell in self.cells:
             self.facts(cell)
+        for source in {c for cell in self.cells if (c := cell.settings.moments.corpus) is not None}:
+            read_passages(source)
         stored = folder / "bench.json"
         if stored.is_file() and json.loads(stored.read_text("utf-8")) != self._as_stored():
             raise SphereEditError(f"{folder} holds a bench with another config; choose another folder")
@@ -130,6 +141,16 @@ class Bench:
             )
         return self._facts[key]
 
+    def short_label(self, cell: Cell) -> str:
+        """What tells a run from the others of this bench."""
+        many = (
+            (cell.data, self.config.data),
+            (Path(cell.model).name, self.config.models),
+            (f"seed {cell.seed}", self.config.seeds),
+        )
+        variant = "" if cell.variant == "plain" else f" + {cell.variant}"
+        return ", ".join([cell.method + variant, *(name for name, all_ in many if len(all_) > 1)])
+
     def run_folder(self, cell: Cell) -> Path:
         """Where a run lives."""
         return self.folder / "runs" / cell.name
@@ -154,7 +175,7 @@ class Bench:
             try:
                 self._run(cell, reporter)
                 spent.append(time.monotonic() - began)
-            except (SphereEditError, RuntimeError) as error:
+            except Exception as error:  # a night of runs must not end with one of them
                 self.failures[cell.name] = " ".join(str(error).split())
                 reporter.say(f"failed, and passed over: {error}", "red")
             gc.collect()
@@ -206,16 +227,17 @@ def write_results(bench: Bench, reporter: Reporter) -> list[Path]:
     for cells in _groups(done):
         first = cells[0]
         group = f"{Path(first.model).name}, {first.data}"
-        folders = [bench.run_folder(cell) for cell in cells]
-        if not any(row.group == group for row in rows):
-            rows.append(read_row(group, UNEDITED, "", folders, "unedited"))
-        rows.append(read_row(group, first.method, first.variant, folders))
+        rows.append(read_row(group, first.method, first.variant, {c.seed: bench.run_folder(c) for c in cells}))
+        if not any(row.group == group and row.method == UNEDITED for row in rows):
+            every = {c.seed: bench.run_folder(c) for c in done if (c.model, c.data) == (first.model, first.data)}
+            rows.insert(len(rows) - 1, read_row(group, UNEDITED, "", every, "unedited"))
     written = []
     for name, text in (("table.md", markdown(rows)), ("table.tex", latex(rows)), ("table.csv", as_csv(rows))):
         write_text(bench.folder / name, text)
         written.append(bench.folder / name)
-    folders = [bench.run_folder(cell) for cell in done]
-    written.append(write_report(folders, bench.folder / "report.html", bench.folder / "figures", reporter))
+    runs = {bench.run_folder(cell): bench.short_label(cell) for cell in done}
+    page, figures = bench.folder / "report.html", bench.folder / "figures"
+    written.append(write_report(list(runs), page, figures, reporter, list(runs.values())))
     return written
 
 

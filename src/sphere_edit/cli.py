@@ -281,7 +281,7 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
         check_room(place, 0)
     editor = Editor.from_pretrained(model, folder, settings, _reporter(), wish.trust_remote_code)
     if wish.dry_run:
-        _plan(editor, given, wish.chosen["skip_bad"])
+        _plan(editor, given, wish.chosen["skip_bad"], wish.skip_known)
         return
     _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"], wish.skip_known))
 
@@ -322,7 +322,7 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
 
     editor = Editor.open(folder, _reporter(), wish.options.get("device"), wish.trust_remote_code)
     if wish.dry_run and given is not None:
-        _plan(editor, given, wish.chosen["skip_bad"])
+        _plan(editor, given, wish.chosen["skip_bad"], wish.skip_known)
         return
     _finish(
         editor,
@@ -700,12 +700,12 @@ def _say_where(folder: Path) -> None:
     )
 
 
-def _plan(editor: Editor, given: FactSet, skip_bad: bool) -> None:
+def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> None:
     """Check everything, show what would be done and what it would cost, and do nothing."""
     from sphere_edit.planning import check_room, estimate
     from sphere_edit.reporting.results import make_table
 
-    planned, _ = editor.check(given, skip_bad)
+    planned, _ = editor.check(given, skip_bad, skip_known)
     cost = estimate(editor, planned)
     settings, facts = editor.settings, len(planned)
     table = make_table("Settings", "", " ", left=("", " "), head=False)

@@ -361,11 +361,18 @@ class Editor:
         return usable, bad
 
     def _unknown(self, facts: Sequence[Fact]) -> tuple[list[Fact], list[str]]:
-        """Facts whose new answer the unedited model does not give yet, and the records of the others."""
+        """Facts whose new answer the unedited model does not give yet, and the records of the others.
+
+        A fact that corrects an earlier one stays in, whatever the unedited model says.
+        """
         asked = [replace(f, target_true=f.target_true or f.target_new, paraphrases=(), neighbors=()) for f in facts]
         with self.weights.unedited():
             scores = self._evaluator.score(asked, "what is known already")
-        known = [score.rewrite.correct for score in scores]
+        standing = {fact.key for fact in self.run.facts()} if self.run is not None else set()
+        known = []
+        for fact, score in zip(facts, scores, strict=True):
+            known.append(score.rewrite.correct and fact.key not in standing)
+            standing.add(fact.key)
         return [fact for fact, k in zip(facts, known, strict=True) if not k], [
             f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already"
             for fact, k in zip(facts, known, strict=True)

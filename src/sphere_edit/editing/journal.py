@@ -86,6 +86,20 @@ class History:
         gone = set(self.edited) | self.withdrawn
         return [index for index in range(self.total) if index not in gone]
 
+    def ability_series(self) -> dict[str, list[tuple[int, Entry]]]:
+        """Scores of general ability by task, each with its batch, in order.
+
+        What was asked with another definition, other data or another limit than last time does not compare, and is left out.
+        """
+        found: dict[str, dict[int, Entry]] = {}
+        last: dict[str, tuple[Any, Any]] = {}
+        for entry in reversed(self.abilities):
+            for task, score in entry["scores"].items():
+                kind = entry["limit"], entry["tasks"].get(task, entry["tasks"])  # of a group, all its tasks
+                if last.setdefault(task, kind) == kind:
+                    found.setdefault(task, {}).setdefault(entry["after"], score)
+        return {task: sorted(scores.items()) for task, scores in found.items()}
+
     def take(self, entry: Entry) -> None:
         """Fold in one more entry."""
         kind = entry["event"]
@@ -108,7 +122,7 @@ class History:
             self.withdrawn = set(range(self.total)) - set(self.edited)
             self.evaluations = [e for e in self.evaluations if e["after"] <= entry["to"]]
             self.abilities = [e for e in self.abilities if e["after"] <= entry["to"]]
-            self.finished = True
+            self.finished, self.guard = True, None
         elif kind == "finished":
             self.finished = True
 

@@ -93,7 +93,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
 
 
 def read_passages(source: str) -> list[str]:
-    """Passages of a ``.txt`` or ``.jsonl`` file or of a hub data set with a ``text`` field.
+    """Passages of a ``.txt`` or ``.jsonl`` file or of a hub data set (``owner/name[/config][:split]``) with a ``text`` field.
 
     Raises:
         SphereEditError: it cannot be read, or holds fewer than two passages.
@@ -114,7 +114,7 @@ def read_passages(source: str) -> list[str]:
             passages = [" ".join(part.split()) for part in text.split("\n\n")]
         else:
             raise SphereEditError(f"corpus {source}: expected a .txt or .jsonl file, or a hub data set")
-    elif path.suffix in (".txt", ".jsonl", ".md") or source.count("/") > 1:
+    elif path.suffix in (".txt", ".jsonl", ".md") or source.count("/") > 2:
         raise SphereEditError(f"there is no corpus file '{source}'")
     else:
         passages = _hub_passages(source)
@@ -140,9 +140,13 @@ def _text_of(line: str, number: int, source: str) -> str:
 def _hub_passages(name: str) -> list[str]:
     import datasets
 
-    repository, _, split = name.partition(":")
+    place, _, split = name.partition(":")
+    owner, _, rest = place.partition("/")
+    repository, _, config = rest.partition("/")
     try:
-        stream = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(
+            f"{owner}/{repository}" if rest else owner, config or None, split=split or "train", streaming=True
+        )
         return [str(row["text"]) for row in itertools.islice(stream, _MAX_PASSAGES)]
     except Exception as error:  # the library raises whatever its storage raised
         reason = " ".join(str(error).split())[:300]

@@ -7,6 +7,10 @@ its data from the hub.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import itertools
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +28,7 @@ from sphere_edit.models.loading import LoadedModel
 
 _BATCH = 8  # requests of a task run together
 _DRAWS = 1000  # of the bootstrap, where the harness has no formula for a standard error
-_METRICS = ("acc", "exact_match", "f1", "em", "word_perplexity")  # the one that counts, by preference
+_SHARES = ("acc", "acc_norm", "exact_match", "em")  # shares of right answers; the first that a task has counts
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class AbilityScore:
         metric: its name in the harness.
         value: the mean over documents.
         error: the mean's standard error; None where the harness has none for the metric.
-        chance: what guessing would score: one in the number of choices, 0 where the answer is written.
+        rising: whether more is better.
+        share: whether it is a share of right answers, from 0 to 1.
+        chance: what guessing would score: one in the number of choices, 0 where the answer is written; None if it is no share.
         documents: how many were asked.
         version: of the task.
     """
@@ -43,14 +49,16 @@ class AbilityScore:
     metric: str
     value: float
     error: float | None
-    chance: float
+    rising: bool
+    share: bool
+    chance: float | None
     documents: int
     version: str
 
     @property
     def at_chance(self) -> bool:
         """Whether the score is within two standard errors of guessing, so that nothing can be lost."""
-        return self.value - self.chance <= 2 * (self.error or 0.0)
+        return self.chance is not None and self.value - self.chance <= 2 * (self.error or 0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -87,6 +95,7 @@ class AbilityTasks:
             self._members: dict[str, list[str]] = {}
             for name in names:
                 self._load(name, shipped.get(name, name))
+            self.hashes = {name: _hash(task, limit) for name, task in sorted(self._loaded["tasks"].items())}
 
     def _load(self, name: str, task: Any) -> None:
         try:
@@ -110,13 +119,11 @@ class AbilityTasks:
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=seed)
-            model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=_BATCH)
+            tokenizer = copy.deepcopy(loaded.tokenizer)  # the harness sets a padding token
+            model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=_BATCH)
             try:
                 found = evaluate(model, self._loaded, limit=self.limit, bootstrap_iters=_DRAWS)
-            except (
-                AssertionError,
-                ValueError,
-            ) as error:  # how the harness says that a task and a model do not go together
+            except (AssertionError, ValueError) as error:  # so the harness says that a task does not suit a model
                 raise SphereEditError(
                     f"{', '.join(self.names)} cannot be asked of this model: {' '.join(str(error).split())[:300]}"
                 ) from None
@@ -124,8 +131,15 @@ class AbilityTasks:
         return {
             one: _score_of(one, [one] if one in members else members, found)
             for name, members in self._members.items()
-            for one in ([name] if name in found["results"] else members)
+            for one in ([name] if _measured(name, found) else members)
         }
+
+
+def _hash(task: Any, limit: int | None) -> str:
+    """What a task asks, told apart from whatever else goes by its name: its definition and its documents."""
+    definition = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}  # holds paths
+    documents = list(itertools.islice(task.eval_docs, limit))
+    return hashlib.sha256(json.dumps([definition, documents], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _shipped(name: str, folder: Path) -> dict[str, Any] | None:
@@ -149,7 +163,7 @@ def shipped_tasks() -> list[str]:
 
 
 def _unknown(name: str, folder: Path | None) -> str:
-    if name in shipped_tasks():
+    if name in shipped_tasks() and folder is not None:
         return f"task '{name}': its data file is not in '{folder}'"
     return (
         f"there is no task '{name}'. lm-eval ls tasks lists the harness's; {', '.join(shipped_tasks())} need only "
@@ -159,31 +173,41 @@ def _unknown(name: str, folder: Path | None) -> str:
 
 def _score_of(name: str, members: Sequence[str], found: Mapping[str, Any]) -> AbilityScore:
     """A task's or a group's result; ``members`` are the tasks in it."""
-    results = found["results"][name]
-    values = {key: value for key, value in results.items() if isinstance(value, float) and "_stderr" not in key}
+    results, values = found["results"][name], _measured(name, found)
+    if not values:
+        raise SphereEditError(f"task '{name}' measures nothing that is a number")
     key = min(values, key=_preference)
     metric, _, filtered = key.partition(",")
     error = results.get(f"{metric}_stderr,{filtered}")
     guesses: list[float] = []
-    documents = 0
+    documents, rising, share = 0, True, metric in _SHARES
     for member in members:
         samples = found["samples"][member]
         choices = found["configs"][member]["output_type"] == "multiple_choice"
         guesses += [1 / len(sample["resps"]) if choices else 0.0 for sample in samples]
+        rising = rising and found["higher_is_better"].get(member, {}).get(metric) is not False
         documents += len({sample["doc_id"] for sample in samples})
     return AbilityScore(
         metric,
         float(values[key]),
         float(error) if isinstance(error, float) and math.isfinite(error) else None,
-        sum(guesses) / len(guesses),
+        rising,
+        share,
+        sum(guesses) / len(guesses) if share else None,
         documents,
         str(found["versions"].get(name, "")),
     )
 
 
+def _measured(name: str, found: Mapping[str, Any]) -> dict[str, float]:
+    """A task's or a group's numbers by metric and filter; a group may have none of its own."""
+    results = found["results"].get(name, {})
+    return {key: value for key, value in results.items() if isinstance(value, float) and "_stderr" not in key}
+
+
 def _preference(key: str) -> int:
     metric = key.split(",")[0]
-    return _METRICS.index(metric) if metric in _METRICS else len(_METRICS)
+    return _SHARES.index(metric) if metric in _SHARES else len(_SHARES)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from sphere_edit.editing.journal import History, RunFolder
@@ -22,12 +24,13 @@ from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, write_json
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loading import LoadedModel, config_values, device_name
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter
 
 METRICS_SCHEMA = 2
+_SCORING = 1  # to be raised whenever the same model and facts would get other scores
 _WHOLE = ("perplexity", "divergence", "energy", "texts")  # what is measured of the model as a whole
 _AGES = 10  # classes of age that retention tells apart
 
@@ -104,18 +107,19 @@ class Evaluator:
                 scores = self.score(complete, "unedited model", say=True)
                 found = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores]}
                 if whole:
-                    found |= {**self._text_on_unedited(), **self._texts(complete)}
+                    found |= self._text_on_unedited()
             write_json(path, found)
         return {**found, "energy": self._energies(self.weights.original)} if whole else found
 
     def _unedited_key(self, facts: Sequence[Fact], whole: bool) -> str:
         """A hash of all that `_unedited_content` depends on: weights, numbers they compute with, facts, texts, settings."""
         settings = self.settings
-        references = read_passages(settings.references) if settings.references else None
-        parts: list[Any] = [METRICS_SCHEMA, self.loaded.fingerprint, str(self.loaded.dtype), str(self.loaded.device)]
-        parts += [torch.__version__, torch.get_num_threads(), self.max_tokens, self.seed]
+        tokenizer = self.loaded.tokenizer
+        parts: list[Any] = [_SCORING, self.loaded.fingerprint, config_values(self.loaded.model), str(self.loaded.dtype)]
+        parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, device_name(self.loaded.device)]
+        parts += [torch.__version__, transformers.__version__, torch.get_num_threads(), self.max_tokens]
         parts += [settings.generation, [fact.as_dict() for fact in facts]]
-        parts += [self.heldout, settings.texts, references] if whole else []
+        parts += [self.heldout] if whole else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def checkpoint(self, run: RunFolder) -> None:
@@ -161,7 +165,7 @@ class Evaluator:
         write_json(path, {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]})
         if known is not None:
             return known
-        whole = {**self._whole_model(), **(self._texts(facts) if final else {})}
+        whole = {**self._whole_model(), **(self._texts(asked, facts) if final else {})}
         return run.append("evaluation", after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
 
     def _ability(self, run: RunFolder, after: int) -> None:
@@ -170,13 +174,19 @@ class Evaluator:
 
     def measure_ability(self, run: RunFolder, after: int, tasks: AbilityTasks) -> dict[str, Any]:
         """Scores of the model in place, which is that after a batch (0: unedited); what the journal has is not measured again."""
-        done = [e for e in run.history.abilities if e["after"] == after and e["limit"] == tasks.limit]
-        if not set(tasks.names) <= {name for entry in done for name in entry["tasks"]}:
+        asked = tasks.hashes.items()
+        known = [
+            e["scores"]
+            for e in run.history.abilities
+            if e["after"] == after and e["limit"] == tasks.limit and asked <= e["tasks"].items()
+        ]
+        if not known:
             self.reporter.say(f"General ability after batch {after}: {', '.join(tasks.names)}")
             scores = tasks.score(self.loaded, self.seed)
             found = {name: score.as_dict() for name, score in scores.items()}
-            done.append(run.append("ability", after=after, tasks=tasks.names, limit=tasks.limit, scores=found))
-        return {name: score for entry in done for name, score in entry["scores"].items()}
+            run.append("ability", after=after, tasks=tasks.hashes, limit=tasks.limit, scores=found)
+            known.append(found)
+        return {name: score for name, score in known[-1].items() if name in {*tasks.names, *tasks.hashes}}
 
     def _sampled(self, retained: Sequence[int]) -> list[int]:
         """The facts that a checkpoint asks for: all, or those first in a random order of all facts, fixed by the seed.
@@ -209,16 +219,19 @@ class Evaluator:
         found = {name: hyperspherical_energy(weight(name)) for name in self.weights.names}
         return {name: {"total": energy.total, "per_pair": energy.per_pair} for name, energy in found.items()}
 
-    def _texts(self, facts: Sequence[Fact]) -> dict[str, Any]:
-        """How the model writes about some of the facts, if the settings want to know."""
+    def _texts(self, indices: Sequence[int], facts: Sequence[Fact]) -> dict[str, Any]:
+        """How the unedited and the edited model write about some of the facts, the same ones, if the settings want to know."""
         count = min(self.settings.texts, len(facts))
         if count == 0:
             return {}
-        shown = [facts[index] for index in self._first_of(range(len(facts)), count)]
+        chosen = set(self._first_of(indices, count))
+        shown = [fact for index, fact in zip(indices, facts, strict=True) if index in chosen]
         source = self.settings.references
         references = None if source is None else read_passages(source)
-        scores = score_texts(self.loaded, shown, references, self.seed, self.max_tokens, self.reporter)
-        return {"texts": asdict(scores)}
+        write = partial(score_texts, self.loaded, shown, references, self.seed, self.max_tokens, self.reporter)
+        with self.weights.unedited():
+            before = write()
+        return {"unedited_texts": asdict(before), "texts": asdict(write())}
 
 
 def _results(run: RunFolder) -> Path:
@@ -241,8 +254,8 @@ def _unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, A
 
 
 def _abilities(history: History, after: int) -> dict[str, Any]:
-    """Every score of general ability after a batch, the last measured of each task."""
-    scores = {name: score for e in history.abilities if e["after"] == after for name, score in e["scores"].items()}
+    """Every score of general ability after a batch."""
+    scores = {task: dict(points)[after] for task, points in history.ability_series().items() if after in dict(points)}
     return {"ability": scores} if scores else {}
 
 
@@ -257,7 +270,12 @@ def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScore
         "after": history.head,
         "facts": len(kept),
         "superseded": len(history.superseded),
-        "unedited": {**summarise([before[index] for index in kept]), **whole_before, **_abilities(history, 0)},
+        "unedited": {
+            **summarise([before[index] for index in kept]),
+            **whole_before,
+            **({"texts": entry["unedited_texts"]} if "unedited_texts" in entry else {}),
+            **_abilities(history, 0),
+        },
         "edited": {
             **entry["summary"],
             **{name: entry[name] for name in _WHOLE if name in entry},

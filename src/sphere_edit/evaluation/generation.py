@@ -12,7 +12,7 @@ from typing import Any
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.metrics import FactScores, grouped, questions
+from sphere_edit.evaluation.metrics import Answer, FactScores, grouped, questions
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import generate, same_length_batches, seeded
@@ -45,10 +45,23 @@ def with_answers(
     for fact, score in zip(facts, scores, strict=True):
         told = []
         for prompt in score.prompts():
-            question, text = next(pairs)
-            told.append(replace(prompt, said=text, begins=begins_with(text, question.right.text)))
+            question, ids = next(pairs)
+            text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+            told.append(replace(prompt, said=text, begins=_begins(ids, text, question.right, chat)))
         found.append(grouped(fact, told))
     return found
+
+
+def _begins(ids: list[int], text: str, answer: Answer, chat: bool) -> bool | None:
+    """The generated verdict. An answer that the unedited model gave is a number of its tokens, cut anywhere, and is compared as tokens;
+    what it gave to the plain prompt says nothing about a chat.
+    """
+    if answer.ids is None:
+        return begins_with(text, answer.text)
+    if chat:
+        return None
+    wanted = list(answer.ids)[: len(ids) or 1]  # where the model ends its text, nothing can follow
+    return ids[: len(wanted)] == wanted
 
 
 def begins_with(said: str, answer: str) -> bool:
@@ -66,15 +79,14 @@ def continuations(
     reporter: Reporter,
     title: str = "generation",
     **options: Any,
-) -> list[str]:
-    """What the model says after each prompt (token ids), at most so many tokens; greedily unless ``options`` say otherwise."""
-    said = [""] * len(prompts)
+) -> list[list[int]]:
+    """What the model says after each prompt, all token ids, at most so many; greedily unless ``options`` say otherwise."""
+    said: list[list[int]] = [[] for _ in prompts]
     with reporter.bar(title, len(prompts), "prompts") as advance:
         for chunk in same_length_batches([len(prompt) for prompt in prompts], max_tokens):
             rows = generate(loaded, [prompts[i] for i in chunk], max(lengths[i] for i in chunk), **options)
             for index, row in zip(chunk, rows, strict=True):
-                new = row[len(prompts[index]) :][: lengths[index]]
-                said[index] = loaded.tokenizer.decode(new, skip_special_tokens=True)
+                said[index] = row[len(prompts[index]) :][: lengths[index]]
             advance(len(chunk))
     return said
 
@@ -146,8 +158,8 @@ def score_texts(
         lengths = [_TEXT_TOKENS] * len(coded)
         said = continuations(loaded, coded, lengths, max_tokens, reporter, "writing", do_sample=True, top_k=5)
     texts: list[list[str]] = [[] for _ in facts]
-    for (index, prompt), text in zip(prompts, said, strict=True):
-        texts[index].append(prompt + text)
+    for (index, prompt), ids in zip(prompts, said, strict=True):
+        texts[index].append(prompt + loaded.tokenizer.decode(ids, skip_special_tokens=True))
     entropies = [sum(map(n_gram_entropy, several)) / len(several) for several in texts]
     cosines = list(_cosines(facts, texts, references)) if references else []
     return TextScores(

@@ -12,7 +12,7 @@ Every prompt has a right answer (target_new; for a neighbour its own) and a riva
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -243,29 +243,38 @@ def summarise(scores: Sequence[FactScores]) -> dict[str, float | None]:
     return _named(_means(values, torch.ones(1, len(values), dtype=values.dtype))[0])
 
 
-def intervals(scores: Sequence[FactScores], seed: int = 0) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile bootstrap intervals, over facts, of what `summarise` says, from 1,000 draws."""
+def intervals(
+    scores: Sequence[FactScores], facts: Sequence[Hashable] | None = None, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile bootstrap intervals, over facts, of what `summarise` says, from 1,000 draws.
+
+    ``facts`` names the fact of each score, where several are of one fact (runs with several seeds): it is drawn with all of them.
+    """
     values = _values(scores)
-    return _spans(_means(values, _drawn(len(values), seed)))
+    return _spans(_means(values, _drawn(range(len(scores)) if facts is None else facts, seed)))
 
 
 def difference_intervals(
-    before: Sequence[FactScores], after: Sequence[FactScores], seed: int = 0
+    before: Sequence[FactScores],
+    after: Sequence[FactScores],
+    facts: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float] | None]:
     """95 % percentile bootstrap intervals of the change from ``before`` to ``after``, paired: the same facts in the same order."""
     if len(before) != len(after):
         raise ValueError(f"paired scores must be of the same facts, not {len(before)} and {len(after)}")
-    weights = _drawn(len(before), seed)
+    weights = _drawn(range(len(before)) if facts is None else facts, seed)
     return _spans(_means(_values(after), weights) - _means(_values(before), weights))
 
 
-def _drawn(count: int, seed: int) -> Tensor:
-    """How often each of ``count`` facts is in each draw of the bootstrap ``[draws, count]``."""
-    weights = torch.zeros(_DRAWS, count, dtype=torch.float64)
-    if count:
-        drawn = torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
+def _drawn(facts: Sequence[Hashable], seed: int) -> Tensor:
+    """How often each score is in each draw of the bootstrap over facts ``[draws, scores]``."""
+    numbers = {fact: number for number, fact in enumerate(dict.fromkeys(facts))}
+    weights = torch.zeros(_DRAWS, len(numbers), dtype=torch.float64)
+    if numbers:
+        drawn = torch.randint(len(numbers), (_DRAWS, len(numbers)), generator=torch.Generator().manual_seed(seed))
         weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    return weights
+    return weights[:, [numbers[fact] for fact in facts]]
 
 
 def _spans(means: Tensor) -> dict[str, tuple[float, float] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from sphere_edit.errors import SphereEditError
@@ -48,7 +49,7 @@ def downloaded(name: str) -> Path:
         count = len(json.loads(content))
         if count != about.records:
             raise ValueError(f"it has {count} records and not {about.records}")
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+    except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors
         raise SphereEditError(
             f"data set '{name}' could not be fetched from {about.url}: {error}. Give a local copy of the file instead"
         ) from None

@@ -388,7 +388,7 @@ def _csv(path: Path) -> Iterator[Record | BadRecord]:
                 yield BadRecord(f"more fields than the header's {len(columns)}")
             else:
                 cells = {name: cell for name, cell in row.items() if cell not in (None, "")}
-                for name in ("paraphrases", "neighbors"):
+                for name in ("paraphrases", "neighbors", "generation_prompts"):
                     if name in cells:
                         cells[name] = _cell_list(cells[name])
                 yield {"subject": None, "prompt": None, "target_new": None, **cells}

@@ -203,7 +203,7 @@ def fingerprints(model: Any, layers: Sequence[int]) -> dict[int, str]:
             inside.setdefault(int(name[len(prefix) :].split(".")[0]), {})[name] = tensor
         else:
             outside[name] = tensor
-    digest = hashlib.sha256(repr(sorted(_settings(model).items())).encode())
+    digest = hashlib.sha256(repr(sorted(config_values(model).items())).encode())
     _hash_into(digest, outside)
     found = {}
     for layer in range(max(layers) + 1):
@@ -213,10 +213,15 @@ def fingerprints(model: Any, layers: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def _settings(model: Any) -> dict[str, str]:
+def config_values(model: Any) -> dict[str, str]:
     """What of the configuration changes what the weights compute: all of it but for names and versions."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
     return {name: repr(value) for name, value in model.config.to_dict().items() if name not in ignored}
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: results of two devices of one name can be compared bit for bit, those of ``cuda:0`` here and there cannot."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _hash_into(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:

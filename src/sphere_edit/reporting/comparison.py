@@ -14,6 +14,8 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import PARTS, FactScores, difference_intervals, intervals, summarise
 from sphere_edit.files import plain_errors
 
+Key = tuple[int, tuple[str, str, str]]  # a seed, and a fact: its subject, prompt and new answer
+
 
 @dataclass(frozen=True)
 class Column:
@@ -37,7 +39,7 @@ class Row:
         facts: facts known in the end, over all seeds.
         values: by column, None where nothing was measured.
         spans: 95 % bootstrap intervals over facts, where there are facts to draw.
-        scores: of every fact, run after run.
+        scores: of every fact of every seed.
     """
 
     group: str
@@ -47,33 +49,41 @@ class Row:
     facts: int
     values: dict[str, float | None]
     spans: dict[str, tuple[float, float] | None]
-    scores: list[FactScores]
+    scores: dict[Key, FactScores]
 
 
-def read_row(group: str, method: str, variant: str, folders: Sequence[Path], when: str = "edited") -> Row:
-    """One row from the folders of finished runs; ``when`` may be ``unedited``.
+def read_row(group: str, method: str, variant: str, folders: Mapping[int, Path], when: str = "edited") -> Row:
+    """One row from the folders of finished runs by their seeds; ``when`` may be ``unedited``.
 
     Raises:
         SphereEditError: a run has no final evaluation.
     """
-    contents = []
-    for folder in folders:
+    contents = {}
+    for seed, folder in folders.items():
         path = folder / "metrics.json"
         if not path.is_file():
             raise SphereEditError(f"{folder} is not finished: it has no metrics.json")
         with plain_errors(path, "read"):
-            contents.append(json.loads(path.read_text("utf-8")))
-    scores = [FactScores.from_dict(fact[when]) for content in contents for fact in content["per_fact"]]
-    values: dict[str, float | None] = dict(summarise(scores))
-    values["perplexity"] = _mean([_ratio(content, when) for content in contents])
-    values["divergence"] = _mean([content[when]["divergence"] for content in contents])
+            contents[seed] = json.loads(path.read_text("utf-8"))
+    scores = {
+        (seed, (fact["subject"], fact["prompt"], fact["target_new"])): FactScores.from_dict(fact[when])
+        for seed, content in contents.items()
+        for fact in content["per_fact"]
+    }
+    values: dict[str, float | None] = dict(summarise(list(scores.values())))
+    sides = [content[when] for content in contents.values()]
+    values["perplexity"] = _mean([_ratio(content, when) for content in contents.values()])
+    values["divergence"] = _mean([side["divergence"] for side in sides])
     for name in ("fluency", "consistency"):
-        values[name] = _mean([content[when].get("texts", {}).get(name) for content in contents])
-    for task in dict.fromkeys(task for content in contents for task in content[when].get("ability", {})):
-        found = [content[when].get("ability", {}).get(task) for content in contents]
-        values[f"ability {task}"] = _mean([None if score is None else 100 * score["value"] for score in found])
+        values[name] = _mean([side.get("texts", {}).get(name) for side in sides])
+    for task in dict.fromkeys(task for side in sides for task in side.get("ability", {})):
+        found = [side.get("ability", {}).get(task) for side in sides]
+        shown = [None if score is None else score["value"] * (100 if score["share"] else 1) for score in found]
+        rising = all(score is None or score["rising"] for score in found)
+        values[f"{_ABILITY if rising else _FALLING} {task}"] = _mean(shown)
     label = method if not variant else f"{method} + {variant}" if variant != "plain" else method
-    return Row(group, label, method, variant, len(scores), values, dict(intervals(scores)), scores)
+    spans = intervals(list(scores.values()), [fact for _, fact in scores])
+    return Row(group, label, method, variant, len(scores), values, dict(spans), scores)
 
 
 def _ratio(content: Mapping[str, Any], when: str) -> float | None:
@@ -99,8 +109,9 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column("perplexity", "Perplexity, ×", False, 3),
         Column("divergence", "KL, nats", False, 3),
     ]
-    tasks = dict.fromkeys(name for row in rows for name in row.values if name.startswith("ability "))
-    wanted += [Column(name, name.removeprefix("ability "), True) for name in tasks]
+    for kind, rising in ((_ABILITY, True), (_FALLING, False)):
+        tasks = dict.fromkeys(name for row in rows for name in row.values if name.startswith(f"{kind} "))
+        wanted += [Column(name, name.removeprefix(f"{kind} "), rising) for name in tasks]
     return [column for column in wanted if any(row.values.get(column.name) is not None for row in rows)]
 
 
@@ -172,6 +183,7 @@ def _cell(
 
 
 UNEDITED = "unedited"
+_ABILITY, _FALLING = "ability", "ability, less is better:"
 
 
 def _improvements(rows: Sequence[Row]) -> str:
@@ -180,12 +192,15 @@ def _improvements(rows: Sequence[Row]) -> str:
     for group, members in _grouped(rows):
         for row in members:
             base = next((r for r in members if r.method == row.method and r.variant == "plain"), None)
-            if row.variant == "plain" or base is None or base.facts != row.facts:
+            if row.variant == "plain" or base is None:
                 continue
-            spans = difference_intervals(base.scores, row.scores)
-            cells = []
+            both = [key for key in base.scores if key in row.scores]
+            plain, other = ([r.scores[key] for key in both] for r in (base, row))
+            spans = difference_intervals(plain, other, [fact for _, fact in both])
+            means = summarise(plain), summarise(other)
+            cells = [str(len(both))]
             for name in ("efficacy_strict", "generalization", "generalization_strict", "specificity"):
-                before, after, span = base.values[name], row.values[name], spans[name]
+                before, after, span = means[0][name], means[1][name], spans[name]
                 cells.append(
                     "–"
                     if before is None or after is None or span is None
@@ -198,7 +213,8 @@ def _improvements(rows: Sequence[Row]) -> str:
         return ""
     head = (
         "What a variant changes over its plain method, in points, paired by fact, with 95 % bootstrap intervals; and perplexity times the unedited one's:\n\n"
-        "| | | strict efficacy | generalization | strict generalization | specificity | perplexity |\n|---|---|---|---|---|---|---|\n"
+        "| | | facts of both | strict efficacy | generalization | strict generalization | specificity | perplexity |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(lines) + _over_the_best(rows)
 

@@ -25,6 +25,7 @@ from sphere_edit.reporting.series import METRICS, Series
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#000000", "#8A8A00")
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
 _BEFORE, _AFTER, _GREY = "#56B4E9", "#D55E00", "#808080"
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NEURONS_SHOWN = 200
 _NEURONS_EMBEDDED = 400
 _ARROWS = 30
@@ -44,7 +45,7 @@ def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
             values = [100 * value for value in run.energy] if key == "energy" else run.metrics[key]
             points = [(x, y) for x, y in zip(run.edits, values, strict=True) if y is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), **_line(run), marker="o", markersize=3)
+                axis.plot(*zip(*points, strict=True), **_line(run))
         if key == "perplexity" and _spread([v for run in runs for v in run.metrics[key] if v]) > 10:
             axis.set_yscale("log")
         axis.set_ylabel(label, fontsize=9)
@@ -81,7 +82,14 @@ def differences(runs: Sequence[Series]) -> Figure:
             if steps:
                 style = _line(run)
                 filled = {"facecolors": style["color"] if run.sphere else "none"}
-                axis.scatter(*zip(*steps, strict=True), s=16, edgecolors=style["color"], label=run.label, **filled)
+                axis.scatter(
+                    *zip(*steps, strict=True),
+                    s=16,
+                    marker=style["marker"],
+                    edgecolors=style["color"],
+                    label=run.label,
+                    **filled,
+                )
                 _ellipse(axis, steps, style["color"])
         if len(together) > 3:
             axis.set_title(_regression(axis, together), fontsize=9)
@@ -236,11 +244,13 @@ def abilities(runs: Sequence[Series], columns: int = 2) -> Figure:
             points = run.abilities.get(task, [])
             if points:
                 x = [edits for edits, _ in points]
-                y = [100 * score["value"] for _, score in points]
-                errors = [100 * (score["error"] or 0.0) for _, score in points]
-                axis.errorbar(x, y, yerr=errors, capsize=2, marker="o", markersize=3, **_line(run))
-                axis.axhline(100 * points[0][1]["chance"], color=_GREY, linewidth=0.8, linestyle=":")
-                axis.set_ylabel(f"{task}, {points[0][1]['metric']}, %", fontsize=9)
+                scale, unit = (100, ", %") if points[0][1]["share"] else (1, "")
+                y = [scale * score["value"] for _, score in points]
+                errors = [scale * (score["error"] or 0.0) for _, score in points]
+                axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
+                if points[0][1]["chance"] is not None:
+                    axis.axhline(100 * points[0][1]["chance"], color=_GREY, linewidth=0.8, linestyle=":")
+                axis.set_ylabel(f"{task}, {points[0][1]['metric']}{unit}", fontsize=9)
         axis.set_xlabel("Facts edited", fontsize=9)
         _ticks(axis)
     for axis in axes[len(tasks) :]:
@@ -261,7 +271,7 @@ def retention(runs: Sequence[Series]) -> Figure:
             y = [age[key] for age in ages]
             spans = [age["intervals"][key] for age in ages]
             errors = [[v - low for v, (low, _) in zip(y, spans, strict=True)], [high - v for v, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
-            axis.errorbar(x, y, yerr=errors, capsize=2, marker="o", markersize=3, **_line(run))
+            axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
         axis.set_ylim(-3, 103)
         axis.set_ylabel(METRICS[key], fontsize=9)
         axis.set_xlabel("Edits since", fontsize=9)
@@ -281,6 +291,8 @@ def _line(run: Series) -> dict[str, Any]:
         "color": COLOURS[run.method],
         "linestyle": "-" if run.sphere else "--",
         "linewidth": 1.4,
+        "marker": _MARKERS[run.kin % len(_MARKERS)],
+        "markersize": 3 if run.kin == 0 else 4,
         "label": run.label,
     }
 

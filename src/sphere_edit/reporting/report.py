@@ -24,7 +24,7 @@ from sphere_edit.files import write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots
 from sphere_edit.reporting.energy import NOTE
-from sphere_edit.reporting.results import number, one_line, percent, relative, short_name, timings, with_error
+from sphere_edit.reporting.results import guessing, number, one_line, percent, relative, short_name, timings, with_error
 from sphere_edit.reporting.series import METRICS, Series, labelled
 
 
@@ -56,6 +56,10 @@ class Rule:
         }
 
 
+_FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
+_RUNS_DRAWN = 4  # runs whose matrices are drawn one by one
+
+
 TAKEN = Rule(
     "Did the edits take?", 90, 70, "Strict efficacy over all facts edited. Green from 90 %, amber from 70 %.",
     ("yes", "not all of them", "no"), rising=True,
@@ -84,14 +88,21 @@ def _near(run: Series) -> dict[str, str]:
 
 
 def write_report(
-    runs: Sequence[str | Path], page: Path, figures: Path | None = None, reporter: Reporter | None = None
+    runs: Sequence[str | Path],
+    page: Path,
+    figures: Path | None = None,
+    reporter: Reporter | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """Write the page about some run folders to ``page``, and its figures as PNG and SVG into the folder ``figures``.
+
+    ``labels`` says what the runs are called. With more than four of them, figures of one run's matrices are left out.
 
     Raises:
         SphereEditError: a run is not there or has measured nothing yet, or the page cannot be written.
     """
-    series = labelled(runs)
+    series = labelled(runs, labels)
+    facts = _facts(series)
     shown = []
     planned = _figures(series)
     with (reporter or Quiet()).bar("report", len(planned), "figures") as advance:
@@ -114,7 +125,8 @@ def write_report(
         "energies": _energies(series),
         "abilities": _abilities(series),
         "figures": shown,
-        "facts": _facts(series),
+        "facts": facts[:_FACTS_SHOWN],
+        "more_facts": max(0, len(facts) - _FACTS_SHOWN),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
     }
     template = files("sphere_edit").joinpath("data/report.html.jinja").read_text("utf-8")
@@ -145,7 +157,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
     if any(len(points) > 1 for run in runs for points in run.abilities.values()):
         caption = "General ability over edits, with one standard error up and down. Dotted: what guessing would score."
         found.append(("abilities", caption, partial(plots.abilities, runs)))
-    for number_, run in enumerate(runs, 1):
+    for number_, run in enumerate(runs if len(runs) <= _RUNS_DRAWN else (), 1):
         if not run.batches:
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
@@ -283,7 +295,7 @@ def _abilities(runs: Sequence[Series]) -> dict[str, Any]:
                     with_error(before),
                     with_error(after),
                     str(edits),
-                    percent(100 * before["chance"]) + (": unedited at chance" if before["at_chance"] else ""),
+                    guessing(before),
                 ]
             )
     return {"columns": columns, "rows": rows}

@@ -75,17 +75,22 @@ def ability_table(scores: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     for name, before in scores["unedited"].items():
         after = scores.get("edited", {}).get(name)
         cells = [with_error(before), *([with_error(after) if after else "–"] if edited else [])]
-        guessing = percent(100 * before["chance"]) + (" (at chance)" if before["at_chance"] else "")
-        table.add_row(name, before["metric"], str(before["documents"]), *cells, guessing)
+        table.add_row(name, before["metric"], str(before["documents"]), *cells, guessing(before))
     return table
 
 
 def with_error(score: Mapping[str, Any]) -> str:
-    """An ability's score in percent with its standard error."""
-    if score["metric"] == "word_perplexity":
-        return number(score["value"])
-    error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
-    return f"{100 * score['value']:.1f}{error} %"
+    """An ability's score with its standard error, a share of right answers in percent."""
+    scale, digits, unit = (100, 1, " %") if score["share"] else (1, 3, "")
+    error = "" if score["error"] is None else f" ± {scale * score['error']:.{digits}f}"
+    return f"{scale * score['value']:.{digits}f}{error}{unit}"
+
+
+def guessing(score: Mapping[str, Any]) -> str:
+    """What guessing would score, and whether the unedited model's ``score`` is no better."""
+    if score["chance"] is None:
+        return "–"
+    return percent(100 * score["chance"]) + (" (at chance)" if score["at_chance"] else "")
 
 
 _TARGET_COLUMNS = (("loss_before", 2), ("loss_after", 3), ("probability_after", 3))

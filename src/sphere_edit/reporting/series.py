@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.journal import History, RunFolder
+from sphere_edit.editing.journal import RunFolder
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors
 from sphere_edit.numerics.projection import Sphere
@@ -55,6 +55,7 @@ class Series:
     abilities: dict[str, list[tuple[int, dict[str, Any]]]]  # by task: facts edited, score
     finished: bool
     guard: dict[str, Any] | None  # the journal's entry, where the guard stopped the run
+    kin: int = 0  # how many runs of the same method, with or without SPHERE like this one, stand before it
 
     @classmethod
     def read(cls, folder: str | Path) -> Series:
@@ -95,7 +96,7 @@ class Series:
             before,
             history.batches,
             done[1:],
-            _abilities(history, done),
+            {task: [(done[after], s) for after, s in scores] for task, scores in history.ability_series().items()},
             history.finished,
             history.guard,
         )
@@ -156,20 +157,16 @@ class Series:
         return weight, (written + sphere.alpha / (1 - sphere.alpha) * part).float(), written
 
 
-def _abilities(history: History, done: Sequence[int]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """Scores of general ability by task, in order of edits; of what was measured twice, the last."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for entry in history.abilities:
-        for name, score in entry["scores"].items():
-            found.setdefault(name, {})[done[entry["after"]]] = score
-    return {name: sorted(scores.items()) for name, scores in found.items()}
-
-
-def labelled(folders: Sequence[str | Path]) -> list[Series]:
-    """Several runs, with labels that tell them apart."""
+def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Series]:
+    """Several runs, with labels and, where method and SPHERE are the same, markers that tell them apart."""
     found = [Series.read(folder) for folder in folders]
-    labels = [series.label for series in found]
+    own = [series.label for series in found]
+    if labels is None:
+        labels = [
+            label if own.count(label) == 1 else f"{label} ({one.folder.name})"
+            for label, one in zip(own, found, strict=True)
+        ]
     return [
-        series if labels.count(series.label) == 1 else replace(series, label=f"{series.label} ({series.folder.name})")
-        for series in found
+        replace(series, label=label, kin=own[:index].count(own[index]))
+        for index, (series, label) in enumerate(zip(found, labels, strict=True))
     ]
