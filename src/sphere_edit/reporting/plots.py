@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -73,6 +74,8 @@ def differences(runs: Sequence[Series]) -> Figure:
         together: list[tuple[float, float]] = []
         for run in runs:
             values = run.judged(key)
+            if key == "perplexity":  # a broken model's is thousands of times a sound one's
+                values = [None if value is None else math.log(value) for value in values]
             steps = [
                 (100 * (run.energy[i + 1] - run.energy[i]), after - before)
                 for i, (before, after) in enumerate(pairwise(values))
@@ -95,7 +98,8 @@ def differences(runs: Sequence[Series]) -> Figure:
             axis.set_title(_regression(axis, together), fontsize=9)
         axis.axhline(0, color=_GREY, linewidth=0.5)
         axis.axvline(0, color=_GREY, linewidth=0.5)
-        axis.set_ylabel(f"Change of {METRICS[key][0].lower()}{METRICS[key][1:]}", fontsize=9)
+        name = "ln perplexity" if key == "perplexity" else f"{METRICS[key][0].lower()}{METRICS[key][1:]}"
+        axis.set_ylabel(f"Change of {name}", fontsize=9)
         axis.set_xlabel("Change of energy, % of the unedited", fontsize=9)
         axis.tick_params(labelsize=8)
     _legend(figure, axes[0], len(runs))
@@ -162,9 +166,9 @@ def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> 
     axis = figure.add_subplot(grid[1, 0])
     top, right = figure.add_subplot(grid[0, 0], sharex=axis), figure.add_subplot(grid[1, 1], sharey=axis)
     count = len(shown)
-    for points, name, colour, marker in (
-        (placed[:count], "before", _BEFORE, "o"),
-        (placed[count:], "after", _AFTER, "x"),
+    for points, name, colour, marker, width in (
+        (placed[:count], "before", _BEFORE, "o", 3.5),
+        (placed[count:], "after", _AFTER, "x", 1.2),
     ):
         x, y = points.T.tolist()
         axis.scatter(x, y, s=14, linewidths=0.8, color=colour, marker=marker, label=name)
@@ -172,7 +176,7 @@ def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> 
         for values, low, high, density, across in ((x, ends[0][0], ends[1][0], top, True), (y, ends[0][1], ends[1][1], right, False)):  # fmt: skip
             at = torch.linspace(low, high, 200)
             height = stats.gaussian_kde(values)(at.numpy())
-            density.plot(*((at, height) if across else (height, at)), color=colour, linewidth=1.4)
+            density.plot(*((at, height) if across else (height, at)), color=colour, linewidth=width)
     for density in (top, right):
         density.set_axis_off()
     axis.set_xticks([])
