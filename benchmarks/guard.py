@@ -19,6 +19,7 @@ ENERGY = Limit("relative change of a matrix's energy", "energy_drift", 0.0029)
 JUDGED = (*LIMITS, DRIFT, ENERGY)
 KEPT, SOUND = 0.9, 1.3  # of the best strict efficacy so far, and times the unedited perplexity: still good
 LOST, BROKEN = 0.5, 2.0  # and bad
+HARMED = 1.25  # times the unedited perplexity: where the numbers are compared at equal harm
 
 
 def ratio(run: Series, index: int) -> float:
@@ -85,6 +86,18 @@ def main() -> None:
         print(
             f"| {run.label} | {run.edits[-1]} | {max(values):.1f}, {values[-1]:.1f} | × {ratio(run, -1):.2f} | {run.edits[last_good(run)]} | {' | '.join(cells)} |"
         )
+    print(
+        f"\n| run | first checkpoint with perplexity above × {HARMED:g} | "
+        + " | ".join(names)
+        + " |\n|"
+        + "---|" * (2 + len(names))
+    )
+    for run in runs:
+        index = next((step for step in range(1, len(run.edits)) if ratio(run, step) > HARMED), None)
+        if index is not None:
+            found = [measured(run, limit)[index - 1] for limit in JUDGED]
+            cells = ["–" if value is None else f"{value:.4g}" for value in found]
+            print(f"| {run.label} | {run.edits[index]} facts, × {ratio(run, index):.2f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

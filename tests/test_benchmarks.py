@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from conftest import fact_records
+from families import save_tiny
+from sphere_edit.editor import Editor
+from sphere_edit.progress import Quiet
+from test_runs import METHODS, QUICK
+
 ROOT = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -17,6 +23,7 @@ ROOT = Path(__file__).parents[1] / "benchmarks"
     [
         (["gpu.py", "--shape", "tiny", "--batch-size", "4", "--steps", "2"], "| tiny | "),
         (["scaling.py", "--batches", "3", "--batch-size", "4"], "Batch 3 against batch 2: time × "),
+        (["energy.py", "--shape", "64", "80"], "64 × 80: "),
         (["projection.py", "--shape", "48", "160", "--facts", "5"], "relative difference "),
     ],
 )
@@ -34,3 +41,21 @@ def test_benchmark(command, found, tmp_path):
     assert found in done.stdout
     if "projection.py" in command:
         assert float(done.stdout.split(found)[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("guard.py", "| limit | "), ("correlation.py", "| run | metric | "), ("compare.py", "paired by fact")],
+)
+def test_benchmarks_that_read_runs(name, found, tmp_path):
+    model = save_tiny("llama", tmp_path / "model")
+    for sphere in (False, True):
+        options = {**QUICK, **METHODS["memit"], "evaluation": {"every": 1}, "sphere": {"enabled": sphere}}
+        editor = Editor.from_pretrained(model, tmp_path / f"run-{sphere}", reporter=Quiet(), **options)
+        editor.edit(fact_records(10))
+        editor.close()
+    command = [sys.executable, ROOT / name, tmp_path / "run-False", tmp_path / "run-True"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert found in done.stdout
+    assert "memit + SPHERE" in done.stdout

@@ -33,7 +33,7 @@ def metrics_table(
     unedited: Mapping[str, Any], edited: Mapping[str, Any], title: str, intervals: Mapping[str, Any] | None = None
 ) -> Table:
     """The unedited and the edited model side by side, in every protocol, with what was measured of the model as a whole."""
-    table = make_table(title, "", "protocol", "before", "after", "95 %", left=("", "protocol"))
+    table = make_table(title, "", "protocol", "before", "after", "95 % or change", left=("", "protocol"))
     for suffix, protocol in PROTOCOLS.items():
         for key, label in LABELS.items():
             name = key + suffix

@@ -23,7 +23,7 @@ METRICS = {
     "generalization_strict": "Generalization, strict, %",
     "specificity": "Specificity, %",
     "perplexity": "Perplexity",
-    "divergence": "KL from the unedited, nats",
+    "divergence": "KL, nats",
 }
 _WHOLE = ("perplexity", "divergence")
 
