@@ -1,4 +1,4 @@
-"""When would a limit have stopped some runs, and how did they fare? One run fixes the limits, the others judge them. Prints two tables.
+"""When would a limit have stopped some runs, and how did they fare? One run fixes the limits, the others judge them. Prints three tables.
 
 sphere-edit edit smollm2 ../shared/data/counterfact.json --limit 480 --batch-size 20 --eval-every 1 --eval-sample 100 -o runs/a …
 python benchmarks/guard.py runs/a runs/b runs/c        # runs/a fixes the limits

@@ -21,7 +21,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.readers import FactSet, read_facts
 from sphere_edit.files import write_json, write_text
 from sphere_edit.models.loading import full_name
-from sphere_edit.progress import Reporter
+from sphere_edit.progress import Reporter, duration
 from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markdown, read_row
 from sphere_edit.reporting.report import write_report
 
@@ -169,7 +169,7 @@ class Bench:
         for number, cell in enumerate(todo):
             left = ""
             if spent:
-                left = f", about {_duration(sum(spent) / len(spent) * (len(todo) - number))} left"
+                left = f", about {duration(sum(spent) / len(spent) * (len(todo) - number))} left"
             reporter.say(f"Run {done + number + 1} of {len(self.cells)}{left}: {cell.label}", "bold magenta")
             began = time.monotonic()
             try:
@@ -212,10 +212,6 @@ def _cells(config: BenchConfig) -> list[Cell]:
                         )
                         found.append(Cell(full_name(model), data, method, variant, seed, settings))
     return found
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def write_results(bench: Bench, reporter: Reporter) -> list[Path]:

@@ -703,6 +703,7 @@ def _say_where(folder: Path) -> None:
 def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> None:
     """Check everything, show what would be done and what it would cost, and do nothing."""
     from sphere_edit.planning import check_room, estimate
+    from sphere_edit.progress import duration
     from sphere_edit.reporting.results import make_table
 
     planned, _ = editor.check(given, skip_bad, skip_known)
@@ -727,20 +728,14 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
     out.print(table)
     costs = make_table("Estimate, from short trials on this machine", "", " ", left=("",), head=False)
     for stage, seconds in cost.seconds.items():
-        costs.add_row(stage, _duration(seconds))
-    costs.add_row("[bold]time, all[/bold]", f"[bold]{_duration(sum(cost.seconds.values()))}[/bold]")
+        costs.add_row(stage, duration(seconds))
+    costs.add_row("[bold]time, all[/bold]", f"[bold]{duration(sum(cost.seconds.values()))}[/bold]")
     costs.add_row("memory", f"{cost.memory / 1e9:.1f} GB")
     costs.add_row("disk", f"{cost.disk / 1e9:.2f} GB")
     out.print(costs)
     editor.close()
     check_room(editor.folder, cost.disk)
     out.print("Nothing was edited.")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _layers(text: str) -> list[int] | dict[str, list[int]]:

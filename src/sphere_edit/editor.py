@@ -318,6 +318,11 @@ class Editor:
         card = model_card(run.config, history.head, [all_facts[index] for index in history.retained], metrics)
         export_model(self.loaded, Path(folder), card)
 
+    @property
+    def measures_moments(self) -> bool:
+        """Whether a run measures second moments: its method needs them, or the guard does."""
+        return self.method.needs.statistics is not None or self.settings.guard
+
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def make_source(self, templates: Sequence[str], targets: TargetSettings) -> Source:
@@ -410,18 +415,18 @@ class Editor:
                 count = self.settings.templates if self.method.needs.source == "targets" else 0
                 templates = sample_context_templates(self.loaded, self.settings.seed, count)
                 corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
-                prepare_statistics(
-                    self.loaded,
-                    corpus,
-                    self.layers,
-                    self.weights.names,
-                    self.method,
-                    self.settings.tokens_per_batch,
-                    self.settings.moments.tolerance,
-                    self.reporter,
-                    self.folder / "statistics",
-                    self.settings.guard,
-                )
+                if self.measures_moments:
+                    prepare_statistics(
+                        self.loaded,
+                        corpus,
+                        self.layers,
+                        self.weights.names,
+                        self.method,
+                        self.settings.tokens_per_batch,
+                        self.settings.moments.tolerance,
+                        self.reporter,
+                        self.folder / "statistics",
+                    )
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
             write_json(self.folder / "config.json", run.config)

@@ -64,7 +64,7 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     if moments.corpus is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
-    if method.needs.statistics is not None or settings.guard:
+    if editor.measures_moments:
         tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
         seconds["second moments"] = tokens * reading
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * 150.0
@@ -124,9 +124,7 @@ def _memory(editor: Editor) -> int:
     matrices = sum(weight.numel() for weight in editor.weights.working.values())
     inputs = max(weight.shape[1] for weight in editor.weights.working.values())
     needs = editor.method.needs
-    statistics = (
-        len(editor.weights.names) * inputs * inputs * (4 + 16) if needs.statistics or editor.settings.guard else 0
-    )
+    statistics = len(editor.weights.names) * inputs * inputs * (4 + 16) if editor.measures_moments else 0
     solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
     vocabulary = editor.model.get_output_embeddings().weight.shape[0]
     tokens = editor.settings.targets.tokens if needs.source == "targets" else editor.settings.tokens_per_batch
@@ -145,9 +143,7 @@ def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
     column = {"keys": lambda o, i: o + 2 * i, "problem": lambda o, i: 2 * (o + i), None: lambda o, i: o + i}[remembers]
     updates = sum(4 * (batches * out * inner if method.dense else facts * column(out, inner)) for out, inner in widths)
     checkpoint = sum(out * inner * 4 + (2 * inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
-    statistics = (
-        sum(inner * inner * 4 for _, inner in widths) if method.needs.statistics or editor.settings.guard else 0
-    )
+    statistics = sum(inner * inner * 4 for _, inner in widths) if editor.measures_moments else 0
     return updates + checkpoint * 3 + statistics + len(planned) * 4000
 
 

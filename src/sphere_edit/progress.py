@@ -36,6 +36,13 @@ class Quiet:
         yield lambda amount: None
 
 
+def duration(seconds: float) -> str:
+    """How long something takes, in the unit one would say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed

@@ -27,17 +27,14 @@ def prepare_statistics(
     tolerance: float,
     reporter: Reporter,
     folder: Path,
-    guarded: bool = False,
 ) -> None:
-    """Put what the method needs, and second moments for the guard, into ``folder``, one file a kind and matrix, taken from the cache where it is there.
+    """Put second moments, and what else the method needs, into ``folder``, one file a kind and matrix, taken from the cache where it is there.
 
     Second moments are kept with a null space too: they tell what an update does to ordinary keys.
 
     The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and the
     null-space rule, so that no run ever picks up another model's statistics.
     """
-    if method.needs.statistics is None and not guarded:
-        return
     hashes = fingerprints(loaded.model, layers)
     files: dict[str, Path] = {}
     for layer, name in zip(layers, names, strict=True):
