@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what suits random models of width 32
     "rect": {"second_moment_weight": 0.01},
     "prune": {"second_moment_weight": 0.01},
     "encore": {"second_moment_weight": 0.01, "ridge": 0.001},
+    "lyaplock": {"second_moment_weight": 0.01},
     "ft": {"lr": 5e-3},
     "ultraedit": {"rate": 3e-2},
 }

@@ -18,6 +18,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.encore import Encore
 from sphere_edit.editing.methods.frugal import Frugal
 from sphere_edit.editing.methods.ft import FineTune
+from sphere_edit.editing.methods.lyaplock import LyapLock
 from sphere_edit.editing.methods.memit import Memit, MemitSeq
 from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
@@ -377,3 +378,31 @@ def test_the_kept_inverse_stays_that_of_all_keys_over_a_long_stream(problem, met
     mended = method.after_batch(spoilt, {"keys": random(D_IN, N, seed=1)}, statistics)
     right = method.after_batch(state, {"keys": random(D_IN, N, seed=1)}, statistics)
     torch.testing.assert_close(mended["inverse"], right["inverse"], rtol=0, atol=1e-8 * float(inverse.norm()))
+
+
+def test_lyaplock_minimises_what_it_weighs_and_its_queue_grows_beyond_the_bound(problem):
+    """Three batches by hand: ‖ΔW K − R‖² + q λ ‖(W + ΔW − W0) C0^½‖² + Σ ‖(W + ΔW − W_s) K_s‖² has no gradient."""
+    method = LyapLock(second_moment_weight=5.0, budget=1.2)
+    original, moment = problem.weight, problem.statistics.second_moment
+    weight, state, history, queue, disturbances = original, {}, [], 1.0, []
+    for batch in range(3):
+        keys, residual = random(D_IN, N, seed=10 + batch), random(D_OUT, N, seed=20 + batch)
+        delta = method.solve(LayerProblem(weight, keys, residual, problem.statistics), state).dense()
+        weight = weight + delta
+        gradient = (delta @ keys - residual) @ keys.T + queue * 5.0 * (weight - original) @ moment
+        gradient += sum(((weight - then) @ known @ known.T for then, known in history), start=torch.zeros(()))
+        assert float(gradient.abs().max()) < 1e-9
+        history.append((weight, keys))
+        change = weight - original
+        disturbances.append(float((change @ moment @ change.T).trace()))
+        if batch:
+            queue = max(queue + disturbances[-1] / (1.2 * disturbances[0]) - 1, 1.0)
+        state = method.after_batch(state, {"keys": keys, "change": change}, problem.statistics)
+        assert float(state["queue"]) == pytest.approx(queue)
+        lost = sum(((then - weight) @ known @ known.T for then, known in history), start=torch.zeros(()))
+        torch.testing.assert_close(state["lost"], lost, atol=1e-9, rtol=1e-9)
+    assert queue > 1
+    known = history[0][1]
+    forgotten = method.forget(state, known, problem.statistics)
+    torch.testing.assert_close(forgotten["keys"], state["keys"] - known @ known.T)
+    assert float((forgotten["lost"] @ known).abs().max()) < 1e-9 < float((state["lost"] @ known).abs().max())

@@ -337,6 +337,8 @@ class SequentialLoop:
         for name in self.weights.names:
             device = self.weights.working[name].device
             here = {part: value.to(device) for part, value in seen[name].items()}
+            if self.method.needs.change:
+                here["change"] = self.weights.working[name] - self.weights.original(name)
             self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
 
     def _forget(self, superseded: Sequence[int], batch: int) -> None:

@@ -12,6 +12,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.encore import Encore
 from sphere_edit.editing.methods.frugal import Frugal
 from sphere_edit.editing.methods.ft import FineTune
+from sphere_edit.editing.methods.lyaplock import LyapLock
 from sphere_edit.editing.methods.memit import Memit, MemitSeq
 from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
@@ -21,7 +22,7 @@ from sphere_edit.errors import SphereEditError
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit, Encore, Frugal)
+    for method in (AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit, Encore, LyapLock, Frugal)
 }
 
 

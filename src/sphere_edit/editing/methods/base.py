@@ -64,6 +64,7 @@ class Needs:
             column of its own.
         remembers: what its state learns from each batch: the ``keys``, measured again once the batch is written, or
             the ``problem`` (keys and residuals) as it was solved; None for a method without a state.
+        change: that it is told W − W0 of every matrix too, each time a batch has been written.
     """
 
     source: Literal["targets", "gradients", "loss"] = "targets"
@@ -72,6 +73,7 @@ class Needs:
     null_space: tuple[NullSpaceRule, float] | None = None
     contexts: Literal["mean", "each"] = "mean"
     remembers: Literal["keys", "problem"] | None = None
+    change: bool = False
 
 
 class Method(BaseModel, ABC):
