@@ -23,6 +23,7 @@ from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.loop import SequentialLoop
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.methods.base import Statistics
+from sphere_edit.editing.solving import Solver
 from sphere_edit.editing.sources import SOURCES
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.models.loading import prepare, resolve_device
@@ -82,7 +83,7 @@ def row(shape: str, folder: Path, device: torch.device, batch_size: int, steps: 
     source = SOURCES["targets"](loaded, weights, LAYERS, TEMPLATES, method.needs, settings, 16384)
     statistics = dict.fromkeys(names, Statistics(null_space=basis))
     run = RunFolder.create(folder / "run", {})
-    loop = SequentialLoop(run, weights, source, method, method.sphere, method.sphere, statistics, Quiet())
+    loop = SequentialLoop(run, Solver(weights, source, method, method.sphere, method.sphere, statistics, Quiet()))
     loop.go_to(0)
     facts = made(2 * batch_size)
     if device.type == "cuda":

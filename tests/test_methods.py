@@ -406,3 +406,24 @@ def test_lyaplock_minimises_what_it_weighs_and_its_queue_grows_beyond_the_bound(
     forgotten = method.forget(state, known, problem.statistics)
     torch.testing.assert_close(forgotten["keys"], state["keys"] - known @ known.T)
     assert float((forgotten["lost"] @ known).abs().max()) < 1e-9 < float((state["lost"] @ known).abs().max())
+
+
+def test_frugal_leaves_bystanders_of_this_and_all_earlier_batches_alone(problem):
+    """``ΔW (λ C0 + Kp Kpᵀ + ρ Bp Bpᵀ + ρ B Bᵀ) + (ΔW K − R) Kᵀ = 0``; a superseded fact's bystanders stay."""
+    method = Frugal(second_moment_weight=0.3, bystander_weight=0.4)
+    beside, moment = random(D_IN, 5, seed=5), problem.statistics.second_moment
+    problem = dataclasses.replace(problem, bystanders=beside)
+    known, known_beside = random(D_IN, 2, seed=6), random(D_IN, 3, seed=7)
+    written = method.after_batch({}, {"keys": known, "bystanders": known_beside}, problem.statistics)
+    cases = [
+        ({}, known[:, :0], known_beside[:, :0]),
+        (written, known, known_beside),
+        (method.forget(written, known, problem.statistics), known[:, :0], known_beside),
+    ]
+    for state, keys, others in cases:
+        delta = method.solve(problem, state).dense()
+        preserved = 0.3 * D_IN * moment + keys @ keys.T + 0.4 * (others @ others.T + beside @ beside.T)
+        gradient = delta @ preserved + (delta @ problem.keys - problem.residual) @ problem.keys.T
+        assert float(gradient.abs().max()) < 1e-9
+    without = method.solve(dataclasses.replace(problem, bystanders=None), {}).dense()
+    assert float((method.solve(problem, {}).dense() @ beside).norm()) < 0.9 * float((without @ beside).norm())

@@ -14,7 +14,7 @@ from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, bystander_keys
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
@@ -28,7 +28,15 @@ from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models.architecture import architecture_of
 from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.checkpoint import Checkpoint
-from sphere_edit.models.forward import TokenBatch, UpperLayers, at, batches_by_length, generate, last_hidden
+from sphere_edit.models.forward import (
+    TokenBatch,
+    UpperLayers,
+    activations,
+    at,
+    batches_by_length,
+    generate,
+    last_hidden,
+)
 from sphere_edit.models.loading import fingerprints, load_model, prepare
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import DenseUpdate
@@ -720,3 +728,23 @@ def test_a_checkpoint_gives_the_matrices_that_the_loaded_model_has(family, tmp_p
     weights = EditedWeights(loaded.model, loaded.architecture, names)
     for name in names:
         assert torch.equal(checkpoint.weight(name), weights.original(name))
+
+
+@families
+def test_bystanders_are_the_inputs_at_all_tokens_of_the_prompt_but_the_subjects_last(family):
+    """Against one plain forward pass a fact, its tokens picked out one by one."""
+    loaded = tiny(family)
+    encoder, chosen = Encoder(loaded.tokenizer), facts(4)
+    names = [loaded.architecture.module_name(layer, "down") for layer in (0, LAYER)]
+    found = bystander_keys(loaded, chosen, names, encoder, 32)
+    expected: list[list[torch.Tensor]] = [[] for _ in names]
+    for fact in chosen:
+        ids = encoder.encode(fact.filled_prompt).ids
+        cut, subject = encoder.subject_end(*fill("{}", fact))
+        assert ids[: len(cut)] == cut
+        modules = [loaded.model.get_submodule(name) for name in names]
+        seen, _ = activations(loaded, TokenBatch.of([ids], loaded.device), modules)
+        for columns, inputs in zip(expected, seen, strict=True):
+            columns += [vector for position, vector in enumerate(inputs[0]) if position != subject]
+    for ours, columns in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torch.stack(columns, dim=1), atol=1e-5, rtol=1e-4)

@@ -19,8 +19,10 @@ from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.journal import SCHEMA, RunFolder
 from sphere_edit.editing.loop import SequentialLoop, plan_batches, superseded_by
+from sphere_edit.editing.methods.base import Statistics
 from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.settings import Settings, make_settings, with_preset
+from sphere_edit.editing.solving import Solver
 from sphere_edit.editing.sources import SOURCES, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
@@ -335,6 +337,11 @@ class Editor:
             self.loaded, self.weights, self.layers, templates, needs, targets, self.settings.tokens_per_batch
         )
 
+    def make_solver(self, source: Source, statistics: Mapping[str, Statistics]) -> Solver:
+        """What writes a batch with these settings."""
+        diagnostic = self.settings.diagnostic_sphere()
+        return Solver(self.weights, source, self.method, self.sphere, diagnostic, statistics, self.reporter)
+
     def would_supersede(self, facts: Sequence[Fact]) -> int:
         """How many facts that stand now these would replace."""
         run = self._run()
@@ -473,17 +480,8 @@ class Editor:
         with plain_errors(self.folder / "heldout.json", "read"):
             self._evaluator.heldout = json.loads((self.folder / "heldout.json").read_text("utf-8"))
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
-        self._loop = SequentialLoop(
-            run,
-            self.weights,
-            self.make_source(run.config["templates"], self.settings.targets),
-            self.method,
-            self.sphere,
-            self.settings.diagnostic_sphere(),
-            statistics,
-            self.reporter,
-            self.settings.guard,
-        )
+        solver = self.make_solver(self.make_source(run.config["templates"], self.settings.targets), statistics)
+        self._loop = SequentialLoop(run, solver, self.settings.guard)
         self._loop.go_to(run.history.head)
         self.run = run
 

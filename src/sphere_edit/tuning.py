@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
-from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Method, layers_from
+from sphere_edit.editing.methods.base import Method, layers_from
 from sphere_edit.editing.moments import load_corpus
 from sphere_edit.editing.presets import tuned_file
 from sphere_edit.editing.settings import Settings, make_settings
+from sphere_edit.editing.solving import Clock
 from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import Targets
@@ -27,7 +28,7 @@ from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import write_json
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.progress import Quiet, Reporter
+from sphere_edit.progress import Advance, Quiet, Reporter
 
 STREAM = 200  # facts of the stream that a trial's damage is carried on to
 _SPANS = ((0.05, 5), (0.13, 5), (0.2, 5), (0.13, 3), (0.3, 5))  # share of the depth at which editing begins, and layers
@@ -101,6 +102,20 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     return trials
 
 
+class _SharedTargets(OptimisedTargets):
+    """Targets hang on the last layer and the step alone, so trials that share these share them."""
+
+    found: dict[tuple[int, float | None], Targets]
+
+    def find(self, advance: Advance) -> None:
+        """Take the targets of an earlier trial, or leave them to later ones."""
+        key = self.layers[-1], self.settings.lr
+        if key not in self.found:
+            super().find(advance)
+            self.found[key] = self.targets
+        self.targets = self.found[key]
+
+
 class _Bench:
     """The model, its calibration facts and text, and what trials share: statistics, and targets of equal place and step."""
 
@@ -115,7 +130,7 @@ class _Bench:
     def editor(self, differs: Mapping[str, Any]) -> Editor:
         """An editor with some settings of its own; it writes nothing to disk."""
         settings = make_settings(self.given.model_dump(exclude_unset=True), dict(differs))
-        return Editor(self.loaded, settings, None, Path("tune"), Quiet())
+        return Editor(self.loaded, settings, None, Path("tune"), self.reporter)
 
     def layers(self, differs: Mapping[str, Any]) -> tuple[int, ...]:
         """The layers that these settings edit."""
@@ -143,48 +158,38 @@ class _Bench:
     @contextmanager
     def _edited(self, editor: Editor) -> Iterator[None]:
         """Inside, the model has all facts in it."""
-        settings, method = editor.settings, editor.method
-        assert isinstance(method, LayerwiseMethod)
+        settings = editor.settings
         with tempfile.TemporaryDirectory() as folder:
             prepare_statistics(
                 self.loaded,
                 self.corpus,
                 editor.layers,
                 editor.weights.names,
-                method,
+                editor.method,
                 settings.tokens_per_batch,
                 settings.moments.tolerance,
                 self.reporter,
                 Path(folder),
             )
             statistics = load_statistics(Path(folder), editor.weights.names, self.loaded.device)
-        source = editor.make_source(self.templates, settings.targets)
-        assert isinstance(source, OptimisedTargets)
+        source = _SharedTargets(
+            self.loaded,
+            editor.weights,
+            editor.layers,
+            self.templates,
+            editor.method.needs,
+            settings.targets,
+            settings.tokens_per_batch,
+        )
+        source.found = self._targets
+        solver = editor.make_solver(source, statistics)
         try:
-            editor.weights.use_working()
-            self._begin(source, editor)
-            for index, name in enumerate(editor.weights.names):
-                keys, residual = source.layer(index)
-                weight = editor.weights.working[name]
-                update = method.solve(LayerProblem(weight, keys, residual, statistics[name]), {})
-                if editor.sphere is not None:
-                    update = editor.sphere(update, weight)
-                editor.weights.add(name, update)
+            solver.write(self.facts, {name: {} for name in editor.weights.names}, Clock())
+            solver.deploy()
             yield
         finally:
             editor.weights.reset()
             editor.close()
-
-    def _begin(self, source: OptimisedTargets, editor: Editor) -> None:
-        """Targets hang on the last layer and the step alone, so trials that share these share them."""
-        key = editor.layers[-1], editor.settings.targets.lr
-        title = f"targets v*, layer {key[0]}, step {key[1]:g}"
-        if key in self._targets:
-            source.take_up(self.facts, self._targets[key])
-            return
-        with self.reporter.bar(title, len(self.facts), "facts") as advance:
-            source.begin(self.facts, advance)
-        self._targets[key] = source.targets
 
     def _read(self, unedited: HeldoutScores | None) -> HeldoutScores:
         hidden = None if unedited is None else unedited.hidden

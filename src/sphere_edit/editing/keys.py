@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder, fill
-from sphere_edit.models.forward import LayerWalk
+from sphere_edit.models.forward import LayerWalk, TokenBatch, activations, batches_by_length
 from sphere_edit.models.loading import LoadedModel
 
 
@@ -96,6 +96,26 @@ class SubjectReader:
         together = interleaved if self._contexts == "each" else _averaged
         keys = [together(*parts) for parts in zip(*found, strict=True)]
         return {name: _columns(vectors) for name, vectors in zip(self._names, keys, strict=True)}
+
+
+def bystander_keys(
+    loaded: LoadedModel, facts: Sequence[Fact], names: Sequence[str], encoder: Encoder, max_tokens: int
+) -> list[Tensor]:
+    """Of each matrix, lowest layer first, its inputs ``[d_in, m]`` (float32) at every token of the bare prompts but the subjects' last.
+
+    These tokens are not edited, yet what is read at the subject's last token, and after it, comes from them.
+    """
+    modules = [loaded.model.get_submodule(name) for name in names]
+    rows = [encoder.encode(fact.filled_prompt).ids for fact in facts]
+    subjects = [encoder.subject_end(*fill("{}", fact))[1] for fact in facts]
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in modules]
+    for chunk in batches_by_length([len(row) for row in rows], max_tokens):
+        inputs, _ = activations(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device), modules)
+        for kept, seen in zip(found, inputs, strict=True):
+            for number, index in enumerate(chunk):
+                subject, length = subjects[index], len(rows[index])
+                kept[index] = torch.cat([seen[number, :subject], seen[number, subject + 1 : length]]).float()
+    return [_columns(torch.cat(vectors)) for vectors in found]
 
 
 def _averaged(clean: Tensor, others: Tensor | None = None) -> Tensor:

@@ -1,14 +1,10 @@
-"""The sequential editing loop: the only place that writes weights.
-
-facts → targets → keys → update → projection → weights, batch after batch, each committed to the run folder.
-"""
+"""The sequential editing loop: batch after batch written, measured and committed to the run folder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +12,11 @@ from torch import Tensor
 
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.journal import RunFolder
-from sphere_edit.editing.methods.base import (
-    JointMethod,
-    LayerProblem,
-    LayerwiseMethod,
-    Method,
-    Seen,
-    State,
-    Statistics,
-)
-from sphere_edit.editing.sources import Report, Source
+from sphere_edit.editing.methods.base import Seen, State
+from sphere_edit.editing.solving import Clock, Solver, Written
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.models.loading import peak_memory
-from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import (
     KeyMetric,
     collateral_ratio,
@@ -37,19 +24,6 @@ from sphere_edit.numerics.energy import (
     energy_gradient,
     hyperspherical_energy,
 )
-from sphere_edit.numerics.projection import Sphere
-from sphere_edit.numerics.update import Update, joined
-from sphere_edit.progress import Reporter
-
-
-@dataclass
-class _Group:
-    """What solving some facts came to, by matrix: ΔW as solved, ΔW as written, and the method's view of the facts."""
-
-    solved: dict[str, Update] = field(default_factory=dict)
-    written: dict[str, Update] = field(default_factory=dict)
-    seen: dict[str, Seen] = field(default_factory=dict)
-
 
 _CHECKPOINT_EVERY = (
     10  # times what the last one took: large models spend a tenth of their time on them, and replay the rest
@@ -59,23 +33,11 @@ _CHECKPOINT_EVERY = (
 class SequentialLoop:
     """Edits batch after batch, and puts the weights back to where they were after any of them."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        weights: EditedWeights,
-        source: Source,
-        method: Method,
-        sphere: Sphere | None,
-        diagnostic: Sphere,
-        statistics: Mapping[str, Statistics],
-        reporter: Reporter,
-        guarded: bool = False,
-    ):
-        self.run, self.weights, self.source, self.method = run, weights, source, method
-        self.sphere, self.diagnostic, self.statistics, self.reporter = sphere, diagnostic, statistics, reporter
-        self.guarded = guarded
-        self.states: dict[str, State] = {name: {} for name in weights.names}
-        self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
+    def __init__(self, run: RunFolder, solver: Solver, guarded: bool = False):
+        self.run, self.solver, self.guarded = run, solver, guarded
+        self.weights, self.source, self.method = solver.weights, solver.source, solver.method
+        self.statistics = solver.statistics
+        self.states: dict[str, State] = {name: {} for name in self.weights.names}
         self._key_metrics: dict[str, KeyMetric] = {}
         self._unedited_energies: dict[str, float] = {}
         self.at: int | None = None  # the batch whose weights and state are in memory
@@ -89,30 +51,23 @@ class SequentialLoop:
         """
         self.settle()
         batch = self.run.history.head + 1
-        clock = _Clock()
+        clock = Clock()
         self.at = None
         self._forget(superseded, batch)
         # copies: of a float32 model the deployed matrices are the parameters themselves
         deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}
-        self.weights.use_working()
-        before = self.weights.snapshot()
-        groups, report = self._solve_groups(facts, clock)
-        updates, solved = self._finished(groups, before)
-        clock.lap("sphere")
-        self.weights.restore(before)
-        for name, update in updates.items():
-            self.weights.add(name, update)
+        written = self.solver.write(facts, self.states, clock)
         self._check_finite(batch)
-        seen = self._seen(groups, facts)
+        seen = self._seen(written.problems, facts)
         self._remember(seen)
         clock.lap("keys after the batch")
-        self._deploy()
+        self.solver.deploy()
         clock.lap("deploying")
         matrices = {
             name: {
                 "sha256": self.weights.digest(name),
-                **self._norms(updates[name], solved[name], before[name], self._directions(name, before[name])),
-                **self._energies(name, deployed[name], updates[name], solved[name], before[name]),
+                **self._norms(name, written),
+                **self._energies(name, deployed[name], written),
             }
             for name in self.weights.names
         }
@@ -121,14 +76,14 @@ class SequentialLoop:
             "batch": batch,
             "facts": list(indices),
             "superseded": list(superseded),
-            "targets": report.as_dict(),
+            "targets": written.report.as_dict(),
             "matrices": matrices,
         }
         if self.guarded and (reason := objection(matrices)):
             entry = self.run.append("guard", **done, reason=reason, seconds=clock.seconds)
             self.settle()
             return entry
-        self.run.write_update(batch, updates, seen)
+        self.run.write_update(batch, written.updates, seen)
         if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
             self._checkpoint(batch)
         clock.lap("storing")
@@ -136,8 +91,7 @@ class SequentialLoop:
         entry = self.run.append("batch", **done, seconds=clock.seconds, peak_memory=memory)
         self.at = batch
         self.run.thin(batch)
-        if self.diagnostic.basis == "current":
-            self._bases.clear()
+        self.solver.moved_on()
         return entry
 
     def _checkpoint(self, batch: int) -> None:
@@ -184,94 +138,29 @@ class SequentialLoop:
             self._remember(seen)
         if batch > 0:
             self._check_digests(batch)
-            self._deploy()
+            self.solver.deploy()
         self.at = batch
-
-    # --- solving --------------------------------------------------------------------------------------------------
-
-    def _solve_groups(self, facts: Sequence[Fact], clock: _Clock) -> tuple[list[_Group], Report]:
-        """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
-        size = self.method.max_batch or len(facts)
-        report, groups = Report(), []
-        with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
-            for first in range(0, len(facts), size):
-                self.source.begin(facts[first : first + size], advance)
-                clock.lap(self.source.stage)
-                if isinstance(self.method, LayerwiseMethod):
-                    groups.append(self._solve_layers(self.method, clock))
-                else:
-                    assert isinstance(self.method, JointMethod)
-                    groups.append(self._solve_jointly(self.method, clock))
-                    advance(len(facts))
-                report.add(self.source.report())
-        return groups, report
-
-    def _solve_layers(self, method: LayerwiseMethod, clock: _Clock) -> _Group:
-        """Solve matrix by matrix, each seeing the weights of those below as already edited."""
-        group = _Group()
-        for index, name in enumerate(self.weights.names):
-            keys, residual = self.source.layer(index)
-            clock.lap("keys")
-            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name])
-            update = method.solve(problem, self.states[name]).to(torch.float32)
-            clock.lap("solve")
-            self._write(group, name, update)
-            if method.needs.remembers == "problem":
-                group.seen[name] = {"keys": keys, "residual": residual}
-            clock.lap("sphere")
-        return group
-
-    def _solve_jointly(self, method: JointMethod, clock: _Clock) -> _Group:
-        group = _Group()
-        updates = method.descend(self.source.objective, self.weights.snapshot())
-        clock.lap(self.source.stage)
-        for name in self.weights.names:
-            self._write(group, name, updates[name].to(torch.float32))
-        clock.lap("sphere")
-        return group
-
-    def _write(self, group: _Group, name: str, update: Update) -> None:
-        """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
-        group.solved[name] = update
-        if self.sphere is not None and self.sphere.project == "per_layer":
-            update = self.sphere.suppress(update, self._directions(name, self.weights.working[name]))
-        group.written[name] = update
-        self.weights.add(name, update)
-
-    def _finished(
-        self, groups: Sequence[_Group], before: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Update], dict[str, Update]]:
-        """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
-        updates: dict[str, Update] = {}
-        solved: dict[str, Update] = {}
-        for name in self.weights.names:
-            update = self.method.finish(joined([group.written[name] for group in groups]), before[name])
-            solved[name] = joined([group.solved[name] for group in groups])
-            if self.sphere is not None and self.sphere.project == "after_all":
-                solved[name] = update
-                update = self.sphere.suppress(update, self._directions(name, before[name]))
-            updates[name] = update
-        return updates, solved
 
     # --- what the journal says of it ------------------------------------------------------------------------------
 
-    def _norms(self, update: Update, solved: Update, before: Tensor, directions: Tensor) -> dict[str, Any]:
+    def _norms(self, name: str, written: Written) -> dict[str, Any]:
+        update, before = written.updates[name], written.before[name]
+        directions = self.solver.directions(name, before)
         return {
             "update_norm": update.norm(),
             "relative_norm": update.norm() / float(before.norm()),
-            "principal_norm_before": float(solved.to(torch.float64).times(directions).norm()),
+            "principal_norm_before": float(written.solved[name].to(torch.float64).times(directions).norm()),
             "principal_norm": float(update.to(torch.float64).times(directions).norm()),
             "principal_rank": directions.shape[1],
         }
 
-    def _energies(
-        self, name: str, deployed: Tensor, update: Update, solved: Update, before: Tensor
-    ) -> dict[str, float | None]:
+    def _energies(self, name: str, deployed: Tensor, written: Written) -> dict[str, float | None]:
         """The energy of the deployed matrix after the batch, its change, and what the theory says of that change.
 
         ``first_order`` changes are ⟨∇HE, ΔW⟩ at the weights before the batch: of the deployed change, of ΔW with and
         without SPHERE, and of the parts of the two that lie along the principal directions.
         """
+        update, solved = written.updates[name], written.solved[name]
         original, now = self.weights.original(name), self.weights.deployed(name)
         gradient = energy_gradient(deployed)
         energy, unedited = hyperspherical_energy(now), self._unedited_energy(name)
@@ -279,7 +168,7 @@ class SequentialLoop:
         if moment is not None and name not in self._key_metrics:
             self._key_metrics[name] = KeyMetric.of(moment)
         bounds = energy_bounds(gradient, now - deployed, self._key_metrics.get(name))
-        directions = self._directions(name, before)
+        directions = self.solver.directions(name, written.before[name])
         along = gradient @ directions
         return {
             "energy": energy.total,
@@ -305,33 +194,13 @@ class SequentialLoop:
             self._unedited_energies[name] = hyperspherical_energy(self.weights.original(name)).total
         return self._unedited_energies[name]
 
-    def _directions(self, name: str, weight: Tensor) -> Tensor:
-        """SPHERE's directions for a matrix: those of ``weight``, or of W0; each is computed once."""
-        key = weight if self.diagnostic.basis == "current" else None
-        known = self._bases.get(name)
-        if known is None or known[0] is not key:
-            known = key, self.diagnostic.directions(self.weights.original(name) if key is None else key)
-            self._bases[name] = known
-        return known[1]
-
-    def _deploy(self) -> None:
-        """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
-        for name in self.weights.names:
-            original, working = self.weights.original(name), self.weights.working[name]
-            directions = partial(self._directions, name, working)
-            self.weights.deploy(name, deployed_weight(self.method, self.sphere, original, working, directions))
-
     # --- what the method remembers --------------------------------------------------------------------------------
 
-    def _seen(self, groups: Sequence[_Group], facts: Sequence[Fact]) -> dict[str, Seen]:
+    def _seen(self, problems: dict[str, Seen], facts: Sequence[Fact]) -> dict[str, Seen]:
         """What the method's state learns from the batch, now that it is written."""
         if self.method.needs.remembers == "keys":
-            return {name: {"keys": keys} for name, keys in self.source.all_keys(facts).items()}
-        found: dict[str, Seen] = {name: {} for name in self.weights.names}
-        for name, seen in found.items():
-            for part in groups[0].seen.get(name, {}):
-                seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
-        return found
+            return {name: {**problems[name], "keys": keys} for name, keys in self.source.all_keys(facts).items()}
+        return problems
 
     def _remember(self, seen: Mapping[str, Seen]) -> None:
         for name in self.weights.names:
@@ -372,30 +241,6 @@ class SequentialLoop:
                 f"the weights after batch {batch} cannot be rebuilt bit for bit ({', '.join(wrong)}): this device rounds "
                 "otherwise than the one that edited, or files of the run were changed. Use the machine and device of the run"
             )
-
-
-def deployed_weight(
-    method: Method, sphere: Sphere | None, original: Tensor, working: Tensor, directions: Callable[[], Tensor]
-) -> Tensor:
-    """What the model runs with ``[d_out, d_in]``, from W0 and the working weight, and SPHERE's directions if they are asked for."""
-    deployed = method.deploy(original, working)
-    if sphere is not None and sphere.project == "deployed":
-        change = sphere.suppress(deployed.double() - original.double(), directions())
-        deployed = (original.double() + change).float()
-    return deployed
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
-        self._last = now
 
 
 @dataclass(frozen=True)

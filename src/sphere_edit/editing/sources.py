@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, interleaved
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, bystander_keys, interleaved
 from sphere_edit.editing.methods.base import Needs
 from sphere_edit.editing.targets import GRADIENT_SCALE, Targets, TargetSettings, optimise_targets
 from sphere_edit.errors import SphereEditError
@@ -79,6 +79,10 @@ class Source:
         """Keys of every edited matrix with the weights as they stand."""
         raise NotImplementedError
 
+    def bystanders(self) -> list[Tensor]:
+        """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones."""
+        raise NotImplementedError
+
     def report(self) -> Report:
         """What came of the facts taken up last."""
         raise NotImplementedError
@@ -99,17 +103,17 @@ class OptimisedTargets(Source):
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
         self._facts, self._reader = list(facts), None
+        self.find(advance)
+
+    def find(self, advance: Advance) -> None:
+        """Set ``targets`` for the facts taken up."""
         computing = self._computing()
         self.targets: Targets = optimise_targets(
-            computing, facts, self.templates, self.layers[-1], self.settings, self._inside, advance
+            computing, self._facts, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
             self.targets = replace(self.targets, values=values)
-
-    def take_up(self, facts: Sequence[Fact], targets: Targets) -> None:
-        """Go on from targets that were found before, at the same place of the same weights."""
-        self._facts, self._reader, self.targets = list(facts), None, targets
 
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
@@ -128,6 +132,13 @@ class OptimisedTargets(Source):
         keys = self._the_reader().all_keys()
         self._reader = None
         return keys
+
+    def bystanders(self) -> list[Tensor]:
+        """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
+
+        With the weights as they stand, fact by fact, each prompt without its templates and without its answer.
+        """
+        return bystander_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
 
     def _computing(self) -> LoadedModel:
         """What the targets are optimised with: the model, or a bfloat16 copy with the edited weights as they stand."""

@@ -48,6 +48,9 @@ class LayerProblem:
     keys: Tensor  # K [d_in, n]
     residual: Tensor  # R [d_out, n]
     statistics: Statistics
+    bystanders: Tensor | None = (
+        None  # keys [d_in, m] at the other tokens of the facts' prompts, for methods that need them
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Needs:
             column of its own.
         remembers: what its state learns from each batch: the ``keys``, measured again once the batch is written, or
             the ``problem`` (keys and residuals) as it was solved; None for a method without a state.
+        bystanders: that it is given the keys at all other tokens of each fact's prompt too, as they are before the batch, with
+            the problem and to remember.
         change: that it is told W − W0 of every matrix too, each time a batch has been written.
     """
 
@@ -73,6 +78,7 @@ class Needs:
     null_space: tuple[NullSpaceRule, float] | None = None
     contexts: Literal["mean", "each"] = "mean"
     remembers: Literal["keys", "problem"] | None = None
+    bystanders: bool = False
     change: bool = False
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import cholesky_inverse
 
-from sphere_edit.editing.methods.base import LayerProblem, Seen, State, Statistics, memory, with_keys
+from sphere_edit.editing.methods.base import LayerProblem, State, Statistics, memory
 from sphere_edit.editing.methods.memit import MemitSeq
 from sphere_edit.numerics.linalg import grown_solution, spd_factor
 from sphere_edit.numerics.update import LowRankUpdate
@@ -30,15 +30,11 @@ class Encore(MemitSeq):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + μ I + Kp Kpᵀ + K Kᵀ)⁻¹``, in float64."""
         keys = problem.keys.double()
-        inverse = (state or self._empty(problem.statistics))["inverse"]
+        inverse = (state or self.start(problem.statistics))["inverse"]
         return LowRankUpdate(problem.residual.double(), grown_solution(inverse @ keys, keys).T)
 
-    def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
-        """Add the batch's keys to those that later batches must leave alone."""
-        return with_keys(state or self._empty(statistics), seen["keys"])
-
-    def _empty(self, statistics: Statistics) -> State:
-        """The memory before any edit."""
+    def start(self, statistics: Statistics) -> State:
+        """The memory before any edit: λ C0 + μ I and its inverse."""
         factor = statistics.factor
         system = self.penalty(len(factor)) * (factor @ factor.T)
         system.diagonal().add_(self.ridge)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pydantic import Field
+from torch import Tensor, cat
 
-from sphere_edit.editing.methods.base import Needs
+from sphere_edit.editing.methods.base import LayerProblem, Needs, Seen, State, Statistics, with_keys
 from sphere_edit.editing.methods.memit import MemitSeq
+from sphere_edit.numerics.linalg import grown_inverse, grown_solution
 from sphere_edit.numerics.projection import Sphere
+from sphere_edit.numerics.update import LowRankUpdate
 
 
 class Frugal(MemitSeq):
-    """``ΔW = R Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹`` with short targets, a key for each context, and λ in units of the width.
+    """``ΔW = R Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹`` with short targets, a key for each context, λ in units of the width.
 
-    Differs from sequential MEMIT in three ways. Targets descend in L2, so that ‖δ‖, in whose square the damage grows, is about
+    Differs from sequential MEMIT in four ways. Targets descend in L2, so that ‖δ‖, in whose square the damage grows, is about
     half of what Adam leaves. Each context template has a column of its own, so that ridge regression sees how a fact's keys
-    vary, not their mean alone. And ``λ = second_moment_weight · d_in``: since E[kᵀ C0⁻¹ k] = d_in over ordinary keys, whatever
-    the model, a key as rare as ordinary ones would get 1 / (1 + second_moment_weight) of its residual, and rarer ones more.
+    vary, not their mean alone. The other tokens of every edited prompt, the bystanders B, are to stay what they are, as keys Kp of
+    earlier facts are: a fact is read through them, and is forgotten when they change. And ``λ = second_moment_weight · d_in``:
+    since E[kᵀ C0⁻¹ k] = d_in over ordinary keys, whatever the model, a key as rare as ordinary ones would get
+    1 / (1 + second_moment_weight) of its residual, and rarer ones more.
     """
 
     name: ClassVar[str] = "frugal"
@@ -28,12 +33,35 @@ class Frugal(MemitSeq):
     second_moment_weight: float = Field(
         0.2, gt=0, description="λ / d_in, how much ordinary keys count against the batch's"
     )
+    bystander_weight: float = Field(
+        0.1, ge=0, description="ρ, how much each other token of an edited prompt counts against its subject's"
+    )
 
     @property
     def needs(self) -> Needs:
-        """Optimised targets, C0, and the keys of every batch in every context."""
-        return Needs(statistics="second_moment", contexts="each", remembers="keys")
+        """Optimised targets, C0, and of every batch its keys in every context and its bystanders."""
+        beside = self.bystander_weight > 0
+        return Needs(statistics="second_moment", contexts="each", remembers="keys", bystanders=beside)
 
     def penalty(self, width: int) -> float:
         """λ for a matrix of ``width`` inputs."""
         return self.second_moment_weight * width
+
+    def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
+        """ΔW as ``R`` times ``Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹``, in float64."""
+        if problem.bystanders is None:
+            return super().solve(problem, state)
+        keys = problem.keys.double()
+        inverse = (state or self.start(problem.statistics))["inverse"]
+        solved = grown_inverse(inverse, self._weighed(problem.bystanders)) @ keys
+        return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T)
+
+    def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
+        """Add the batch's keys and bystanders to those that later batches must leave alone."""
+        keys = seen["keys"].double()
+        if "bystanders" in seen:
+            keys = cat([keys, self._weighed(seen["bystanders"])], dim=1)
+        return with_keys(state or self.start(statistics), keys)
+
+    def _weighed(self, bystanders: Tensor) -> Tensor:
+        return bystanders.double() * self.bystander_weight**0.5

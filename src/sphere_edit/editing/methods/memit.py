@@ -77,11 +77,13 @@ class MemitSeq(Memit):
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
-        if not state:
-            factor = statistics.factor
-            weight = self.penalty(len(factor))
-            state = memory(weight * (factor @ factor.T), cholesky_inverse(factor) / weight)
-        return with_keys(state, seen["keys"])
+        return with_keys(state or self.start(statistics), seen["keys"])
+
+    def start(self, statistics: Statistics) -> State:
+        """The memory before any edit: λ C0 and its inverse."""
+        factor = statistics.factor
+        weight = self.penalty(len(factor))
+        return memory(weight * (factor @ factor.T), cholesky_inverse(factor) / weight)
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""

@@ -1,0 +1,200 @@
+"""One batch, from facts to updates of the edited matrices; the loop commits it, `tune` looks at it and takes it back.
+
+facts → targets → keys → update → projection → weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.methods.base import (
+    JointMethod,
+    LayerProblem,
+    LayerwiseMethod,
+    Method,
+    Seen,
+    State,
+    Statistics,
+)
+from sphere_edit.editing.sources import Report, Source
+from sphere_edit.facts.fact import Fact
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.projection import Sphere
+from sphere_edit.numerics.update import Update, joined
+from sphere_edit.progress import Reporter
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap to a stage."""
+        now = time.monotonic()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
+        self._last = now
+
+
+@dataclass
+class _Group:
+    """What solving some facts came to, by matrix: ΔW as solved, ΔW as written, and the method's view of the facts."""
+
+    solved: dict[str, Update] = field(default_factory=dict)
+    written: dict[str, Update] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved."""
+
+    before: dict[str, Tensor]
+    solved: dict[str, Update]
+    updates: dict[str, Update]
+    problems: dict[str, Seen]
+    report: Report
+
+
+class Solver:
+    """Writes batches into the working weights, through SPHERE where it is on."""
+
+    def __init__(
+        self,
+        weights: EditedWeights,
+        source: Source,
+        method: Method,
+        sphere: Sphere | None,
+        diagnostic: Sphere,
+        statistics: Mapping[str, Statistics],
+        reporter: Reporter,
+    ):
+        self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
+        self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
+        self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
+
+    def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock) -> Written:
+        """Solve a batch and add its updates to the working weights, which are left in the model."""
+        self.weights.use_working()
+        before = self.weights.snapshot()
+        groups, report = self._solve_groups(facts, states, clock)
+        updates, solved = self._finished(groups, before)
+        clock.lap("sphere")
+        self.weights.restore(before)
+        for name, update in updates.items():
+            self.weights.add(name, update)
+        problems: dict[str, Seen] = {name: {} for name in self.weights.names}
+        for name, seen in problems.items():
+            for part in groups[0].seen.get(name, {}):
+                seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
+        return Written(before, solved, updates, problems, report)
+
+    def deploy(self) -> None:
+        """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
+        for name in self.weights.names:
+            original, working = self.weights.original(name), self.weights.working[name]
+            directions = partial(self.directions, name, working)
+            self.weights.deploy(name, deployed_weight(self.method, self.sphere, original, working, directions))
+
+    def directions(self, name: str, weight: Tensor) -> Tensor:
+        """SPHERE's directions for a matrix: those of ``weight``, or of W0; each is computed once."""
+        key = weight if self.diagnostic.basis == "current" else None
+        known = self._bases.get(name)
+        if known is None or known[0] is not key:
+            known = key, self.diagnostic.directions(self.weights.original(name) if key is None else key)
+            self._bases[name] = known
+        return known[1]
+
+    def moved_on(self) -> None:
+        """Let go of directions that no later batch asks for."""
+        if self.diagnostic.basis == "current":
+            self._bases.clear()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _solve_groups(
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock
+    ) -> tuple[list[_Group], Report]:
+        """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
+        size = self.method.max_batch or len(facts)
+        report, groups = Report(), []
+        with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
+            for first in range(0, len(facts), size):
+                self.source.begin(facts[first : first + size], advance)
+                clock.lap(self.source.stage)
+                if isinstance(self.method, LayerwiseMethod):
+                    groups.append(self._solve_layers(self.method, states, clock))
+                else:
+                    assert isinstance(self.method, JointMethod)
+                    groups.append(self._solve_jointly(self.method, clock))
+                    advance(len(facts))
+                report.add(self.source.report())
+        return groups, report
+
+    def _solve_layers(self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock) -> _Group:
+        """Solve matrix by matrix, each seeing the weights of those below as already edited."""
+        group = _Group()
+        bystanders = self.source.bystanders() if method.needs.bystanders else [None] * len(self.weights.names)
+        for index, (name, beside) in enumerate(zip(self.weights.names, bystanders, strict=True)):
+            keys, residual = self.source.layer(index)
+            clock.lap("keys")
+            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside)
+            update = method.solve(problem, states[name]).to(torch.float32)
+            clock.lap("solve")
+            self._write(group, name, update)
+            group.seen[name] = {"keys": keys, "residual": residual} if method.needs.remembers == "problem" else {}
+            if beside is not None:
+                group.seen[name]["bystanders"] = beside
+            clock.lap("sphere")
+        return group
+
+    def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
+        group = _Group()
+        updates = method.descend(self.source.objective, self.weights.snapshot())
+        clock.lap(self.source.stage)
+        for name in self.weights.names:
+            self._write(group, name, updates[name].to(torch.float32))
+        clock.lap("sphere")
+        return group
+
+    def _write(self, group: _Group, name: str, update: Update) -> None:
+        """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
+        group.solved[name] = update
+        if self.sphere is not None and self.sphere.project == "per_layer":
+            update = self.sphere.suppress(update, self.directions(name, self.weights.working[name]))
+        group.written[name] = update
+        self.weights.add(name, update)
+
+    def _finished(
+        self, groups: Sequence[_Group], before: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Update], dict[str, Update]]:
+        """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
+        updates: dict[str, Update] = {}
+        solved: dict[str, Update] = {}
+        for name in self.weights.names:
+            update = self.method.finish(joined([group.written[name] for group in groups]), before[name])
+            solved[name] = joined([group.solved[name] for group in groups])
+            if self.sphere is not None and self.sphere.project == "after_all":
+                solved[name] = update
+                update = self.sphere.suppress(update, self.directions(name, before[name]))
+            updates[name] = update
+        return updates, solved
+
+
+def deployed_weight(
+    method: Method, sphere: Sphere | None, original: Tensor, working: Tensor, directions: Callable[[], Tensor]
+) -> Tensor:
+    """What the model runs with ``[d_out, d_in]``, from W0 and the working weight, and SPHERE's directions if they are asked for."""
+    deployed = method.deploy(original, working)
+    if sphere is not None and sphere.project == "deployed":
+        change = sphere.suppress(deployed.double() - original.double(), directions())
+        deployed = (original.double() + change).float()
+    return deployed
