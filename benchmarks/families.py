@@ -3,7 +3,7 @@
 python benchmarks/families.py                      # GPT-2, Qwen2, Gemma 2
 python benchmarks/families.py --family gpt2 --steps 200 --edits 4
 
-A hundred and fifty people, each with a home, a trade, a pet and a colour; every fact stands in the training text in two of three wordings, chosen by
+Sixty people, each with a home, a trade, a pet and a colour; every fact stands in the training text in two of three wordings, chosen by
 chance, so that the third asks for more than parroting. Edits give some of them another answer; the wording left out of the prompt is the
 paraphrase, other people's facts are the neighbours, and perplexity is of fresh text about the same world.
 """
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
 
-SHAPE = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+SHAPE = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 8, "n_embd": 128, "n_inner": 512, "n_head": 4, "n_positions": 128},
     "qwen2": {**SHAPE, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -37,7 +37,7 @@ WORDINGS = {
     "pet": ("{} keeps a {} .", "The pet of {} is a {} .", "In the garden of {} you will see a {} ."),
     "colour": ("{} likes the colour {} .", "The favourite colour of {} is {} .", "The door of {} was painted in {} ."),
 }
-PEOPLE, ANSWERS = 150, 12
+PEOPLE, ANSWERS = 60, 12
 
 
 def invented(count: int, generator: random.Random) -> list[str]:
@@ -144,8 +144,8 @@ def main() -> None:
     """One row a family and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, action="append")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 passages")
-    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of 32 passages")
+    parser.add_argument("--edits", type=int, default=20)
     parser.add_argument("--method", action="append", help="default: frugal, alphaedit, memit_seq")
     args = parser.parse_args()
     print(
@@ -167,7 +167,7 @@ def main() -> None:
             facts = world.facts(args.edits)
             for number, method in enumerate(args.method or ("frugal", "alphaedit", "memit_seq")):
                 editor = Editor.from_pretrained(
-                    folder / "model", folder / str(number), reporter=Quiet(), method=method, batch_size=50,
+                    folder / "model", folder / str(number), reporter=Quiet(), method=method, batch_size=10,
                     moments={"corpus": str(corpus)}, evaluation={"generation": "off"},
                 )  # fmt: skip
                 metrics = editor.edit(facts)

@@ -22,6 +22,9 @@ CONFIGS = {
     ),
     "Qwen2.5-7B": AutoConfig.for_model("qwen2", num_hidden_layers=28, hidden_size=3584, num_attention_heads=28),
     "GPT-J-6B": AutoConfig.for_model("gptj", n_layer=28, n_embd=4096),
+    "SmolLM2-135M": AutoConfig.for_model(
+        "llama", num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3
+    ),
     "GPT2-XL": AutoConfig.for_model("gpt2", n_layer=48, n_embd=1600, n_head=25),
 }
 
@@ -29,7 +32,8 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_is_recognised_by_what_it_is(name):
     assert {preset.name for preset in presets() if preset.fits(CONFIGS[name])} == {name}
-    assert preset_of(CONFIGS[name], "memit").name == name
+    method = "frugal" if name == "SmolLM2-135M" else "memit"
+    assert preset_of(CONFIGS[name], method).name == name
     assert preset_of(CONFIGS[name], "no such method") is None
 
 
@@ -49,7 +53,7 @@ def test_every_preset_can_be_used(preset):
     family = next(family for family in FAMILIES if preset.model["model_type"] in family.model_types)
     for method in preset.methods:
         settings, name = with_preset(make_settings({"method": method}), CONFIGS[preset.name], "")
-        assert name == f"published for {preset.name}"
+        assert name == f"{preset.origin} for {preset.name}"
         settings.make_method()
         assert settings.resolved_matrices(family, preset.model["num_hidden_layers"])
 
@@ -67,7 +71,7 @@ def test_published_values_arrive():
 
 def test_what_is_said_wins_even_where_it_is_a_default():
     default = Settings().targets.lr
-    given = make_settings({"targets": {"lr": default}, "options": {"l2": 7}, "layers": [3]})
+    given = make_settings({"method": "alphaedit", "targets": {"lr": default}, "options": {"l2": 7}, "layers": [3]})
     settings, _ = with_preset(given, CONFIGS["Llama-3-8B"], "")
     assert (settings.targets.lr, settings.targets.steps) == (default, 25)
     assert settings.options == {"l2": 7, "null_space": "absolute", "null_space_threshold": 0.02}

@@ -72,10 +72,13 @@ def told(*layers: dict) -> str:
             "memit: option 'l2': Extra inputs are not permitted (options: second_moment_weight)",
         ),
         (
-            {"options": {"l2": -1}},
+            {"method": "alphaedit", "options": {"l2": -1}},
             "alphaedit: option 'l2': Input should be greater than 0 (options: l2, null_space, null_space_threshold)",
         ),
-        ({"options": {"null_space": "small"}}, "alphaedit: option 'null_space': Input should be 'mean', "),
+        (
+            {"method": "alphaedit", "options": {"null_space": "small"}},
+            "alphaedit: option 'null_space': Input should be 'mean', ",
+        ),
     ],
 )
 def test_what_cannot_be_set_is_told_by_its_name(given_settings, message):
@@ -84,7 +87,13 @@ def test_what_cannot_be_set_is_told_by_its_name(given_settings, message):
 
 def test_later_settings_win_and_leave_their_neighbours():
     settings = make_settings(
-        {"batch_size": 5, "sphere": {"eta": 0.3, "alpha": 0.2}, "targets": {"lr": 0.5}, "options": {"l2": 1}},
+        {
+            "method": "alphaedit",
+            "batch_size": 5,
+            "sphere": {"eta": 0.3, "alpha": 0.2},
+            "targets": {"lr": 0.5},
+            "options": {"l2": 1},
+        },
         {"sphere": {"eta": 0.4}, "options": {"null_space_threshold": 2}},
         {"batch_size": 7, "targets": {}},
     )
@@ -181,7 +190,7 @@ def test_resolved_settings_choose_the_same_matrices_again():
         ([28, 30], PRE_NORM, "layers [28, 30] do not all exist: this model has layers 0 to 29"),
         ([-1], PRE_NORM, "layers [-1] do not all exist: this model has layers 0 to 29"),
         ([7, 8], POST_NORM, "this family normalises each MLP's output, so one layer is edited and not 2: "),
-        ({"gate": [3]}, PRE_NORM, "alphaedit edits the matrices that write the MLP's output; give --layers 4-8"),
+        ({"gate": [3]}, PRE_NORM, "frugal edits the matrices that write the MLP's output; give --layers 4-8"),
         ({"side": [3]}, PRE_NORM, "this family has no 'side' matrix; it has "),
         ({}, PRE_NORM, "--layers takes layer numbers for at least one role"),
         ({"down": [3, 3]}, PRE_NORM, "--layers takes different layer numbers, not [3, 3]"),

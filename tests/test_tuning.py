@@ -14,6 +14,8 @@ import yaml
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
+from sphere_edit import editor as editor_module
+from sphere_edit import tuning as tuning_module
 from sphere_edit.editing.presets import read_tuned, tuned_file
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
@@ -90,3 +92,36 @@ def test_the_command_and_its_mistakes(model, tmp_path):
     assert found["layers"]
     with pytest.raises(SphereEditError, match="which ultraedit has not; take --method frugal"):
         tune(load_model(str(model)), make_settings({"method": "ultraedit"}), Quiet())
+
+
+def test_a_long_stream_on_an_unknown_model_calibrates_first_and_goes_by_what_it_finds(model, tmp_path, monkeypatch):
+    """Once: later runs take the same settings; a short stream, or a user who says what he wants, is not kept waiting."""
+    monkeypatch.setattr(editor_module, "CALIBRATE_FROM", 4)
+    known = facts_from(fact_records(3))
+    monkeypatch.setattr(tuning_module, "read_facts", lambda name: known)
+    quick = {name: value for name, value in QUICK.items() if name != "targets"}
+    facts = fact_records(4)
+    where = tuned_file(load_model(str(model)).fingerprint, "frugal")
+    where.unlink(missing_ok=True)
+    for name, options, given in (
+        ("short", {}, facts[:3]),
+        ("said", {"layers": [1]}, facts),
+        ("other", {"method": "memit"}, facts),
+    ):
+        editor = Editor.from_pretrained(model, tmp_path / name, reporter=Quiet(), **{**quick, **options})
+        assert not editor.would_calibrate(len(given))
+        editor.edit(given)
+        editor.close()
+        assert not where.exists()
+        assert editor.preset is None
+    editor = Editor.from_pretrained(model, tmp_path / "long", reporter=Quiet(), **quick)
+    assert editor.would_calibrate(len(facts))
+    editor.edit(facts)
+    editor.close()
+    chosen = json.loads(where.read_text())["settings"]
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    assert config["preset"] == "tuned for this model"
+    assert config["layers"] == chosen["layers"] == sorted(set(editor.layers))
+    again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **quick)
+    assert again.preset == "tuned for this model"
+    assert not again.would_calibrate(len(facts))

@@ -156,7 +156,7 @@ def edit(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Editing method; sphere-edit methods lists them. [default: alphaedit]")
+        str | None, typer.Option(help="Editing method; sphere-edit methods lists them. [default: frugal]")
     ] = None,
     sphere: Annotated[
         bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE projection. [default: on]")
@@ -765,7 +765,8 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
-        "preset": editor.preset or "none: the method's defaults",
+        "preset": editor.preset
+        or ("found by calibration first" if editor.would_calibrate(facts) else "none: the method's defaults"),
         "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
         "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
         "matrices": ", ".join(editor.weights.names),

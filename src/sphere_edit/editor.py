@@ -40,6 +40,9 @@ from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter, RichReporter
 
+CALIBRATE_FROM = (
+    500  # facts: `tune` edits its own sixty nine times over, and should cost no more than the stream itself
+)
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
@@ -71,7 +74,14 @@ class Editor:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, preset: str | None, folder: Path, reporter: Reporter):
-        self.loaded, self.preset, self.folder, self.reporter = loaded, preset, folder, reporter
+        self.loaded, self.folder, self.reporter = loaded, folder, reporter
+        self.run: RunFolder | None = None
+        self._loop: SequentialLoop | None = None
+        self._adopt(settings, preset)
+
+    def _adopt(self, settings: Settings, preset: str | None) -> None:
+        """Go by these settings from here on."""
+        loaded, self.preset, self._given = self.loaded, preset, settings
         depth = len(loaded.architecture.decoder_layers(loaded.model))
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
@@ -81,9 +91,7 @@ class Editor:
         self.layers = [layer for layer, _ in matrices]  # of each edited matrix
         names = [loaded.architecture.module_name(layer, role) for layer, role in matrices]
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)
-        self.run: RunFolder | None = None
-        self._loop: SequentialLoop | None = None
-        self._evaluator = Evaluator(loaded, self.weights, self.settings, reporter)
+        self._evaluator = Evaluator(loaded, self.weights, self.settings, self.reporter)
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -193,6 +201,8 @@ class Editor:
         self._evaluator.check()
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self.run is None:
+            if self.would_calibrate(len(planned)):
+                self._calibrate()
             self._start()
         run = self._run()
         history = run.history
@@ -342,6 +352,11 @@ class Editor:
         diagnostic = self.settings.diagnostic_sphere()
         return Solver(self.weights, source, self.method, self.sphere, diagnostic, statistics, self.reporter)
 
+    def would_calibrate(self, facts: int) -> bool:
+        """Whether so many facts, on a model of which nothing is known, are worth a calibration (`tune`) before the first of them."""
+        said = self._given.model_fields_set & {"layers", "options", "targets"}
+        return self.method.calibrated and self.preset is None and not said and facts >= CALIBRATE_FROM
+
     def would_supersede(self, facts: Sequence[Fact]) -> int:
         """How many facts that stand now these would replace."""
         run = self._run()
@@ -415,6 +430,16 @@ class Editor:
     def _the_loop(self) -> SequentialLoop:
         assert self._loop is not None
         return self._loop
+
+    def _calibrate(self) -> None:
+        """Find settings for this model, which later runs take too, and go by them."""
+        from sphere_edit.tuning import tune  # which edits with an editor
+
+        self.reporter.say(
+            "No settings are known for this model: calibrating first (`sphere-edit tune`; --layers skips it)", "bold"
+        )
+        tune(self.loaded, self._given, self.reporter)
+        self._adopt(*with_preset(self._given, self.model.config, self.loaded.fingerprint))
 
     def _start(self) -> None:
         """Create the run folder: everything that affects results is decided and written here, before the first batch."""

@@ -88,6 +88,8 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     spans = dict.fromkeys([default, *(layers_from(share, count, depth) for share, count in _SPANS)])
     if loaded.architecture.post_norm:
         spans = dict.fromkeys(span[-1:] for span in spans)
+    else:
+        bench.prepare(sorted({layer for span in spans for layer in span}))
     trials = [bench.trial({"layers": list(span)}) for span in spans]
     rate = bench.editor({}).settings.targets.lr or 1.0
     weight = method.model_dump()["second_moment_weight"]
@@ -136,6 +138,11 @@ class _Bench:
         """The layers that these settings edit."""
         return tuple(self.editor(differs).layers)
 
+    def prepare(self, layers: Sequence[int]) -> None:
+        """Measure the second moments of all layers that any trial may ask for, in one pass over the text."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._statistics(self.editor({"layers": list(layers)}), Path(folder))
+
     def trial(self, differs: dict[str, Any]) -> Trial:
         """Edit all facts in one batch, look, and take it back."""
         editor = self.editor(differs)
@@ -160,17 +167,7 @@ class _Bench:
         """Inside, the model has all facts in it."""
         settings = editor.settings
         with tempfile.TemporaryDirectory() as folder:
-            prepare_statistics(
-                self.loaded,
-                self.corpus,
-                editor.layers,
-                editor.weights.names,
-                editor.method,
-                settings.tokens_per_batch,
-                settings.moments.tolerance,
-                self.reporter,
-                Path(folder),
-            )
+            self._statistics(editor, Path(folder))
             statistics = load_statistics(Path(folder), editor.weights.names, self.loaded.device)
         source = _SharedTargets(
             self.loaded,
@@ -190,6 +187,19 @@ class _Bench:
         finally:
             editor.weights.reset()
             editor.close()
+
+    def _statistics(self, editor: Editor, folder: Path) -> None:
+        prepare_statistics(
+            self.loaded,
+            self.corpus,
+            editor.layers,
+            editor.weights.names,
+            editor.method,
+            editor.settings.tokens_per_batch,
+            editor.settings.moments.tolerance,
+            self.reporter,
+            folder,
+        )
 
     def _read(self, unedited: HeldoutScores | None) -> HeldoutScores:
         hidden = None if unedited is None else unedited.hidden

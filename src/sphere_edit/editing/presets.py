@@ -16,11 +16,12 @@ from sphere_edit.files import cache_dir
 
 @dataclass(frozen=True)
 class Preset:
-    """The published settings of one model, by method; they come before anything a user sets."""
+    """The known settings of one model, by method; they come before anything a user sets."""
 
     name: str
     model: dict[str, Any]  # what its config says
     methods: dict[str, dict[str, Any]]
+    origin: str = "published"  # or chosen: found here
 
     def fits(self, config: Any) -> bool:
         """Whether a transformers config describes this model."""
@@ -36,6 +37,7 @@ def presets() -> tuple[Preset, ...]:
             row["name"],
             row["model"],
             {method: group["settings"] for group in row["methods"] for method in group["names"]},
+            row.get("origin", "published"),
         )
         for row in rows
     )

@@ -68,7 +68,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: str = Field("alphaedit", description="editing method")
+    method: str = Field("frugal", description="editing method")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     sphere: SphereSettings = SphereSettings()
     layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = Field(
@@ -196,7 +196,7 @@ def with_preset(given: Settings, config: Any, fingerprint: str) -> tuple[Setting
         published = preset.methods[given.method]
         if given.targets.rule != "adam" and "targets" in published:  # whose rate means something else there
             published = {**published, "targets": {k: v for k, v in published["targets"].items() if k != "lr"}}
-        return make_settings(published, said), f"published for {preset.name}"
+        return make_settings(published, said), f"{preset.origin} for {preset.name}"
     if (tuned := read_tuned(fingerprint, given.method)) is not None:
         return make_settings(tuned, said), "tuned for this model"
     return given, None

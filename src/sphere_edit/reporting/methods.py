@@ -16,7 +16,7 @@ def method_tables() -> list[Table]:
     listed = _left("Methods", "method", "what it does", "needs", "edits by default", "with SPHERE")
     options = _left("Options (options: {…} in a settings file)", "method", "option", "default", "meaning")
     papers = _left("Sources", "method", "source")
-    known = _left("Models with published settings, taken unless you set others", "model", "recognised by", "methods")
+    known = _left("Models with settings of their own, taken unless you set others", "model", "recognised by", "methods")
     for name, kind in METHODS.items():
         method = kind()
         listed.add_row(name, _summary(kind), _needs(method.needs), _edits(kind), _sphere(kind))

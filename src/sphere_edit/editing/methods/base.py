@@ -96,6 +96,7 @@ class Method(BaseModel, ABC):
     sphere: ClassVar[Sphere]
     max_batch: ClassVar[int | None] = None  # facts solved at one time; a larger batch is written in groups of so many
     dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
+    calibrated: ClassVar[bool] = False  # whether a long stream on a model without known settings begins with `tune`
     targets: ClassVar[dict[str, Any]] = {}  # how its targets are found by default, where that is not as published
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)  # matrices it edits by default: the first set there is
 
