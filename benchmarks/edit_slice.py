@@ -18,7 +18,7 @@ from sphere_edit.reporting.results import batches_table, metrics_table
 
 def main(model: str, source: str, start: str, count: str, run: str, *config: str) -> None:
     """Edit ``count`` facts from record ``start`` (from 0) on, and print what came of it."""
-    settings = make_settings(*(read_settings_file(Path(path)) for path in config))
+    settings = make_settings({"method": "alphaedit"}, *(read_settings_file(Path(path)) for path in config))
     facts = read_facts(source, limit=int(start) + int(count)).facts[int(start) :]
     editor = Editor.from_pretrained(model, run, settings, RichReporter())
     metrics = editor.edit(facts)

@@ -94,8 +94,9 @@ def started(folder: Path, batch_size: int, inner: int = 512, layers: Sequence[in
     settings = {"targets": {"steps": 2, "compute": "model"}, "moments": {"sampled_tokens": 2048}, "templates": 1}
     options = {"null_space": "quantile", "null_space_threshold": 0.8}
     editor = Editor.from_pretrained(
-        model, folder / "run", reporter=Quiet(), batch_size=batch_size, layers=list(layers), options=options, **settings
-    )
+        model, folder / "run", reporter=Quiet(), method="alphaedit", batch_size=batch_size, layers=list(layers),
+        options=options, **settings,
+    )  # fmt: skip
     editor._start()
     return editor
 
