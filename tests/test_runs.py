@@ -728,3 +728,36 @@ def test_evaluating_leaves_out_what_cannot_be_read_and_says_so(model, tmp_path):
     result = editor.evaluate([long, {"subject": ""}, *fact_records(1, start=3)], skip_bad=True)
     assert len(result.facts) == 1
     assert said[-1].startswith("2 records left out; the first: record 2: ")
+
+
+def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(model, tmp_path):
+    """The journal says who was asked and who had gone; rolled back to, the weights say the same; a replay gives the same bits."""
+    options = {**QUICK, "batch_size": 2, "recheck": 2, "method": "memit_seq"}
+    options["options"] = {"second_moment_weight": 1e-4}
+    records = fact_records(8)
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(records)
+    entries = editor.run.history.batches
+    assert [entry["asked"] for entry in entries] == [[], [0, 1], [2, 3, 0, 1], [4, 5, 0, 1]]
+    assert any(entry["again"] for entry in entries), "nothing was forgotten: the test shows nothing"
+    states = {name: dict(state) for name, state in editor._loop.states.items()}
+    known = {name: torch.zeros_like(state["system"]) for name, state in states.items()}
+    written: dict[int, tuple[int, int]] = {}
+    for entry in entries:
+        members = [*entry["facts"], *entry["again"]]
+        written.update({index: (entry["batch"], place) for place, index in enumerate(members)})
+    for batch, place in written.values():
+        _, seen = editor.run.read_update(batch)
+        for name, system in known.items():
+            system += torch.outer(*[seen[name]["keys"][:, place].double()] * 2)
+    for name, state in states.items():
+        start = editor.method.start(editor._loop.statistics[name])["system"]
+        torch.testing.assert_close(state["system"], start + known[name], rtol=1e-8, atol=1e-10)
+    for number in range(len(entries), 0, -1):
+        editor._loop.go_to(number)  # digests are compared on the way
+        later = entries[number] if number < len(entries) else None
+        if later and later["asked"]:
+            scores = editor.evaluate([records[index] for index in later["asked"]]).edited
+            gone = [index for index, score in zip(later["asked"], scores, strict=True) if not score.rewrite.correct]
+            assert gone == later["again"]
+    editor.close()

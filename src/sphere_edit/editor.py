@@ -237,10 +237,15 @@ class Editor:
                 history = run.history
                 replaced = superseded_by(facts, batch, history.retained)
                 number = history.head + 1
-                self.reporter.say(f"Batch {number}: {len(batch)} facts, {len(pending) - len(batch)} after it", "bold")
+                asked, again = self._forgotten(facts, len(batch), set(replaced))
+                more = f", and {len(again)} of {len(asked)} earlier ones that were forgotten" if asked else ""
+                self.reporter.say(
+                    f"Batch {number}: {len(batch)} facts{more}; {len(pending) - len(batch)} after it", "bold"
+                )
                 for index in replaced:
                     self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
-                entry = self._the_loop().edit(batch, [facts[index] for index in batch], replaced)
+                chosen = [facts[index] for index in (*batch, *again)]
+                entry = self._the_loop().edit(batch, chosen, replaced, asked, again)
                 if entry["event"] == "guard":
                     self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
             self._the_loop().keep()
@@ -408,6 +413,18 @@ class Editor:
             for fact, k in zip(facts, known, strict=True)
             if k
         ]
+
+    def _forgotten(self, facts: Sequence[Fact], coming: int, replaced: set[int]) -> tuple[list[int], list[int]]:
+        """Earlier facts that were asked before a batch of so many, and those whose new answer the model does not give (strict)."""
+        assert self.settings.recheck is not None
+        due = self._run().history.due(self.settings.recheck * coming + len(replaced))
+        asked = [index for index in due if index not in replaced][: self.settings.recheck * coming]
+        if not asked:
+            return [], []
+        self._the_loop().settle()
+        bare = [replace(facts[i], target_true=facts[i].target_new, paraphrases=(), neighbors=()) for i in asked]
+        scores = self._evaluator.score(bare, "earlier facts")
+        return asked, [index for index, score in zip(asked, scores, strict=True) if not score.rewrite.correct]
 
     def _say_left_out(self, records: Sequence[str]) -> None:
         if records:

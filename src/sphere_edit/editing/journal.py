@@ -80,6 +80,13 @@ class History:
         gone = self.superseded
         return [index for index in self.edited if index not in gone]
 
+    def due(self, count: int) -> list[int]:
+        """The facts to be asked next whether they still stand: those never asked yet, then those asked longest ago."""
+        asked = dict.fromkeys(self.edited, 0)
+        for batch in self.batches:
+            asked.update(dict.fromkeys(batch.get("asked", ()), batch["batch"]))
+        return sorted(self.retained, key=lambda index: (asked[index], index))[:count]
+
     @property
     def pending(self) -> list[int]:
         """Facts accepted and not yet edited."""

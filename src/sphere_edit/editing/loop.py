@@ -43,8 +43,17 @@ class SequentialLoop:
         self.at: int | None = None  # the batch whose weights and state are in memory
         self._checkpoint_cost, self._checkpointed = 0.0, float("-inf")  # of the last one: seconds it took, and when
 
-    def edit(self, indices: Sequence[int], facts: Sequence[Fact], superseded: Sequence[int]) -> dict[str, Any]:
+    def edit(
+        self,
+        indices: Sequence[int],
+        facts: Sequence[Fact],
+        superseded: Sequence[int],
+        asked: Sequence[int] = (),
+        again: Sequence[int] = (),
+    ) -> dict[str, Any]:
         """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace.
+
+        Earlier facts that were ``asked`` and proved to be forgotten are edited ``again``: they stand at the end of ``facts``.
 
         Where the run is guarded and the batch would leave the safe region, nothing of it stands: what is committed instead
         is the guard's entry, which withdraws all facts still waiting.
@@ -53,7 +62,7 @@ class SequentialLoop:
         batch = self.run.history.head + 1
         clock = Clock()
         self.at = None
-        self._forget(superseded, batch)
+        self._forget([*superseded, *again], batch)
         # copies: of a float32 model the deployed matrices are the parameters themselves
         deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}
         written = self.solver.write(facts, self.states, clock)
@@ -76,6 +85,8 @@ class SequentialLoop:
             "batch": batch,
             "facts": list(indices),
             "superseded": list(superseded),
+            "asked": list(asked),
+            "again": list(again),
             "targets": written.report.as_dict(),
             "matrices": matrices,
         }
@@ -132,7 +143,8 @@ class SequentialLoop:
                 self.states[name] = {part: value.to(device) for part, value in state.items()}
         for number in range(start + 1, batch + 1):
             updates, seen = self.run.read_update(number)
-            self._forget(self.run.history.batches[number - 1]["superseded"], number)
+            entry = self.run.history.batches[number - 1]
+            self._forget([*entry["superseded"], *entry.get("again", ())], number)
             for name, update in updates.items():
                 self.weights.add(name, update)
             self._remember(seen)
@@ -210,18 +222,20 @@ class SequentialLoop:
                 here["change"] = self.weights.working[name] - self.weights.original(name)
             self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
 
-    def _forget(self, superseded: Sequence[int], batch: int) -> None:
-        """Take the keys of facts that ``batch`` supersedes out of the method's state, batch by batch they came in."""
+    def _forget(self, rewritten: Sequence[int], batch: int) -> None:
+        """Take the keys of facts that ``batch`` supersedes or writes again out of the method's state, as last written."""
         if self.method.needs.remembers != "keys":
             return
-        gone = set(superseded)
-        for earlier in self.run.history.batches[: batch - 1]:
-            places = [place for place, index in enumerate(earlier["facts"]) if index in gone]
+        gone = set(rewritten)
+        for earlier in reversed(self.run.history.batches[: batch - 1]):
+            members = [*earlier["facts"], *earlier.get("again", ())]
+            places = [place for place, index in enumerate(members) if index in gone]
+            gone -= {members[place] for place in places}
             if places:
                 _, seen = self.run.read_update(earlier["batch"])
                 for name in self.weights.names:
                     keys = seen[name]["keys"]
-                    each = keys.shape[1] // len(earlier["facts"])  # columns a fact
+                    each = keys.shape[1] // len(members)  # columns a fact
                     columns = [place * each + column for place in places for column in range(each)]
                     old = keys[:, columns].to(self.weights.working[name].device)
                     self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])

@@ -76,6 +76,12 @@ class Settings(BaseModel):
         description="edited layers, or those of each role {gate: …, up: …, down: …}; by default the method's choice",
     )
     batch_size: int = Field(100, ge=1, description="facts in one batch")
+    recheck: int | None = Field(
+        None,
+        ge=0,
+        description="before each batch, ask so many earlier facts for each of its own, and edit again with it those "
+        "that are forgotten; by default the method's choice",
+    )
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
     moments: MomentSettings = MomentSettings()
@@ -119,7 +125,9 @@ class Settings(BaseModel):
         plain = layers["down"] if only_down else layers
         given = {**method.targets, **self.targets.model_dump(exclude_unset=True)}
         targets = TargetSettings(**given).resolved(device, fast_bfloat16)
-        return self.model_copy(update={"layers": plain, "sphere": sphere, "options": options, "targets": targets})
+        recheck = method.recheck if self.recheck is None else self.recheck
+        spelled = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
+        return self.model_copy(update=spelled)
 
     def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
         """The edited matrices, lowest layer first.

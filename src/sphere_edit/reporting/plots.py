@@ -34,6 +34,7 @@ _COLOURS = (
     "#000000",
     "#8A8A00",
     "#A6761D",
+    "#E7298A",
     "#66A61E",
 )
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
