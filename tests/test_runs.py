@@ -23,7 +23,9 @@ from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.evaluator import Evaluator
 from sphere_edit.evaluation.metrics import FactScores, summarise
+from sphere_edit.facts.readers import facts_from
 from sphere_edit.numerics.update import LowRankUpdate
+from sphere_edit.planning import estimate
 from sphere_edit.progress import Quiet, RichReporter
 from sphere_edit.reporting.series import Series
 
@@ -761,3 +763,23 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
             gone = [index for index, score in zip(later["asked"], scores, strict=True) if not score.rewrite.correct]
             assert gone == later["again"]
     editor.close()
+
+
+@pytest.mark.parametrize("method", ["frugal", "alphaedit", "ultraedit", "lyaplock"])
+def test_a_plan_asks_for_the_disk_that_a_run_takes(model, tmp_path, method):
+    records = fact_records(8)
+    settings = {"batch_size": 4, "layers": [1, 2], "targets": {"steps": 2}, "moments": {"sampled_tokens": 256}}
+    settings = {**settings, "method": method, "evaluation": {"generation": "off"}}
+    if method == "ultraedit":
+        del settings["layers"]
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **settings)
+    plan = estimate(editor, facts_from(records).facts)
+    editor.edit(records)
+    editor.close()
+    assert ("earlier facts" in plan.seconds) == (method == "frugal")
+    taken = {
+        part: sum(file.stat().st_size for file in (tmp_path / "run" / part).rglob("*.safetensors"))
+        for part in ("updates", "checkpoints", "statistics")
+    }
+    assert all(taken[part] for part in ("updates", "checkpoints"))
+    assert 0.5 < (plan.disk - 4000 * len(records)) / sum(taken.values()) < 4, taken

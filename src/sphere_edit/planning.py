@@ -56,11 +56,18 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     seconds["evaluation"] = (
         share * evaluations * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
     )
+    assert settings.recheck is not None
+    size = settings.batch_size
+    asked = sum(min(settings.recheck * size, first) for first in range(size, len(facts), size))
+    if asked:
+        bare = [replace(fact, target_true=fact.target_new, paraphrases=(), neighbors=()) for fact in trial]
+        asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
+        seconds["earlier facts"] = asked / len(trial) * asking
     if settings.evaluation.generation != "off":
         scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
         chat = settings.evaluation.generation == "chat"
-        asked = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
-        seconds["generation"] = share * 2 * _timed(asked)
+        answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
+        seconds["generation"] = share * 2 * _timed(answering)
     if moments.corpus is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
@@ -135,15 +142,21 @@ def _memory(editor: Editor) -> int:
 
 
 def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
-    facts = len(planned)
     method, widths = editor.method, [weight.shape for weight in editor.weights.working.values()]
-    batches = -(-facts // editor.settings.batch_size)
-    remembers = method.needs.remembers
-    if method.needs.source == "gradients":  # a column a target token
-        encoder = Encoder(editor.tokenizer)
-        facts = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
-    column = {"keys": lambda o, i: o + 2 * i, "problem": lambda o, i: 2 * (o + i), None: lambda o, i: o + i}[remembers]
-    updates = sum(4 * (batches * out * inner if method.dense else facts * column(out, inner)) for out, inner in widths)
+    batches = -(-len(planned) // editor.settings.batch_size)
+    needs, encoder = method.needs, Encoder(editor.tokenizer)
+    columns, beside = len(planned), 0
+    if needs.source == "gradients":  # a column a target token
+        columns = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
+    if needs.contexts == "each":
+        columns *= 1 + 5 * editor.settings.templates
+    if needs.bystanders:
+        beside = sum(len(encoder.encode(fact.filled_prompt).ids) - 1 for fact in planned)
+    remembers = needs.remembers
+    updates = 0
+    for out, inner in widths:
+        updates += 4 * (batches * out * inner if method.dense else columns * (out + inner))
+        updates += 4 * ({"keys": inner, "problem": out + inner, None: 0}[remembers] * columns + beside * inner)
     checkpoint = sum(out * inner * 4 + (2 * inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
     statistics = sum(inner * inner * 4 for _, inner in widths) if editor.measures_moments else 0
     return updates + checkpoint * 3 + statistics + len(planned) * 4000

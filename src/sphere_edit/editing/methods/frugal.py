@@ -33,7 +33,7 @@ class Frugal(MemitSeq):
     targets: ClassVar[dict[str, Any]] = {"rule": "normalised"}
 
     second_moment_weight: float = Field(
-        0.2, gt=0, description="λ / d_in, how much ordinary keys count against the batch's"
+        0.5, gt=0, description="λ / d_in, how much ordinary keys count against the batch's"
     )
     bystander_weight: float = Field(
         0.1, ge=0, description="ρ, how much each other token of an edited prompt counts against its subject's"
