@@ -19,6 +19,7 @@ from sphere_edit.editor import opened
 from sphere_edit.models.loading import prepare
 
 SETTINGS = """
+method: alphaedit
 batch_size: 10
 targets: {steps: 3, lr: 0.3}
 moments: {sampled_tokens: 256}

@@ -37,7 +37,7 @@ QUICK = {
     "tokens_per_batch": 256,
 }
 METHODS = {
-    "alphaedit": {"options": {"l2": 0.1, "null_space": "quantile", "null_space_threshold": 0.8}},
+    "alphaedit": {"method": "alphaedit", "options": {"l2": 0.1, "null_space": "quantile", "null_space_threshold": 0.8}},
     "memit": {"method": "memit", "options": {"second_moment_weight": 0.1}},
 }
 
@@ -523,7 +523,7 @@ def test_lost_evaluations_are_made_again_and_damaged_caches_too(model, tmp_path)
 
 
 def test_a_run_keeps_what_was_a_default_when_it_began(model, tmp_path, monkeypatch):
-    editor = Editor.from_pretrained(model, tmp_path / "run", **{**QUICK, "layers": None})
+    editor = Editor.from_pretrained(model, tmp_path / "run", method="alphaedit", **{**QUICK, "layers": None})
     editor.edit(fact_records(2))
     editor.close()
     monkeypatch.setattr(type(editor.method).model_fields["l2"], "default", 1e9)
@@ -568,7 +568,8 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     """The superseded key leaves what AlphaEdit preserves; were it kept, half of the change would be held back."""
     first = {**fact_records(1)[0]}
     second = {**first, "target_new": "Sweden"}
-    options = {**QUICK, "batch_size": 1, "options": {**METHODS["alphaedit"]["options"], "l2": 1e-3}}
+    options = {**QUICK, "batch_size": 1, "method": "alphaedit"}
+    options["options"] = {**METHODS["alphaedit"]["options"], "l2": 1e-3}
     editor = Editor.from_pretrained(model, tmp_path / "run", **options)
     editor.edit([first, second])
     assert editor.run.history.superseded == {0}
