@@ -121,7 +121,12 @@ def test_sphere_is_the_methods_own_but_for_what_is_said(name):
 
 def test_settings_survive_the_config_file_of_a_run():
     settings = make_settings(
-        {"layers": [8, 4], "targets": {"lr": "1e-3"}, "options": {"second_moment_weight": 3.5}, "evaluation": {"every": 2}}
+        {
+            "layers": [8, 4],
+            "targets": {"lr": "1e-3"},
+            "options": {"second_moment_weight": 3.5},
+            "evaluation": {"every": 2},
+        }
     )
     assert make_settings(json.loads(settings.model_dump_json())) == settings
     assert make_settings() == Settings()

@@ -455,7 +455,8 @@ class Editor:
         self.reporter.say(
             "No settings are known for this model: calibrating first (`sphere-edit tune`; --layers skips it)", "bold"
         )
-        tune(self.loaded, self._given, self.reporter)
+        best = tune(self.loaded, self._given, self.reporter)[0]
+        self.reporter.say(f"Best of the trials, and kept for later runs: {best}", "bold")
         self._adopt(*with_preset(self._given, self.model.config, self.loaded.fingerprint))
 
     def _start(self) -> None:

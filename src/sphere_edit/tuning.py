@@ -56,6 +56,13 @@ class Trial:
     divergence: float
     score: float
 
+    def __str__(self) -> str:
+        said = "; ".join(f"{name} {value}" for name, value in self.settings.items())
+        return (
+            f"{said}: strict {self.strict:.1f} %, generalization {self.generalization:.1f} %, specificity {self.specificity:.1f} %, "
+            f"KL {self.divergence:.4f}, score {self.score:.3f}"
+        )
+
 
 def check_tunable(given: Settings) -> Method:
     """The method, if there is something about it to tune.
@@ -155,12 +162,9 @@ class _Bench:
         )
         left = math.exp(-damage * STREAM / len(self.facts))
         score = harmonic_mean([strict / 100, general / 100, specific / 100, left])
-        said = "; ".join(f"{name} {value}" for name, value in differs.items())
-        self.reporter.say(
-            f"{said}: strict {strict:.1f} %, generalization {general:.1f} %, specificity {specific:.1f} %, KL {damage:.4f}, "
-            f"score {score:.3f}"
-        )
-        return Trial(differs, strict, general, specific, damage, score)
+        trial = Trial(differs, strict, general, specific, damage, score)
+        self.reporter.say(str(trial))
+        return trial
 
     @contextmanager
     def _edited(self, editor: Editor) -> Iterator[None]:
