@@ -36,6 +36,7 @@ def test_guide_examples_run_as_written():
         "docs/evaluation.md",
         "docs/LOG.md",
         "docs/performance.md",
+        "docs/quality.md",
         "docs/results.md",
         "CHANGELOG.md",
     ],
