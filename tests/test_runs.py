@@ -17,8 +17,7 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, files, hyperspherical_energy
-from sphere_edit import editor as editor_module
-from sphere_edit.editing import guard, journal
+from sphere_edit.editing import guard, journal, solving
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.evaluator import Evaluator
@@ -704,13 +703,13 @@ def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkey
     editor = start(model, tmp_path / "run")
     editor.edit(fact_records(2))
     before = weights_of(editor)
-    real = editor_module.SequentialLoop._finished
+    real = solving.Solver._finished
 
     def infinite(self, *args):
         updates, reports = real(self, *args)
         return {name: LowRankUpdate(u.left * float("inf"), u.right) for name, u in updates.items()}, reports
 
-    monkeypatch.setattr(editor_module.SequentialLoop, "_finished", infinite)
+    monkeypatch.setattr(solving.Solver, "_finished", infinite)
     with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN|not finite|NaN|overflow"):
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)
