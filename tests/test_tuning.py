@@ -103,6 +103,9 @@ def test_a_long_stream_on_an_unknown_model_calibrates_first_and_goes_by_what_it_
     facts = fact_records(4)
     where = tuned_file(load_model(str(model)).fingerprint, "frugal")
     where.unlink(missing_ok=True)
+    config, source = tmp_path / "quick.yaml", tmp_path / "facts.json"
+    config.write_text(yaml.safe_dump(quick))
+    source.write_text(json.dumps(facts))
     for name, options, given in (
         ("short", {}, facts[:3]),
         ("said", {"layers": [1]}, facts),
@@ -114,14 +117,14 @@ def test_a_long_stream_on_an_unknown_model_calibrates_first_and_goes_by_what_it_
         editor.close()
         assert not where.exists()
         assert editor.preset is None
-    editor = Editor.from_pretrained(model, tmp_path / "long", reporter=Quiet(), **quick)
-    assert editor.would_calibrate(len(facts))
-    editor.edit(facts)
-    editor.close()
+    plan = run("edit", model, source, "-o", tmp_path / "long", "--config", config, "--dry-run")
+    assert "found by calibration first" in plan
+    assert not where.exists()
+    run("edit", model, source, "-o", tmp_path / "long", "--config", config)
     chosen = json.loads(where.read_text())["settings"]
-    config = json.loads((tmp_path / "long" / "config.json").read_text())
-    assert config["preset"] == "tuned for this model"
-    assert config["layers"] == chosen["layers"] == sorted(set(editor.layers))
+    kept = json.loads((tmp_path / "long" / "config.json").read_text())
+    assert kept["preset"] == "tuned for this model"
+    assert kept["layers"] == chosen["layers"]
     again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **quick)
     assert again.preset == "tuned for this model"
     assert not again.would_calibrate(len(facts))

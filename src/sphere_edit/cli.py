@@ -283,6 +283,11 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
     if wish.dry_run:
         _plan(editor, given, wish.chosen["skip_bad"], wish.skip_known)
         return
+    if editor.would_calibrate(len(given.facts)):
+        from sphere_edit.tuning import calibrate
+
+        editor.check(given, wish.chosen["skip_bad"])
+        calibrate(editor)
     _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"], wish.skip_known))
 
 
@@ -766,7 +771,9 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
         "preset": editor.preset
-        or ("found by calibration first" if editor.would_calibrate(facts) else "none: the method's defaults"),
+        or (
+            "found by calibration first" if editor.would_calibrate(len(given.facts)) else "none: the method's defaults"
+        ),
         "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
         "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
         "matrices": ", ".join(editor.weights.names),

@@ -81,7 +81,7 @@ class Editor:
 
     def _adopt(self, settings: Settings, preset: str | None) -> None:
         """Go by these settings from here on."""
-        loaded, self.preset, self._given = self.loaded, preset, settings
+        loaded, self.preset, self.given = self.loaded, preset, settings
         depth = len(loaded.architecture.decoder_layers(loaded.model))
         self.method = settings.make_method()
         self.sphere = settings.make_sphere()
@@ -198,11 +198,8 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
-        self._evaluator.check()
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self.run is None:
-            if self.would_calibrate(len(planned)):
-                self._calibrate()
             self._start()
         run = self._run()
         history = run.history
@@ -214,7 +211,11 @@ class Editor:
         return self.resume()
 
     def check(self, given: FactSet, skip_bad: bool, skip_known: bool = False) -> tuple[list[Fact], list[str]]:
-        """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens."""
+        """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens.
+
+        What the settings ask of the evaluation is checked too.
+        """
+        self._evaluator.check()
         usable, unreadable = self._readable(given.facts, skip_bad)
         usable, known = self._unknown(usable) if skip_known else (usable, [])
         plan = plan_batches(usable, self.settings.batch_size, skip_bad)
@@ -359,8 +360,12 @@ class Editor:
 
     def would_calibrate(self, facts: int) -> bool:
         """Whether so many facts, on a model of which nothing is known, are worth a calibration (`tune`) before the first of them."""
-        said = self._given.model_fields_set & {"layers", "options", "targets"}
+        said = self.given.model_fields_set & {"layers", "options", "targets"}
         return self.method.calibrated and self.preset is None and not said and facts >= CALIBRATE_FROM
+
+    def adopt_tuned(self) -> None:
+        """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""
+        self._adopt(*with_preset(self.given, self.model.config, self.loaded.fingerprint))
 
     def would_supersede(self, facts: Sequence[Fact]) -> int:
         """How many facts that stand now these would replace."""
@@ -447,17 +452,6 @@ class Editor:
     def _the_loop(self) -> SequentialLoop:
         assert self._loop is not None
         return self._loop
-
-    def _calibrate(self) -> None:
-        """Find settings for this model, which later runs take too, and go by them."""
-        from sphere_edit.tuning import tune  # which edits with an editor
-
-        self.reporter.say(
-            "No settings are known for this model: calibrating first (`sphere-edit tune`; --layers skips it)", "bold"
-        )
-        best = tune(self.loaded, self._given, self.reporter)[0]
-        self.reporter.say(f"Best of the trials, and kept for later runs: {best}", "bold")
-        self._adopt(*with_preset(self._given, self.model.config, self.loaded.fingerprint))
 
     def _start(self) -> None:
         """Create the run folder: everything that affects results is decided and written here, before the first batch."""

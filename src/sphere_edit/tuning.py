@@ -111,6 +111,16 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     return trials
 
 
+def calibrate(editor: Editor) -> None:
+    """Find settings for an editor's model, which later runs take too, and let it go by them."""
+    editor.reporter.say(
+        "No settings are known for this model: calibrating first (`sphere-edit tune`; --layers skips it)", "bold"
+    )
+    best = tune(editor.loaded, editor.given, editor.reporter)[0]
+    editor.reporter.say(f"Best of the trials, and kept for later runs: {best}", "bold")
+    editor.adopt_tuned()
+
+
 class _SharedTargets(OptimisedTargets):
     """Targets hang on the last layer and the step alone, so trials that share these share them."""
 
