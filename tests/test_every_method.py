@@ -111,6 +111,10 @@ def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
         checkpoint.unlink()
     with opened(tmp_path / "run", Quiet()) as again:
         assert same(weights_of(again), edited)
+        for name, state in editor._loop.states.items():
+            assert state.keys() == again._loop.states[name].keys()
+            for part, value in state.items():
+                assert torch.equal(value, again._loop.states[name][part]), "what later batches go on from is the same"
         again.rollback(1)
         assert same(weights_of(again), after_one)
         again.rollback(0)

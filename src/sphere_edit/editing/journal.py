@@ -38,10 +38,9 @@ from sphere_edit.files import (
     write_tensors,
     write_text,
 )
-from sphere_edit.numerics.update import Update, update_from
+from sphere_edit.numerics.update import PARTS, Update, update_from
 
 SCHEMA = 3
-_SEEN = ("keys", "residual")  # parts of an update file that are not the update
 
 Entry = dict[str, Any]
 
@@ -301,7 +300,8 @@ class RunFolder:
             matrix, part = name.rsplit("/", 1)
             parts.setdefault(matrix, {})[part] = value
         seen = {
-            matrix: {part: tensors.pop(part) for part in _SEEN if part in tensors} for matrix, tensors in parts.items()
+            matrix: {part: value for part, value in tensors.items() if part not in PARTS}
+            for matrix, tensors in parts.items()
         }
         return {matrix: update_from(tensors) for matrix, tensors in parts.items()}, seen
 

@@ -84,6 +84,7 @@ class DenseUpdate:
 
 
 Update = LowRankUpdate | DenseUpdate
+PARTS = ("left", "right", "delta")  # what ``tensors()`` of any of them may name
 
 
 def update_from(tensors: dict[str, Tensor]) -> Update:
