@@ -104,19 +104,20 @@ def test_a_long_stream_on_an_unknown_model_calibrates_first_and_goes_by_what_it_
     where = tuned_file(load_model(str(model)).fingerprint, "frugal")
     where.unlink(missing_ok=True)
     config, source = tmp_path / "quick.yaml", tmp_path / "facts.json"
-    config.write_text(yaml.safe_dump(quick))
-    source.write_text(json.dumps(facts))
     for name, options, given in (
         ("short", {}, facts[:3]),
         ("said", {"layers": [1]}, facts),
         ("other", {"method": "memit"}, facts),
     ):
-        editor = Editor.from_pretrained(model, tmp_path / name, reporter=Quiet(), **{**quick, **options})
+        editor = Editor.from_pretrained(model, tmp_path / "asked", reporter=Quiet(), **{**quick, **options})
         assert not editor.would_calibrate(len(given))
-        editor.edit(given)
-        editor.close()
+        config.write_text(yaml.safe_dump({**quick, **options}))
+        source.write_text(json.dumps(given))
+        run("edit", model, source, "-o", tmp_path / name, "--config", config)
         assert not where.exists()
-        assert editor.preset is None
+        assert json.loads((tmp_path / name / "config.json").read_text())["preset"] is None
+    config.write_text(yaml.safe_dump(quick))
+    source.write_text(json.dumps(facts))
     plan = run("edit", model, source, "-o", tmp_path / "long", "--config", config, "--dry-run")
     assert "found by calibration first" in plan
     assert not where.exists()

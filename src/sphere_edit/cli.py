@@ -767,13 +767,12 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
     cost = estimate(editor, planned)
     settings, facts = editor.settings, len(planned)
     table = make_table("Settings", "", " ", left=("", " "), head=False)
+    calibrates = editor.would_calibrate(len(given.facts))
+    unknown = "found by calibration first" if calibrates else "none: the method's defaults"
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
-        "preset": editor.preset
-        or (
-            "found by calibration first" if editor.would_calibrate(len(given.facts)) else "none: the method's defaults"
-        ),
+        "preset": editor.preset or unknown,
         "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
         "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
         "matrices": ", ".join(editor.weights.names),

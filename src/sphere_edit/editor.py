@@ -6,9 +6,9 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter, RichReporter
 
-CALIBRATE_FROM = (
-    500  # facts: `tune` edits its own sixty nine times over, and should cost no more than the stream itself
-)
+CALIBRATE_FROM = 500  # facts: `tune` edits its own sixty nine times over, and should cost no more than the stream
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
@@ -346,10 +344,18 @@ class Editor:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def make_source(self, templates: Sequence[str], targets: TargetSettings) -> Source:
-        """What the method feeds on."""
+    def measure_statistics(self, corpus: Corpus, folder: Path) -> None:
+        """Put the method's statistics of every edited matrix into ``folder``, from the cache where they are there."""
+        settings, names = self.settings, self.weights.names
+        size, tolerance = settings.tokens_per_batch, settings.moments.tolerance
+        prepare_statistics(self.loaded, corpus, self.layers, names, self.method, size, tolerance, self.reporter, folder)
+
+    def make_source(
+        self, templates: Sequence[str], targets: TargetSettings, kind: Callable[..., Source] | None = None
+    ) -> Source:
+        """What the method feeds on, or another ``kind`` of it."""
         needs = self.method.needs
-        return SOURCES[needs.source](
+        return (kind or SOURCES[needs.source])(
             self.loaded, self.weights, self.layers, templates, needs, targets, self.settings.tokens_per_batch
         )
 
@@ -405,13 +411,12 @@ class Editor:
 
         A fact that corrects an earlier one stays in, whatever the unedited model says.
         """
-        asked = [replace(f, target_true=f.target_true or f.target_new, paraphrases=(), neighbors=()) for f in facts]
         with self.weights.unedited():
-            scores = self._evaluator.score(asked, "what is known already")
+            given = self._knows(facts, "what is known already")
         standing = {fact.key for fact in self.run.facts()} if self.run is not None else set()
         known = []
-        for fact, score in zip(facts, scores, strict=True):
-            known.append(score.rewrite.correct and fact.key not in standing)
+        for fact, answered in zip(facts, given, strict=True):
+            known.append(answered and fact.key not in standing)
             standing.add(fact.key)
         return [fact for fact, k in zip(facts, known, strict=True) if not k], [
             f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already"
@@ -422,14 +427,17 @@ class Editor:
     def _forgotten(self, facts: Sequence[Fact], coming: int, replaced: set[int]) -> tuple[list[int], list[int]]:
         """Earlier facts that were asked before a batch of so many, and those whose new answer the model does not give (strict)."""
         assert self.settings.recheck is not None
-        due = self._run().history.due(self.settings.recheck * coming + len(replaced))
-        asked = [index for index in due if index not in replaced][: self.settings.recheck * coming]
+        due = [index for index in self._run().history.due if index not in replaced]
+        asked = due[: self.settings.recheck * coming]
         if not asked:
             return [], []
         self._the_loop().settle()
-        bare = [replace(facts[i], target_true=facts[i].target_new, paraphrases=(), neighbors=()) for i in asked]
-        scores = self._evaluator.score(bare, "earlier facts")
-        return asked, [index for index, score in zip(asked, scores, strict=True) if not score.rewrite.correct]
+        given = self._knows([facts[index] for index in asked], "earlier facts")
+        return asked, [index for index, answered in zip(asked, given, strict=True) if not answered]
+
+    def _knows(self, facts: Sequence[Fact], title: str) -> list[bool]:
+        """Whether the model as it stands gives each fact's new answer (strict)."""
+        return [score.rewrite.correct for score in self._evaluator.score([fact.bare() for fact in facts], title)]
 
     def _say_left_out(self, records: Sequence[str]) -> None:
         if records:
@@ -463,17 +471,7 @@ class Editor:
                 templates = sample_context_templates(self.loaded, self.settings.seed, count)
                 corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
                 if self.measures_moments:
-                    prepare_statistics(
-                        self.loaded,
-                        corpus,
-                        self.layers,
-                        self.weights.names,
-                        self.method,
-                        self.settings.tokens_per_batch,
-                        self.settings.moments.tolerance,
-                        self.reporter,
-                        self.folder / "statistics",
-                    )
+                    self.measure_statistics(corpus, self.folder / "statistics")
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
             write_json(self.folder / "config.json", run.config)

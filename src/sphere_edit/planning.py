@@ -60,7 +60,7 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     size = settings.batch_size
     asked = sum(min(settings.recheck * size, first) for first in range(size, len(facts), size))
     if asked:
-        bare = [replace(fact, target_true=fact.target_new, paraphrases=(), neighbors=()) for fact in trial]
+        bare = [fact.bare() for fact in trial]
         asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
         seconds["earlier facts"] = asked / len(trial) * asking
     if settings.evaluation.generation != "off":

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -17,7 +18,7 @@ from sphere_edit.editing.presets import tuned_file
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.editing.solving import Clock
 from sphere_edit.editing.sources import OptimisedTargets
-from sphere_edit.editing.statistics import load_statistics, prepare_statistics
+from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editing.targets import Targets
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
@@ -124,7 +125,9 @@ def calibrate(editor: Editor) -> None:
 class _SharedTargets(OptimisedTargets):
     """Targets hang on the last layer and the step alone, so trials that share these share them."""
 
-    found: dict[tuple[int, float | None], Targets]
+    def __init__(self, found: dict[tuple[int, float | None], Targets], *args: Any):
+        super().__init__(*args)
+        self.found = found
 
     def find(self, advance: Advance) -> None:
         """Take the targets of an earlier trial, or leave them to later ones."""
@@ -158,7 +161,7 @@ class _Bench:
     def prepare(self, layers: Sequence[int]) -> None:
         """Measure the second moments of all layers that any trial may ask for, in one pass over the text."""
         with tempfile.TemporaryDirectory() as folder:
-            self._statistics(self.editor({"layers": list(layers)}), Path(folder))
+            self.editor({"layers": list(layers)}).measure_statistics(self.corpus, Path(folder))
 
     def trial(self, differs: dict[str, Any]) -> Trial:
         """Edit all facts in one batch, look, and take it back."""
@@ -179,20 +182,10 @@ class _Bench:
     @contextmanager
     def _edited(self, editor: Editor) -> Iterator[None]:
         """Inside, the model has all facts in it."""
-        settings = editor.settings
         with tempfile.TemporaryDirectory() as folder:
-            self._statistics(editor, Path(folder))
+            editor.measure_statistics(self.corpus, Path(folder))
             statistics = load_statistics(Path(folder), editor.weights.names, self.loaded.device)
-        source = _SharedTargets(
-            self.loaded,
-            editor.weights,
-            editor.layers,
-            self.templates,
-            editor.method.needs,
-            settings.targets,
-            settings.tokens_per_batch,
-        )
-        source.found = self._targets
+        source = editor.make_source(self.templates, editor.settings.targets, partial(_SharedTargets, self._targets))
         solver = editor.make_solver(source, statistics)
         try:
             solver.write(self.facts, {name: {} for name in editor.weights.names}, Clock())
@@ -201,19 +194,6 @@ class _Bench:
         finally:
             editor.weights.reset()
             editor.close()
-
-    def _statistics(self, editor: Editor, folder: Path) -> None:
-        prepare_statistics(
-            self.loaded,
-            self.corpus,
-            editor.layers,
-            editor.weights.names,
-            editor.method,
-            editor.settings.tokens_per_batch,
-            editor.settings.moments.tolerance,
-            self.reporter,
-            folder,
-        )
 
     def _read(self, unedited: HeldoutScores | None) -> HeldoutScores:
         hidden = None if unedited is None else unedited.hidden

@@ -79,12 +79,13 @@ class History:
         gone = self.superseded
         return [index for index in self.edited if index not in gone]
 
-    def due(self, count: int) -> list[int]:
-        """The facts to be asked next whether they still stand: those never asked yet, then those asked longest ago."""
+    @property
+    def due(self) -> list[int]:
+        """Retained facts as they are to be asked whether they still stand: those never asked yet, then those asked longest ago."""
         asked = dict.fromkeys(self.edited, 0)
         for batch in self.batches:
             asked.update(dict.fromkeys(batch.get("asked", ()), batch["batch"]))
-        return sorted(self.retained, key=lambda index: (asked[index], index))[:count]
+        return sorted(self.retained, key=lambda index: (asked[index], index))
 
     @property
     def pending(self) -> list[int]:
@@ -304,6 +305,10 @@ class RunFolder:
             for matrix, tensors in parts.items()
         }
         return {matrix: update_from(tensors) for matrix, tensors in parts.items()}, seen
+
+    def read_keys(self, batch: int) -> dict[str, Tensor]:
+        """The keys that the method remembers of a batch, by matrix, without its ΔW."""
+        return {name.removesuffix("/keys"): keys for name, keys in read_tensors(self._update(batch), "/keys").items()}
 
     def write_checkpoint(self, batch: int, weights: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
         """Store working weights and method state after a batch, together."""

@@ -228,17 +228,18 @@ class SequentialLoop:
             return
         gone = set(rewritten)
         for earlier in reversed(self.run.history.batches[: batch - 1]):
+            if not gone:
+                return
             members = [*earlier["facts"], *earlier.get("again", ())]
             places = [place for place, index in enumerate(members) if index in gone]
+            if not places:
+                continue
             gone -= {members[place] for place in places}
-            if places:
-                _, seen = self.run.read_update(earlier["batch"])
-                for name in self.weights.names:
-                    keys = seen[name]["keys"]
-                    each = keys.shape[1] // len(members)  # columns a fact
-                    columns = [place * each + column for place in places for column in range(each)]
-                    old = keys[:, columns].to(self.weights.working[name].device)
-                    self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])
+            for name, keys in self.run.read_keys(earlier["batch"]).items():
+                each = keys.shape[1] // len(members)  # columns a fact
+                columns = [place * each + column for place in places for column in range(each)]
+                old = keys[:, columns].to(self.weights.working[name].device)
+                self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])
 
     def _check_finite(self, batch: int) -> None:
         for name in self.weights.names:

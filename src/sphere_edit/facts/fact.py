@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sphere_edit.errors import SphereEditError
@@ -56,6 +56,10 @@ class Fact:
     def key(self) -> tuple[str, str]:
         """Two facts with one key say something about the same thing: the later one supersedes the earlier."""
         return _folded(self.subject), _folded(self.prompt)
+
+    def bare(self) -> Fact:
+        """The fact with nothing to ask but whether its new answer is given: no paraphrases, neighbours or rival."""
+        return replace(self, target_true=self.target_new, target_true_ids=None, paraphrases=(), neighbors=())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -48,7 +48,8 @@ def _needs(needs: Needs) -> str:
     }[needs.source]
     statistics = {"second_moment": ", C0", "null_space": ", null space of C0", None: ""}[needs.statistics]
     memory = {"keys": ", all earlier keys", "problem": ", running statistics", None: ""}[needs.remembers]
-    return wants + statistics + memory
+    beside = ", the other tokens of edited prompts" if needs.bystanders else ""
+    return wants + statistics + memory + beside
 
 
 def _edits(kind: type[Method]) -> str:

@@ -48,9 +48,7 @@ class LayerProblem:
     keys: Tensor  # K [d_in, n]
     residual: Tensor  # R [d_out, n]
     statistics: Statistics
-    bystanders: Tensor | None = (
-        None  # keys [d_in, m] at the other tokens of the facts' prompts, for methods that need them
-    )
+    bystanders: Tensor | None = None  # keys [d_in, m] at the prompts' other tokens, where the method needs them
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,7 @@ class Method(BaseModel, ABC):
     sphere: ClassVar[Sphere]
     max_batch: ClassVar[int | None] = None  # facts solved at one time; a larger batch is written in groups of so many
     dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
-    recheck: ClassVar[int] = (
-        0  # earlier facts asked before a batch, for each of its own, to edit again what is forgotten
-    )
+    recheck: ClassVar[int] = 0  # earlier facts asked for each new one, to edit again what is forgotten
     calibrated: ClassVar[bool] = False  # whether a long stream on a model without known settings begins with `tune`
     targets: ClassVar[dict[str, Any]] = {}  # how its targets are found by default, where that is not as published
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)  # matrices it edits by default: the first set there is

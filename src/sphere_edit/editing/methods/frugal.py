@@ -9,7 +9,7 @@ from torch import Tensor, cat
 
 from sphere_edit.editing.methods.base import LayerProblem, Needs, Seen, State, Statistics, with_keys
 from sphere_edit.editing.methods.memit import MemitSeq
-from sphere_edit.numerics.linalg import grown_inverse, grown_solution
+from sphere_edit.numerics.linalg import grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
@@ -51,19 +51,16 @@ class Frugal(MemitSeq):
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹``, in float64."""
-        if problem.bystanders is None:
-            return super().solve(problem, state)
-        keys = problem.keys.double()
+        columns = self._columns(problem.keys, problem.bystanders)
         inverse = (state or self.start(problem.statistics))["inverse"]
-        solved = grown_inverse(inverse, self._weighed(problem.bystanders)) @ keys
-        return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T)
+        solution = grown_solution(inverse @ columns, columns)[:, : problem.keys.shape[1]]
+        return LowRankUpdate(problem.residual.double(), solution.T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys and bystanders to those that later batches must leave alone."""
-        keys = seen["keys"].double()
-        if "bystanders" in seen:
-            keys = cat([keys, self._weighed(seen["bystanders"])], dim=1)
-        return with_keys(state or self.start(statistics), keys)
+        return with_keys(state or self.start(statistics), self._columns(seen["keys"], seen.get("bystanders")))
 
-    def _weighed(self, bystanders: Tensor) -> Tensor:
-        return bystanders.double() * self.bystander_weight**0.5
+    def _columns(self, keys: Tensor, bystanders: Tensor | None) -> Tensor:
+        """All that the system grows by, ``[K, √ρ B]``, float64."""
+        beside = [] if bystanders is None else [bystanders.double() * self.bystander_weight**0.5]
+        return cat([keys.double(), *beside], dim=1)
