@@ -24,6 +24,7 @@ from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
+from sphere_edit.editing.targets import Targets, anchored, typical_length
 from sphere_edit.numerics.linalg import NullSpaceRule, null_space
 from sphere_edit.numerics.update import DenseUpdate
 
@@ -427,3 +428,28 @@ def test_frugal_leaves_bystanders_of_this_and_all_earlier_batches_alone(problem)
         assert float(gradient.abs().max()) < 1e-9
     without = method.solve(dataclasses.replace(problem, bystanders=None), {}).dense()
     assert float((method.solve(problem, {}).dense() @ beside).norm()) < 0.9 * float((without @ beside).norm())
+
+
+def test_anchored_targets_are_of_one_length_or_given_up():
+    """``δ ← μ (v0 + δ) / ‖v0 + δ‖ − v0``; what was longer than 2 μ is left as it is (NAS)."""
+    outputs, deltas, clean = (random(D_OUT, 4, seed=seed) for seed in (30, 31, 32))
+    deltas[:, 2] *= 100
+    targets = Targets(clean + deltas, deltas, [[1.0]] * 4, [[0.0]] * 4)
+    lengths = (outputs + deltas).norm(dim=0)
+    anchor = float(lengths[:2].max())
+    found = anchored(targets, outputs, anchor)
+    kept = [column for column in range(4) if lengths[column] <= 2 * anchor]
+    assert kept == [0, 1, 3]
+    torch.testing.assert_close(
+        (outputs + found.deltas).norm(dim=0)[kept], torch.full((3,), anchor, dtype=torch.float64)
+    )
+    cosines = torch.cosine_similarity(outputs + found.deltas, outputs + deltas, dim=0)[kept]
+    torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64))
+    assert not found.deltas[:, 2].any()
+    torch.testing.assert_close(found.values, clean + found.deltas)
+
+
+def test_the_anchor_leaves_out_the_longest_twentieth():
+    vectors = torch.eye(40)[:, :40] * torch.arange(1.0, 41.0)
+    assert typical_length(vectors) == pytest.approx(sum(range(1, 39)) / 38)
+    assert typical_length(vectors[:, :1]) == 1.0

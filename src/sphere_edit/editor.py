@@ -23,7 +23,7 @@ from sphere_edit.editing.methods.base import Statistics
 from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.settings import Settings, make_settings, with_preset
 from sphere_edit.editing.solving import Clock, Solver
-from sphere_edit.editing.sources import SOURCES, Source
+from sphere_edit.editing.sources import SOURCES, OptimisedTargets, Source
 from sphere_edit.editing.statistics import load_statistics, prepare_statistics
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError, refused_records
@@ -33,8 +33,8 @@ from sphere_edit.evaluation.metrics import FactScores, complete_answers, summari
 from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
-from sphere_edit.facts.readers import FactSet, facts_from
-from sphere_edit.files import plain_errors, write_json
+from sphere_edit.facts.readers import FactSet, facts_from, read_facts
+from sphere_edit.files import plain_errors, write_json, write_tensors
 from sphere_edit.models.forward import generate
 from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
@@ -42,6 +42,8 @@ from sphere_edit.progress import Reporter, RichReporter
 
 _LIKELY = 0.5  # mean probability of the answers under the targets alone, below which something is wrong with these
 _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
+_PASSAGES = "passages.json"  # of a run: token ids of the ordinary text that its repair reads
+_FACTS_A_STEP = 10  # facts edited for each step of the repair that follows, so that a short stream has a short one
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
@@ -147,7 +149,8 @@ class Editor:
         folder = RunFolder.open(run)
         folder.lock()
         try:
-            settings = make_settings(folder.config["settings"])
+            before = {"repair": 0}  # of a run that began before there was a repair, and has no text for it
+            settings = make_settings(before, folder.config["settings"])
             source = str(model or folder.config["model"]["source"])
             loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
             if loaded.fingerprint != folder.config["model"]["fingerprint"]:
@@ -237,6 +240,8 @@ class Editor:
                 if self.method.apart:
                     batch = next_batch(facts, pending, self.settings.batch_size)
                 self._edit_batch(facts, batch)
+            if run.history.closing and run.history.unrepaired and self.settings.repair:
+                self._repair(facts)
             if run.history.closing:
                 self._edit_batch(facts, [])
             self._the_loop().keep()
@@ -421,9 +426,8 @@ class Editor:
         """Edit these facts, and those of earlier ones that are found forgotten; none at the end of a stream, to look back only."""
         history = self._run().history
         replaced = superseded_by(facts, batch, history.retained)
-        coming = len(batch) or len(history.batches[-1]["facts"])
         clock = Clock()
-        asked, forgotten = self._forgotten(facts, coming, set(replaced))
+        asked, forgotten = self._forgotten(facts, len(batch), set(replaced))
         if asked:
             clock.lap("asking earlier facts")
         chosen = [*batch, *forgotten]
@@ -455,12 +459,28 @@ class Editor:
         if entry["event"] == "guard":
             self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
 
+    def _repair(self, facts: Sequence[Fact]) -> None:
+        """Take back what the stream did to ordinary text, as far as its facts do not need it."""
+        run = self._run()
+        assert self.settings.repair is not None
+        steps = min(self.settings.repair, -(-run.history.unrepaired // _FACTS_A_STEP))
+        self.reporter.say(f"Batch {run.history.head + 1}: repair, {steps} steps", "bold")
+        with plain_errors(self.folder / _PASSAGES, "read"):
+            passages = json.loads((self.folder / _PASSAGES).read_text("utf-8"))
+        retained = [facts[index] for index in run.history.retained]
+        entry = self._the_loop().repair(retained, passages, steps, self.settings.seed)
+        if entry["event"] == "guard":
+            self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
+
     def _forgotten(self, facts: Sequence[Fact], coming: int, replaced: set[int]) -> tuple[list[int], list[int]]:
-        """Earlier facts that were asked before a batch of so many, and those whose new answer the model does not give (strict)."""
+        """Earlier facts that were asked before a batch of so many, and those whose new answer the model does not give (strict).
+
+        Where none are coming, all are asked.
+        """
         assert self.settings.recheck is not None
         due = [index for index in self._run().history.due if index not in replaced]
-        asked = due[: self.settings.recheck * coming]
-        if not asked:
+        asked = due[: self.settings.recheck * coming] if coming else due
+        if not self.settings.recheck or not asked:
             return [], []
         self._the_loop().settle()
         given = self._knows([facts[index] for index in asked], "earlier facts")
@@ -503,13 +523,31 @@ class Editor:
                 corpus = load_corpus(self.loaded, self.settings.moments, self.settings.seed, self.reporter)
                 if self.measures_moments:
                     self.measure_statistics(corpus, self.folder / "statistics")
+                if self.method.needs.anchored:
+                    self._measure_anchor(templates)
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
+            if self.settings.repair:
+                write_json(self.folder / _PASSAGES, corpus.passages)
             write_json(self.folder / "config.json", run.config)
             self._attach(run)
         except BaseException:
             run.unlock()
             raise
+
+    def _measure_anchor(self, templates: Sequence[str]) -> None:
+        """Put the typical length of targets on the unedited model, those of the demo facts, with the run's statistics."""
+        facts, _ = self._readable(read_facts("demo").facts, skip_bad=True)
+        if not facts:
+            raise SphereEditError(
+                f"{self.method.name} measures the demo facts first, and this tokenizer places none of their subjects"
+            )
+        source = self.make_source(templates, self.settings.targets)
+        assert isinstance(source, OptimisedTargets)
+        with self.reporter.bar("targets of the demo facts", len(facts), "facts") as advance:
+            length = source.typical_length(facts, advance)
+        file = self.folder / "statistics" / "anchor" / f"{self.weights.names[-1]}.safetensors"
+        write_tensors(file, {"anchor": torch.tensor([length])})
 
     def _config(self, templates: Sequence[str], corpus: Corpus) -> dict[str, Any]:
         return {
@@ -546,7 +584,11 @@ class Editor:
         with plain_errors(self.folder / "heldout.json", "read"):
             self._evaluator.heldout = json.loads((self.folder / "heldout.json").read_text("utf-8"))
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
-        solver = self.make_solver(self.make_source(run.config["templates"], self.settings.targets), statistics)
+        source = self.make_source(run.config["templates"], self.settings.targets)
+        anchor = statistics[self.weights.names[-1]].anchor
+        if anchor is not None and isinstance(source, OptimisedTargets):
+            source.anchor = float(anchor)
+        solver = self.make_solver(source, statistics)
         self._loop = SequentialLoop(run, solver, self.settings.guard)
         self._loop.go_to(run.history.head)
         self.run = run

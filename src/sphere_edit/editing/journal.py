@@ -94,10 +94,20 @@ class History:
         return [index for index in range(self.total) if index not in gone]
 
     @property
+    def unrepaired(self) -> int:
+        """How many facts were edited since ordinary text was last repaired."""
+        count = 0
+        for batch in reversed(self.batches):
+            if "repair" in batch:
+                break
+            count += len(batch["facts"])
+        return count
+
+    @property
     def closing(self) -> bool:
-        """Whether the last new facts were just edited, so that they and earlier ones may be asked a last time."""
-        edited = bool(self.batches) and bool(self.batches[-1]["facts"])
-        return edited and not self.finished and self.guard is None and not self.pending
+        """Whether the last new facts of a stream were edited, or what it did was repaired, and nothing came after."""
+        ready = bool(self.batches) and (bool(self.batches[-1]["facts"]) or "repair" in self.batches[-1])
+        return ready and not self.finished and self.guard is None and not self.pending
 
     def ability_series(self) -> dict[str, list[tuple[int, Entry]]]:
         """Scores of general ability by task, each with its batch, in order.

@@ -72,6 +72,36 @@ class SequentialLoop:
         seen = self._seen(written.problems, facts)
         self._remember(seen)
         clock.lap("keys after the batch")
+        about = {"facts": list(indices), "superseded": list(superseded), "asked": list(asked), "again": list(again)}
+        return self._commit(batch, written, seen, deployed, about, clock)
+
+    def repair(self, facts: Sequence[Fact], passages: Sequence[Sequence[int]], steps: int, seed: int) -> dict[str, Any]:
+        """Repair what was done to ordinary text (`Repair`), as a batch without facts; ``facts`` are those that are to stay.
+
+        What the method remembers stays as it is, but for how far the weights have moved.
+        """
+        self.settle()
+        clock = Clock()
+        batch = self.run.history.head + 1
+        self.at = None
+        deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}
+        written, descent = self.solver.repair(facts, passages, self.states, steps, seed + batch)
+        self._check_finite(batch)
+        clock.lap("repair")
+        self._remember({})
+        about = {"facts": [], "superseded": [], "asked": [], "again": [], "repair": descent.as_dict()}
+        return self._commit(batch, written, {}, deployed, about, clock)
+
+    def _commit(
+        self,
+        batch: int,
+        written: Written,
+        seen: Mapping[str, Seen],
+        deployed: Mapping[str, Tensor],
+        about: Mapping[str, Any],
+        clock: Clock,
+    ) -> dict[str, Any]:
+        """Put what stands in the working weights into the model and the run folder; ``deployed`` is what the model ran with before."""
         self.solver.deploy()
         clock.lap("deploying")
         matrices = {
@@ -83,15 +113,7 @@ class SequentialLoop:
             for name in self.weights.names
         }
         clock.lap("diagnosing")
-        done = {
-            "batch": batch,
-            "facts": list(indices),
-            "superseded": list(superseded),
-            "asked": list(asked),
-            "again": list(again),
-            "targets": written.report.as_dict(),
-            "matrices": matrices,
-        }
+        done = {"batch": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
         if self.guarded and (reason := objection(matrices)):
             entry = self.run.append("guard", **done, reason=reason, seconds=clock.seconds)
             self.settle()
@@ -217,9 +239,14 @@ class SequentialLoop:
         return problems
 
     def _remember(self, seen: Mapping[str, Seen]) -> None:
+        """Fold a batch into the method's state; a repair has taught it nothing but how far the weights have moved."""
         for name in self.weights.names:
-            device = self.weights.working[name].device
-            here = {part: value.to(device) for part, value in seen[name].items()}
+            weight = self.weights.working[name]
+            here = {part: value.to(weight.device) for part, value in seen.get(name, {}).items()}
+            if not here:
+                if not self.method.needs.change:
+                    continue
+                here["keys"] = weight.new_empty(weight.shape[1], 0)
             if self.method.needs.change:
                 here["change"] = self.weights.working[name] - self.weights.original(name)
             self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])

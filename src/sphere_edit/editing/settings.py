@@ -82,6 +82,12 @@ class Settings(BaseModel):
         description="before each batch, ask so many earlier facts for each of its own, and edit again with it those "
         "that are forgotten; by default the method's choice",
     )
+    repair: int | None = Field(
+        None,
+        ge=0,
+        description="after the last batch, take back what the edits did to ordinary text, as far as the facts do not need "
+        "it, in so many steps (or one for ten facts, if that is less); by default the method's choice",
+    )
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
     moments: MomentSettings = MomentSettings()
@@ -126,8 +132,9 @@ class Settings(BaseModel):
         given = {**method.targets, **self.targets.model_dump(exclude_unset=True)}
         targets = TargetSettings(**given).resolved(device, fast_bfloat16)
         recheck = method.recheck if self.recheck is None else self.recheck
-        spelled = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
-        return self.model_copy(update=spelled)
+        repair = method.repair if self.repair is None else self.repair
+        update = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
+        return self.model_copy(update={**update, "repair": repair})
 
     def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
         """The edited matrices, lowest layer first.

@@ -22,11 +22,12 @@ from sphere_edit.editing.methods.base import (
     State,
     Statistics,
 )
+from sphere_edit.editing.repair import Descent, Repair
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere
-from sphere_edit.numerics.update import Update, joined
+from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
 
 
@@ -97,6 +98,27 @@ class Solver:
                 seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
         return Written(before, solved, updates, problems, report)
 
+    def repair(
+        self,
+        facts: Sequence[Fact],
+        passages: Sequence[Sequence[int]],
+        states: Mapping[str, State],
+        steps: int,
+        seed: int,
+    ) -> tuple[Written, Descent]:
+        """Add a `Repair` of so many steps to the working weights, through SPHERE as a batch's updates go."""
+        self.weights.use_working()
+        before = self.weights.snapshot()
+        through = {name: partial(self._through_sphere, name, before[name]) for name in self.weights.names}
+        metrics = {name: self.method.metric(states[name], self.statistics[name]) for name in self.weights.names}
+        repair = Repair(self.source.computing(), self.weights, passages, facts, self.source.templates, metrics, seed)
+        change, descent = repair.run(steps, through, self.reporter)
+        solved: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}
+        updates: dict[str, Update] = {name: DenseUpdate(through[name](delta)) for name, delta in change.items()}
+        for name, update in updates.items():
+            self.weights.add(name, update)
+        return Written(before, solved, updates, {}, Report()), descent
+
     def deploy(self) -> None:
         """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
         for name in self.weights.names:
@@ -164,6 +186,13 @@ class Solver:
             self._write(group, name, updates[name].to(torch.float32))
         clock.lap("sphere")
         return group
+
+    def _through_sphere(self, name: str, weight: Tensor, change: Tensor) -> Tensor:
+        """A change ``[d_out, d_in]`` without its principal part, where SPHERE acts on what is written; float32."""
+        if self.sphere is None or self.sphere.project == "deployed":
+            return change
+        basis = self.directions(name, weight).to(change.dtype)
+        return DenseUpdate(change).without(basis, self.sphere.alpha).delta
 
     def _write(self, group: _Group, name: str, update: Update) -> None:
         """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, bystander_keys, interleaved
 from sphere_edit.editing.methods.base import Needs
-from sphere_edit.editing.targets import GRADIENT_SCALE, Targets, TargetSettings, optimise_targets
+from sphere_edit.editing.targets import (
+    GRADIENT_SCALE,
+    Targets,
+    TargetSettings,
+    anchored,
+    optimise_targets,
+    typical_length,
+)
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
@@ -63,6 +70,10 @@ class Source:
         self.needs, self.settings, self.max_tokens = needs, settings, max_tokens
         self.encoder = Encoder(loaded.tokenizer)
 
+    def computing(self) -> LoadedModel:
+        """The model that is differentiated, with the edited weights as they stand."""
+        return self.loaded
+
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Take up some facts, with the weights as they stand; ``advance`` is told of those done."""
         raise NotImplementedError
@@ -97,6 +108,7 @@ class OptimisedTargets(Source):
     """
 
     stage = "targets v*"
+    anchor: float | None = None  # the length of every target at the MLP's output, for a method that wants one
     _copy: LoadedModel | None = None
     _reader: SubjectReader | None = None
 
@@ -107,13 +119,27 @@ class OptimisedTargets(Source):
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
-        computing = self._computing()
+        computing = self.computing()
         self.targets: Targets = optimise_targets(
             computing, self._facts, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
             self.targets = replace(self.targets, values=values)
+
+        if self.anchor is not None:
+            self.targets = anchored(self.targets, self._outputs(), self.anchor)
+
+    def typical_length(self, facts: Sequence[Fact], advance: Advance) -> float:
+        """How long the targets of some facts are at the last edited MLP's output, with the weights as they stand (NAS's μ)."""
+        self.begin(facts, advance)
+        return typical_length(self._outputs() + self.targets.deltas)
+
+    def _outputs(self) -> Tensor:
+        """What the last edited MLP says at the facts' subjects, ``[d, n]``."""
+        prompts = SubjectPrompts.of(self._facts, self.templates[:1], self.encoder)
+        names, layers = self.weights.names, self.layers
+        return SubjectReader(self.loaded, prompts, names, layers, True, self.max_tokens).clean_values()
 
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
@@ -140,8 +166,8 @@ class OptimisedTargets(Source):
         """
         return bystander_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
 
-    def _computing(self) -> LoadedModel:
-        """What the targets are optimised with: the model, or a bfloat16 copy with the edited weights as they stand."""
+    def computing(self) -> LoadedModel:
+        """The model, or a bfloat16 copy of it, with the edited weights as they stand."""
         if self.settings.compute != "bfloat16" or self.loaded.dtype == torch.bfloat16:
             return self.loaded
         if self._copy is None:
@@ -187,7 +213,7 @@ class OptimisedTargets(Source):
 
 
 @dataclass(frozen=True)
-class _TargetRows:
+class TargetRows:
     """A chunk of facts: prompt and target but for its last token, and where each target token is predicted."""
 
     batch: TokenBatch
@@ -200,16 +226,16 @@ class _TargetRows:
         return where.means @ torch.nn.functional.cross_entropy(logits, where.tokens, reduction="none")
 
 
-def _target_rows(
+def target_rows(
     loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
-) -> Iterator[tuple[list[int], _TargetRows]]:
+) -> Iterator[tuple[list[int], TargetRows]]:
     """The facts, cut into chunks: their indices and tokens."""
     coded = [encoder.with_target(fact.filled_prompt, fact.target_new) for fact in facts]
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
         chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
         answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
         batch = TokenBatch.of([ids[:-1] for ids, _ in chosen], loaded.device)
-        yield chunk, _TargetRows(batch, Predictions.of(answers, len(chunk), loaded.device))
+        yield chunk, TargetRows(batch, Predictions.of(answers, len(chunk), loaded.device))
 
 
 class TargetGradients(Source):
@@ -227,7 +253,7 @@ class TargetGradients(Source):
         found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
         self._losses: list[float] = [0.0] * len(facts)
         with deterministic(self.loaded.device):
-            for chunk, rows in _target_rows(self.loaded, self.encoder, facts, self.max_tokens):
+            for chunk, rows in target_rows(self.loaded, self.encoder, facts, self.max_tokens):
                 graph = Graph(self.loaded, rows.batch, outputs_of=modules)
                 losses = rows.losses(self.loaded, graph.hidden)
                 gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
@@ -263,7 +289,7 @@ class TargetLoss(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Tokenise some facts."""
-        self._chunks = list(_target_rows(self.loaded, self.encoder, facts, self.max_tokens))
+        self._chunks = list(target_rows(self.loaded, self.encoder, facts, self.max_tokens))
         self._count = len(facts)
         self._seen: list[float] = []
 

@@ -59,7 +59,7 @@ def load_statistics(folder: Path, names: Sequence[str], device: torch.device) ->
     """The statistics a run was started with: what its method needs, and second moments wherever there are any."""
     found = {}
     for name in names:
-        files = [folder / kind / f"{name}.safetensors" for kind in ("second_moment", "null_space")]
+        files = [folder / kind / f"{name}.safetensors" for kind in ("second_moment", "null_space", "anchor")]
         parts = [read_tensors(file) for file in files if file.is_file()]
         found[name] = Statistics(**{key: value.to(device) for part in parts for key, value in part.items()})
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -133,6 +134,24 @@ def optimise_targets(
     deltas = torch.stack([found.delta for found in order], dim=1)
     values = torch.stack([found.clean for found in order], dim=1) + deltas
     return Targets(values, deltas, [found.losses for found in order], [found.probabilities for found in order])
+
+
+def typical_length(vectors: Tensor) -> float:
+    """The mean length of ``vectors [d, n]`` without the longest twentieth: NAS's anchor μ (arXiv:2602.02543, published code)."""
+    lengths = vectors.norm(dim=0).sort().values
+    return float(lengths[: max(1, math.ceil(0.95 * len(lengths)))].mean())
+
+
+def anchored(targets: Targets, outputs: Tensor, anchor: float) -> Targets:
+    r"""Targets whose v\*, taken as the MLP's output, is ``anchor`` long: with ``outputs = v0 [d, n]``, ``δ ← μ (v0 + δ) / ‖v0 + δ‖ − v0``.
+
+    One that was longer than 2 μ is given up: δ = 0. Source: NAS (arXiv:2602.02543), its published code.
+    """
+    wished = outputs + targets.deltas
+    lengths = wished.norm(dim=0)
+    deltas = wished * (anchor / lengths) - outputs
+    deltas = torch.where(lengths > 2 * anchor, torch.zeros_like(deltas), deltas)
+    return replace(targets, values=targets.values - targets.deltas + deltas, deltas=deltas)
 
 
 @dataclass

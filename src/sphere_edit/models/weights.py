@@ -48,10 +48,10 @@ class EditedWeights:
         self.working[name] = weight.to(self._parameters[name].device, torch.float32)
         self._write(name, self.working[name])
 
-    def as_parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters; differentiable."""
+    def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
         return {
-            f"{name}.weight": self._oriented(weight).to(self._parameters[name].dtype)
+            f"{name}.weight": self._oriented(weight).to(dtype or self._parameters[name].dtype)
             for name, weight in weights.items()
         }
 

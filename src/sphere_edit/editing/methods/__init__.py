@@ -14,6 +14,7 @@ from sphere_edit.editing.methods.frugal import Frugal
 from sphere_edit.editing.methods.ft import FineTune
 from sphere_edit.editing.methods.lyaplock import LyapLock
 from sphere_edit.editing.methods.memit import Memit, MemitSeq
+from sphere_edit.editing.methods.nas import Nas
 from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
 from sphere_edit.editing.methods.rome import Rome
@@ -22,7 +23,10 @@ from sphere_edit.errors import SphereEditError
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit, Encore, LyapLock, Frugal)
+    for method in (
+        *(AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit),
+        *(Encore, LyapLock, Nas, Frugal),
+    )
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, cholesky_inverse
 
 from sphere_edit.numerics.linalg import NullSpaceRule, grown_inverse, spd_factor
 from sphere_edit.numerics.projection import Sphere
@@ -28,6 +28,7 @@ class Statistics:
 
     second_moment: Tensor | None = None  # C0 [d_in, d_in]
     null_space: Tensor | None = None  # V [d_in, r], orthonormal columns; P = V Vᵀ
+    anchor: Tensor | None = None  # [1]: how long targets are at the MLP's output (of the last edited matrix)
 
     @cached_property
     def factor(self) -> Tensor:
@@ -67,6 +68,7 @@ class Needs:
             the ``problem`` (keys and residuals) as it was solved; None for a method without a state.
         bystanders: that it is given the keys at all other tokens of each fact's prompt too, as they are before the batch, with
             the problem and to remember.
+        anchored: that its targets, as the MLP's output, are as long as on the unedited model (`targets.anchored`).
         change: that it is told W − W0 of every matrix too, each time a batch has been written.
     """
 
@@ -77,6 +79,7 @@ class Needs:
     contexts: Literal["mean", "each"] = "mean"
     remembers: Literal["keys", "problem"] | None = None
     bystanders: bool = False
+    anchored: bool = False
     change: bool = False
 
 
@@ -95,6 +98,7 @@ class Method(BaseModel, ABC):
     max_batch: ClassVar[int | None] = None  # facts solved at one time; a larger batch is written in groups of so many
     dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
     recheck: ClassVar[int] = 0  # earlier facts asked for each new one, to edit again what is forgotten
+    repair: ClassVar[int] = 0  # steps at a stream's end that take back what it did to ordinary text
     apart: ClassVar[bool] = False  # whether two facts of one subject are kept out of one batch
     calibrated: ClassVar[bool] = False  # whether the first run on a model without known settings begins with `tune`
     targets: ClassVar[dict[str, Any]] = {}  # how its targets are found by default, where that is not as published
@@ -121,6 +125,10 @@ class Method(BaseModel, ABC):
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """The state without some earlier ``keys [d_in, m]``, whose facts the coming batch supersedes."""
         return state
+
+    def metric(self, state: State, statistics: Statistics) -> Tensor | None:
+        """M⁻¹ ``[d_in, d_in]`` of the keys that a repair moves with care; C0⁻¹ unless the method remembers more, None where nothing is known."""
+        return None if statistics.second_moment is None else cholesky_inverse(statistics.factor)
 
     def deploy(self, original: Tensor, working: Tensor) -> Tensor:
         """The weight the model runs with, from W0 and the working weight."""

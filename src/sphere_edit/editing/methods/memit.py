@@ -85,6 +85,10 @@ class MemitSeq(Memit):
         weight = self.penalty(len(factor))
         return memory(weight * (factor @ factor.T), cholesky_inverse(factor) / weight)
 
+    def metric(self, state: State, statistics: Statistics) -> Tensor | None:
+        """The inverse of all that is to be left alone, in units of C0⁻¹."""
+        return self.penalty(len(statistics.factor)) * (state or self.start(statistics))["inverse"]
+
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
         return without_keys(state, keys)

@@ -1,0 +1,177 @@
+"""Repair: take back what a stream of edits did to ordinary text, as far as its facts do not need it.
+
+Methods bound what an update does to a matrix's outputs (C0, null spaces). What counts is what the model says, and part of the
+harm can be undone behind the facts' backs: after the edits the same matrices descend on the divergence from the unedited model.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.sources import target_rows
+from sphere_edit.editing.targets import GRADIENT_SCALE
+from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder
+from sphere_edit.models.forward import Graph, TokenBatch, deterministic
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.progress import Reporter
+
+_RATE = 0.03  # the first step's length, as a share of ‖W − W0‖; later ones fall to zero along a cosine
+_MOMENTUM = 0.8
+_TEXT_TOKENS = 1024  # of ordinary text in each step
+_POSITIONS = 512  # of those, next-token distributions that are compared
+_FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
+_FACTS = 64  # of the edited ones, asked in each step
+_BLOCK = 64  # positions whose two distributions exist at one time; changes memory, not results
+
+
+@dataclass
+class Descent:
+    """What the repair saw step by step, each on other text and other facts."""
+
+    divergences: list[float] = field(default_factory=list)  # KL(unedited ‖ edited), nats a token
+    losses: list[float] = field(default_factory=list)  # of the facts asked, nats a target token
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the journal."""
+        return {"steps": len(self.divergences), **vars(self)}
+
+
+class Repair:
+    """Descent of all edited matrices on ``KL(unedited ‖ edited)`` over ordinary text, plus the mean loss of the edited facts.
+
+    Each step takes other text and other facts, half of them in one of the run's context templates: where the matrices must give way
+    for the text, the facts' loss says how. Gradients ∇ are taken in the metric of the keys, ``∇ M⁻¹`` (M = C0 and the like, what is
+    near no ordinary key moves more); they have a momentum, and one length for all matrices together:
+    ``Σ_l ‖Δ_l‖² / ‖W_l − W0_l‖²`` over the number of matrices is ``rate²``.
+
+    Args:
+        computing: the model to differentiate, which may be a copy in another precision.
+        passages: token ids of ordinary text; none of it is what held-out figures are measured on.
+        metrics: M⁻¹ ``[d_in, d_in]`` of each matrix, or None for one.
+    """
+
+    def __init__(
+        self,
+        computing: LoadedModel,
+        weights: EditedWeights,
+        passages: Sequence[Sequence[int]],
+        facts: Sequence[Fact],
+        templates: Sequence[str],
+        metrics: Mapping[str, Tensor | None],
+        seed: int,
+    ):
+        self.loaded, self.weights, self.facts = computing, weights, list(facts)
+        self.metrics = {name: None if metric is None else metric.float() for name, metric in metrics.items()}
+        self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
+        self.random = random.Random(seed)
+        shuffled = self.random.sample(list(passages), len(passages))
+        self.passages = cycle(passage for passage in shuffled if len(passage) > 1)
+
+    def run(self, steps: int, shape: Mapping[str, Any], reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
+        """Take the steps; the weights themselves stay as they are.
+
+        Args:
+            shape: by matrix, the symmetric linear map ``Δ → Δ P`` that stands between the change and the weight (SPHERE's).
+
+        Returns:
+            Δ ``[d_out, d_in]`` of each matrix before that map, float32, and what was seen on the way.
+        """
+        start = self.weights.snapshot()
+        scales = {name: float((start[name] - self.weights.original(name)).norm()) for name in start}
+        moved = [name for name in start if scales[name] > 0]
+        change = {name: torch.zeros_like(weight) for name, weight in start.items()}
+        momentum = {name: torch.zeros_like(start[name]) for name in moved}
+        descent = Descent()
+        with deterministic(self.loaded.device), reporter.bar("repair", steps, "steps") as advance:
+            for step in range(steps if moved else 0):
+                now = {name: start[name] + shape[name](change[name]) for name in moved}
+                gradients = self._gradients(now, descent)
+                for name, gradient in gradients.items():
+                    metric, downhill = self.metrics[name], shape[name](gradient)
+                    momentum[name] = _MOMENTUM * momentum[name] + (downhill if metric is None else downhill @ metric)
+                lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
+                length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
+                rate = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+                for name in moved:
+                    change[name] -= momentum[name] * (rate / max(length, 1e-30))
+                advance(1)
+        return change, descent
+
+    def _gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
+        """Of the whole loss, by each matrix; what it was goes into ``descent``."""
+        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        descent.divergences.append(self._text(leaves))
+        descent.losses.append(self._facts(leaves))
+        found = {}
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            found[name] = leaf.grad / GRADIENT_SCALE
+        return found
+
+    def _pass(self, batch: TokenBatch, weights: Mapping[str, Tensor]) -> Tensor:
+        """The last layer's output with some values of the matrices."""
+        return Graph(self.loaded, batch, self.weights.as_parameters(weights, self.loaded.dtype)).hidden
+
+    def _text(self, leaves: Mapping[str, Tensor]) -> float:
+        """The mean divergence at some positions of ordinary text; its gradient is left in the leaves."""
+        rows: list[list[int]] = []
+        while not rows or (len(rows) + 1) * max(map(len, rows)) <= _TEXT_TOKENS:
+            rows.append(list(next(self.passages))[:_TEXT_TOKENS])
+        batch = TokenBatch.of(rows, self.loaded.device)
+        places = batch.mask.bool().flatten().nonzero().flatten().tolist()
+        chosen = torch.tensor(sorted(self.random.sample(places, min(_POSITIONS, len(places)))), device=batch.ids.device)
+        unedited = self._pass(batch, {name: self.weights.original(name) for name in leaves}).flatten(0, 1)[chosen]
+        hidden = self._pass(batch, leaves).flatten(0, 1)[chosen]
+        divergence, slope = self._divergence(unedited, hidden.detach())
+        hidden.backward(slope)
+        return divergence
+
+    def _divergence(self, unedited: Tensor, edited: Tensor) -> tuple[float, Tensor]:
+        """Mean KL(p ‖ q) of what the head makes of ``[positions, d_model]``, and its gradient by ``edited``, scaled.
+
+        By the logits of q the gradient is q − p.
+        """
+        total, slopes = 0.0, []
+        head = self.loaded.architecture.head
+        for ours, theirs in zip(unedited.split(_BLOCK), edited.split(_BLOCK), strict=True):
+            with torch.enable_grad():
+                theirs = theirs.requires_grad_()
+                logits = head(self.loaded.model, theirs)
+            with torch.no_grad():
+                p = head(self.loaded.model, ours).float().log_softmax(-1)
+                q = logits.float().log_softmax(-1)
+                total += float((p.exp() * (p - q)).sum())
+                outer = (q.exp() - p.exp()) * (GRADIENT_SCALE / len(edited))
+            slopes.append(torch.autograd.grad(logits, theirs, outer.to(logits.dtype))[0])
+        return total / len(edited), torch.cat(slopes)
+
+    def _facts(self, leaves: Mapping[str, Tensor]) -> float:
+        """The mean loss of some facts, each in one context template; its gradient is added in the leaves."""
+        some = self.random.sample(self.facts, min(_FACTS, len(self.facts)))
+        asked = [_in_template(fact, self._context()) for fact in some]
+        total = 0.0
+        for _, rows in target_rows(self.loaded, self.encoder, asked, 2 * _TEXT_TOKENS):
+            loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)
+            (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
+            total += float(loss.detach())
+        return total
+
+    def _context(self) -> str:
+        """No context, or with the same chance one of the others."""
+        bare, *others = self.templates
+        return self.random.choice(others) if others and self.random.random() < 0.5 else bare
+
+
+def _in_template(fact: Fact, template: str) -> Fact:
+    lead, trail = template.split("{}", 1)
+    return replace(fact, prompt=lead + fact.prompt + trail)

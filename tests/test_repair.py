@@ -1,0 +1,252 @@
+"""The repair at a stream's end: its gradient, its step, what it does to text and facts, and its place in a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from conftest import fact_records
+from families import save_tiny
+from sphere_edit import editor as editor_module
+from sphere_edit.editing import repair as repair_module
+from sphere_edit.editing.loop import SequentialLoop
+from sphere_edit.editing.repair import Descent, Repair
+from sphere_edit.editor import Editor, opened
+from sphere_edit.evaluation.heldout import score_heldout
+from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.loading import load_model
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.progress import Quiet
+
+QUICK = {
+    "batch_size": 2,
+    "layers": [1, 2],
+    "targets": {"steps": 3, "lr": 0.3, "compute": "model"},
+    "moments": {"sampled_tokens": 512},
+    "tokens_per_batch": 256,
+    "evaluation": {"generation": "off"},
+    "device": "cpu",
+}
+TEMPLATES = ["{}", "The river. {}"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def edited(model):
+    """A float64 model with two matrices changed at random, and their names."""
+    loaded = load_model(model, "cpu", "float32")
+    loaded.model.double()
+    names = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    weights = EditedWeights(loaded.model, loaded.architecture, names)
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        weight = weights.original(name)
+        weights.set(name, weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=generator))
+    return loaded, weights
+
+
+def the_repair(loaded, weights, count=6, seed=0, metrics=None):
+    passages = [[5 + (7 * row + column) % 40 for column in range(12 + row)] for row in range(9)]
+    facts = facts_from(fact_records(count)).facts
+    identity = {name: torch.eye(weight.shape[1]) for name, weight in weights.working.items()}
+    return Repair(loaded, weights, passages, facts, TEMPLATES, metrics or identity, seed)
+
+
+def plain(weights):
+    return {name: (lambda change: change) for name in weights.names}
+
+
+def test_the_gradient_is_that_of_the_definition(edited, monkeypatch):
+    """KL(unedited ‖ edited) at all positions of all passages and the mean loss of all facts, from the model's own logits in float64."""
+    loaded, weights = edited
+    monkeypatch.setattr(repair_module, "_TEXT_TOKENS", 9 * 20)
+    monkeypatch.setattr(repair_module, "_FACTS", 10**6)
+    ours = the_repair(loaded, weights)
+    ours.templates = ["{}"]
+    descent = Descent()
+    found = ours._gradients(weights.working, descent)
+
+    repeated = the_repair(loaded, weights)
+    rows = [next(repeated.passages) for _ in range(9)]
+    leaves = {f"{name}.weight": value.double().requires_grad_() for name, value in weights.working.items()}
+    originals = {f"{name}.weight": weights.original(name).double() for name in weights.names}
+
+    def log_probs(ids, parameters):
+        call = {"input_ids": torch.tensor([ids])}
+        return torch.func.functional_call(loaded.model, parameters, (), call).logits[0].log_softmax(-1)
+
+    divergence = torch.zeros((), dtype=torch.float64)
+    for ids in rows:
+        p, q = log_probs(ids, originals), log_probs(ids, leaves)
+        divergence = divergence + (p.exp() * (p - q)).sum()
+    divergence = divergence / sum(map(len, rows))
+    losses = []
+    for fact in ours.facts:
+        tokens, first = ours.encoder.with_target(fact.filled_prompt, fact.target_new)
+        said = log_probs(tokens.ids, leaves)[first - 1 : -1]
+        losses.append(-said[torch.arange(len(said)), tokens.ids[first:]].mean())
+    loss = torch.stack(losses).mean()
+    expected = torch.autograd.grad(divergence + repair_module._FACTS_WEIGHT * loss, list(leaves.values()))
+    assert descent.divergences == [pytest.approx(float(divergence.detach()), rel=1e-6)]
+    assert descent.losses == [pytest.approx(float(loss.detach()), rel=1e-6)]
+    for name, gradient in zip(weights.names, expected, strict=True):
+        torch.testing.assert_close(found[name].double(), gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_a_step_has_its_length_and_follows_the_metric(edited):
+    """One step: −∇ M⁻¹ of each matrix, all of them scaled so that the mean square share of ‖W − W0‖ is the rate."""
+    loaded, weights = edited
+    generator = torch.Generator().manual_seed(1)
+    metrics = {}
+    for name, weight in weights.working.items():
+        root = torch.randn(weight.shape[1], weight.shape[1], generator=generator)
+        metrics[name] = root @ root.T / len(root)
+    gradients = the_repair(loaded, weights)._gradients(weights.working, Descent())
+    change, descent = the_repair(loaded, weights, metrics=metrics).run(1, plain(weights), Quiet())
+    assert len(descent.divergences) == len(descent.losses) == 1
+    shares, scales = [], []
+    for name in weights.names:
+        step = -gradients[name] @ metrics[name]
+        scales.append(float((change[name] * step).sum() / step.square().sum()))
+        torch.testing.assert_close(change[name], scales[-1] * step, rtol=1e-4, atol=1e-9)
+        shares.append(float(change[name].norm() / (weights.working[name] - weights.original(name)).norm()))
+    assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+    assert math.sqrt(sum(share**2 for share in shares) / 2) == pytest.approx(repair_module._RATE, rel=1e-4)
+
+
+def test_what_was_not_edited_stays(edited):
+    loaded, weights = edited
+    first, second = weights.names
+    weights.set(first, weights.original(first))
+    change, _ = the_repair(loaded, weights).run(2, plain(weights), Quiet())
+    assert not change[first].any()
+    assert change[second].any()
+    weights.set(second, weights.original(second))
+    change, _ = the_repair(loaded, weights).run(1, plain(weights), Quiet())
+    assert not any(delta.any() for delta in change.values())
+
+
+def test_it_takes_back_harm_where_the_facts_do_not_need_it(edited, monkeypatch):
+    """What a random change did to text that the steps never saw; without facts to hold it takes back more of it, and knows less."""
+    loaded, weights = edited
+    rows = [[5 + (7 * row + column) % 40 for column in range(12 + row)] for row in range(20, 29)]
+    facts = the_repair(loaded, weights).facts
+    with weights.unedited():
+        unedited = score_heldout(loaded, rows, 256, Quiet()).hidden
+    start = weights.snapshot()
+
+    def look(weight):
+        monkeypatch.setattr(repair_module, "_FACTS_WEIGHT", weight)
+        weights.restore(start)
+        change, _ = the_repair(loaded, weights).run(30, plain(weights), Quiet())
+        for name, delta in change.items():
+            weights.set(name, start[name] + delta)
+        loss = sum(s.rewrite.nll_right for s in score_facts(loaded, [fact.bare() for fact in facts], 256, Quiet()))
+        return score_heldout(loaded, rows, 256, Quiet(), unedited=unedited).divergence, loss
+
+    before = score_heldout(loaded, rows, 256, Quiet(), unedited=unedited).divergence
+    (alone, forgot), (held, knows) = look(0.0), look(0.05)
+    assert alone < held < 0.9 * before
+    assert knows < forgot
+
+
+def run_options(**more):
+    method = {"method": "memit_seq", "options": {"second_moment_weight": 1e-2}, "recheck": 1}
+    return {**QUICK, **method, "repair": 12, **more}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_it_is_a_batch_of_its_own_and_goes_through_sphere(model, tmp_path, monkeypatch, alpha):
+    monkeypatch.setattr(editor_module, "_FACTS_A_STEP", 2)
+    sphere = {"alpha": alpha, "basis": "pretrained"}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(sphere=sphere))
+    editor.edit(fact_records(6))
+    entries = editor.run.history.batches
+    kinds = ["repair" if "repair" in entry else len(entry["facts"]) for entry in entries]
+    assert kinds[:4] == [2, 2, 2, "repair"], "after the last facts, before the last look back"
+    entry = entries[3]
+    assert entry["repair"]["steps"] == len(entry["repair"]["divergences"]) == 3
+    assert set(entry["seconds"]) >= {"repair", "deploying", "diagnosing", "storing"}
+    editor._loop.go_to(4)  # replayed, and its digests compared
+    updates, seen = editor.run.read_update(4)
+    assert not any(seen.values())
+    for name, update in updates.items():
+        directions = editor._loop.solver.directions(name, editor.weights.original(name)).float()
+        along = float((update.dense() @ directions).norm() / update.norm())
+        assert (along < 1e-4) == (alpha == 1.0)
+        assert entry["matrices"][name]["update_norm"] == pytest.approx(update.norm(), rel=1e-6)
+    editor.close()
+
+
+def test_a_run_that_dies_around_its_repair_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
+    whole = Editor.from_pretrained(model, tmp_path / "whole", reporter=Quiet(), **run_options())
+    whole.edit(fact_records(4))
+    expected = {name: weight.clone() for name, weight in whole.weights.working.items()}
+    head = whole.run.history.head
+    whole.close()
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options())
+    with monkeypatch.context() as patch:
+        patch.setattr(Repair, "_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(fact_records(4))
+    assert editor.run.history.head == 2
+    assert editor._loop.at == 2, "the model in memory is what the journal says"
+    editor.close()
+    with opened(tmp_path / "run", Quiet()) as again, monkeypatch.context() as patch:
+        patch.setattr(SequentialLoop, "edit", interrupted)
+        patch.setattr(Editor, "_forgotten", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again.resume()
+        assert again.run.history.head == 3
+    with opened(tmp_path / "run", Quiet()) as again:
+        again.resume()
+        assert again.run.history.head == head
+        assert all(torch.equal(again.weights.working[name], weight) for name, weight in expected.items())
+        again.resume()
+        assert again.run.history.head == head, "repaired once"
+        again.rollback(3)
+        again.rollback(2)
+        again.resume()
+        assert again.run.history.head == 2, "what was rolled back is not done again"
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_older_than_the_repair_goes_on_without(model, tmp_path):
+    options = {**run_options(), "method": "frugal", "options": {}, "repair": 0}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(2))
+    editor.close()
+    assert not (tmp_path / "run" / "passages.json").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    del config["settings"]["repair"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config), "utf-8")
+    with opened(tmp_path / "run", Quiet()) as again:
+        again.edit(fact_records(2, start=2))
+        assert not any("repair" in entry for entry in again.run.history.batches)
+
+
+@pytest.mark.parametrize("method", ["lyaplock", "ultraedit", "rect", "ft", "prune"])
+def test_any_method_can_be_repaired(model, tmp_path, method):
+    options = {**run_options(), "method": method, "options": {}, "repair": 2}
+    if method == "ultraedit":
+        del options["layers"]
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(4))
+    assert ["repair" in entry for entry in editor.run.history.batches][:3] == [False, False, True]
+    if method == "lyaplock":
+        for name, state in editor._loop.states.items():
+            moved = editor.weights.working[name] - editor.weights.original(name)
+            torch.testing.assert_close(state["change"], moved)
+    editor.edit(fact_records(2, start=4))
+    editor.close()
