@@ -24,7 +24,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
 from sphere_edit.facts.readers import facts_from
@@ -179,12 +178,13 @@ def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[s
     corpus.write_text("".join(json.dumps({"text": world.passage(others)}) + "\n" for _ in range(2000)))
     known, facts = (facts_from(world.facts(people, others)) for people in (calibrated, edited))
     given = make_settings({"batch_size": 7, "moments": {"corpus": str(corpus)}, "evaluation": {"generation": "off"}})
+    defaults = Editor.from_pretrained(model, model.parent / "nothing", given, Quiet()).layers  # before `tune` is known
     chosen = tune(load_model(str(model)), given, Quiet(), known.facts)[0].settings
     print(f"tune on facts about twelve other people: {chosen}")
     here = {"layers": chosen["layers"]}
     for label, options in (
         ("frugal", {}),
-        ("frugal, plain defaults", {"layers": Method.default_layers(8)[-1:] if family == "gemma2" else Method.default_layers(8)}),
+        ("frugal, plain defaults", {"layers": list(defaults)}),
         ("alphaedit", {"method": "alphaedit"}),
         ("alphaedit, the tuned layers", {"method": "alphaedit", **here}),
         ("memit_seq", {"method": "memit_seq"}),

@@ -10,10 +10,10 @@ import torch
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import editor as editor_module
+from sphere_edit import SphereEditError
 from sphere_edit.editing import repair as repair_module
 from sphere_edit.editing.loop import SequentialLoop
-from sphere_edit.editing.repair import Descent, Repair
+from sphere_edit.editing.repair import Descent, Repair, readable_passages
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import score_facts
@@ -68,11 +68,11 @@ def test_the_gradient_is_that_of_the_definition(edited, monkeypatch):
     """KL(unedited ‖ edited) at all positions of all passages and the mean loss of all facts, from the model's own logits in float64."""
     loaded, weights = edited
     monkeypatch.setattr(repair_module, "_TEXT_TOKENS", 9 * 20)
-    monkeypatch.setattr(repair_module, "_FACTS", 10**6)
+    monkeypatch.setattr(repair_module, "STEP_FACTS", 10**6)
     ours = the_repair(loaded, weights)
     ours.templates = ["{}"]
     descent = Descent()
-    found = ours._gradients(weights.working, descent)
+    found = ours.gradients(weights.working, descent)
 
     repeated = the_repair(loaded, weights)
     rows = [next(repeated.passages) for _ in range(9)]
@@ -109,7 +109,7 @@ def test_a_step_has_its_length_and_follows_the_metric(edited):
     for name, weight in weights.working.items():
         root = torch.randn(weight.shape[1], weight.shape[1], generator=generator)
         metrics[name] = root @ root.T / len(root)
-    gradients = the_repair(loaded, weights)._gradients(weights.working, Descent())
+    gradients = the_repair(loaded, weights).gradients(weights.working, Descent())
     change, descent = the_repair(loaded, weights, metrics=metrics).run(1, plain(weights), Quiet())
     assert len(descent.divergences) == len(descent.losses) == 1
     shares, scales = [], []
@@ -165,7 +165,7 @@ def run_options(**more):
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_it_is_a_batch_of_its_own_and_goes_through_sphere(model, tmp_path, monkeypatch, alpha):
-    monkeypatch.setattr(editor_module, "_FACTS_A_STEP", 2)
+    monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 2)
     sphere = {"alpha": alpha, "basis": "pretrained"}
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(sphere=sphere))
     editor.edit(fact_records(6))
@@ -250,3 +250,9 @@ def test_any_method_can_be_repaired(model, tmp_path, method):
             torch.testing.assert_close(state["change"], moved)
     editor.edit(fact_records(2, start=4))
     editor.close()
+
+
+def test_text_that_says_nothing_is_refused():
+    assert readable_passages([[1], [2, 3]]) == [[2, 3]]
+    with pytest.raises(SphereEditError, match="no passage of two tokens"):
+        readable_passages([[1], [2]])

@@ -21,6 +21,7 @@ from sphere_edit.editing.journal import SCHEMA, RunFolder
 from sphere_edit.editing.loop import SequentialLoop, next_batch, plan_batches, superseded_by
 from sphere_edit.editing.methods.base import Statistics
 from sphere_edit.editing.moments import Corpus, load_corpus
+from sphere_edit.editing.repair import readable_passages, repair_steps
 from sphere_edit.editing.settings import Settings, make_settings, with_preset
 from sphere_edit.editing.solving import Clock, Solver
 from sphere_edit.editing.sources import SOURCES, OptimisedTargets, Source
@@ -43,7 +44,6 @@ from sphere_edit.progress import Reporter, RichReporter
 _LIKELY = 0.5  # mean probability of the answers under the targets alone, below which something is wrong with these
 _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
 _PASSAGES = "passages.json"  # of a run: token ids of the ordinary text that its repair reads
-_FACTS_A_STEP = 10  # facts edited for each step of the repair that follows, so that a short stream has a short one
 _TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
@@ -236,10 +236,7 @@ class Editor:
             facts = run.facts()
             while pending := run.history.pending:
                 evaluator.checkpoint(run)
-                batch = pending[: self.settings.batch_size]
-                if self.method.apart:
-                    batch = next_batch(facts, pending, self.settings.batch_size)
-                self._edit_batch(facts, batch)
+                self._edit_batch(facts, self._together(facts, pending, self.settings.batch_size))
             if run.history.closing and run.history.unrepaired and self.settings.repair:
                 self._repair(facts)
             if run.history.closing:
@@ -430,9 +427,8 @@ class Editor:
         asked, forgotten = self._forgotten(facts, len(batch), set(replaced))
         if asked:
             clock.lap("asking earlier facts")
-        chosen = [*batch, *forgotten]
-        if self.method.apart:  # a forgotten fact of a subject that the batch is about waits for its next turn
-            chosen = next_batch(facts, chosen, len(chosen))
+        # a forgotten fact of a subject that the batch is about may have to wait for its next turn
+        chosen = self._together(facts, [*batch, *forgotten], len(batch) + len(forgotten))
         again = chosen[len(batch) :]
         if not chosen:
             return
@@ -459,11 +455,15 @@ class Editor:
         if entry["event"] == "guard":
             self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
 
+    def _together(self, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
+        """The first of those waiting that the method takes in one batch of ``size`` at most."""
+        return next_batch(facts, waiting, size) if self.method.apart else list(waiting[:size])
+
     def _repair(self, facts: Sequence[Fact]) -> None:
         """Take back what the stream did to ordinary text, as far as its facts do not need it."""
         run = self._run()
         assert self.settings.repair is not None
-        steps = min(self.settings.repair, -(-run.history.unrepaired // _FACTS_A_STEP))
+        steps = repair_steps(self.settings.repair, run.history.unrepaired)
         self.reporter.say(f"Batch {run.history.head + 1}: repair, {steps} steps", "bold")
         with plain_errors(self.folder / _PASSAGES, "read"):
             passages = json.loads((self.folder / _PASSAGES).read_text("utf-8"))
@@ -528,7 +528,7 @@ class Editor:
             run.config = self._config(templates, corpus)
             write_json(self.folder / "heldout.json", corpus.heldout)
             if self.settings.repair:
-                write_json(self.folder / _PASSAGES, corpus.passages)
+                write_json(self.folder / _PASSAGES, readable_passages(corpus.passages))
             write_json(self.folder / "config.json", run.config)
             self._attach(run)
         except BaseException:

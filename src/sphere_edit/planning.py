@@ -13,6 +13,7 @@ import torch
 
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
+from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.generation import with_answers
@@ -57,13 +58,15 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         share * evaluations * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
     )
     assert settings.recheck is not None
-    size = settings.batch_size
-    before = (min(first, len(facts)) for first in range(size, len(facts) + size, size))  # the last: when all are edited
-    asked = sum(min(settings.recheck * size, earlier) for earlier in before)
-    if asked:
+    assert settings.repair is not None
+    if settings.recheck:
+        size = settings.batch_size
+        asked = sum(min(settings.recheck * size, earlier) for earlier in range(size, len(facts), size)) + len(facts)
         bare = [fact.bare() for fact in trial]
         asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
         seconds["earlier facts"] = asked / len(trial) * asking
+    if settings.repair:
+        seconds["repair"] = repair_steps(settings.repair, len(facts)) * _timed_repair(editor, trial, passage)
     if settings.evaluation.generation != "off":
         scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
         chat = settings.evaluation.generation == "chat"
@@ -78,6 +81,16 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * 150.0
     seconds["perplexity"] = evaluations * heldout * reading
     return Estimate(seconds, _memory(editor), _disk(editor, facts))
+
+
+def _timed_repair(editor: Editor, trial: Sequence[Fact], passage: Sequence[list[int]]) -> float:
+    """Seconds of one step, with the few facts as often as a step asks facts."""
+    repeated = [trial[index % len(trial)] for index in range(STEP_FACTS)]
+    source, weights = editor.make_source(["{}"], editor.settings.targets), editor.weights
+    repair = Repair(source.computing(), weights, passage, repeated, _PADDING[:2], {}, seed=0)
+    started = time.monotonic()
+    repair.gradients(weights.snapshot(), Descent())
+    return time.monotonic() - started
 
 
 def _source_times(editor: Editor, trial: Sequence[Fact]) -> dict[str, float]:
@@ -134,6 +147,8 @@ def _memory(editor: Editor) -> int:
     needs = editor.method.needs
     statistics = len(editor.weights.names) * inputs * inputs * (4 + 16) if editor.measures_moments else 0
     solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
+    if editor.settings.repair:  # change, momentum, gradient and value of every matrix
+        solving = max(solving, 4 * matrices * 4)
     vocabulary = editor.model.get_output_embeddings().weight.shape[0]
     tokens = editor.settings.tokens_per_batch
     if needs.source == "targets":
@@ -158,6 +173,8 @@ def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
     for out, inner in widths:
         updates += 4 * (batches * out * inner if method.dense else columns * (out + inner))
         updates += 4 * ({"keys": inner, "problem": out + inner, None: 0}[remembers] * columns + beside * inner)
+    if editor.settings.repair:
+        updates += 4 * sum(out * inner for out, inner in widths)
     checkpoint = sum(out * inner * 4 + (2 * inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
     statistics = sum(inner * inner * 4 for _, inner in widths) if editor.measures_moments else 0
     return updates + checkpoint * 3 + statistics + len(planned) * 4000

@@ -25,7 +25,14 @@ from sphere_edit.editing.targets import Targets
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
-from sphere_edit.evaluation.metrics import FactScores, complete_answers, score_facts, summarise
+from sphere_edit.evaluation.metrics import (
+    FactScores,
+    complete_answers,
+    resampled,
+    score_facts,
+    summarise,
+    weighted_means,
+)
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import facts_from, read_facts
@@ -41,7 +48,6 @@ _STEPS = (0.5, 2.0)  # times the default step
 _WEIGHTS = (0.25, 4.0)  # times the default weight of ordinary keys
 _HELDOUT = 30  # passages
 _PARTS = ("efficacy_strict", "generalization_strict", "specificity")
-_DRAWS = 1000  # of the bootstrap that tells a better setting from a luckier one
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +86,16 @@ class Trial:
 
         The last is what such damage leaves of the model if a stream of 1,000 facts does as much for each.
         """
-        return float(self._scores(torch.arange(len(self.parts))[None]))
+        return float(self._scores(torch.ones(1, len(self.parts), dtype=torch.float64)))
 
     def beats(self, other: Trial) -> bool:
         """Whether it scores higher beyond noise: in 97.5 % of 1,000 resamplings of the facts, the same for both."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(self.parts), (_DRAWS, len(self.parts)), generator=generator)
-        return float((self._scores(drawn) > other._scores(drawn)).double().mean()) >= 0.975
+        weights = resampled(range(len(self.parts)), seed=0)
+        return float((self._scores(weights) > other._scores(weights)).double().mean()) >= 0.975
 
-    def _scores(self, drawn: Tensor) -> Tensor:
-        """The score of each draw of facts ``[draws, facts]``."""
-        means = self.parts[drawn].nanmean(1)
+    def _scores(self, weights: Tensor) -> Tensor:
+        """The score of each draw, given how often each fact is in it ``[draws, facts]``."""
+        means = weighted_means(self.parts, weights)
         left = torch.tensor(-self.divergence * STREAM / len(self.parts), dtype=torch.float64).exp()
         shares = torch.cat([means, left.expand(len(means), 1)], dim=1)
         return 1 / (1 / shares).nanmean(1)

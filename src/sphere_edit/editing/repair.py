@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sphere_edit.editing.sources import target_rows
 from sphere_edit.editing.targets import GRADIENT_SCALE
+from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, TokenBatch, deterministic
@@ -25,13 +26,31 @@ from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter
 
+_FACTS_A_STEP = 10  # edited ones for each step, so that a short stream has a short repair
 _RATE = 0.03  # the first step's length, as a share of ‖W − W0‖; later ones fall to zero along a cosine
 _MOMENTUM = 0.8
 _TEXT_TOKENS = 1024  # of ordinary text in each step
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
-_FACTS = 64  # of the edited ones, asked in each step
+STEP_FACTS = 64  # of the edited ones, asked in each step
 _BLOCK = 64  # positions whose two distributions exist at one time; changes memory, not results
+
+
+def repair_steps(limit: int, edited: int) -> int:
+    """How many steps follow so many edited facts."""
+    return min(limit, math.ceil(edited / _FACTS_A_STEP))
+
+
+def readable_passages(passages: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Those passages after whose first token something is said.
+
+    Raises:
+        SphereEditError: there are none.
+    """
+    readable = [passage for passage in passages if len(passage) > 1]
+    if not readable:
+        raise SphereEditError("the corpus has no passage of two tokens or more, which a repair reads; set repair: 0")
+    return readable
 
 
 @dataclass
@@ -47,12 +66,12 @@ class Descent:
 
 
 class Repair:
-    """Descent of all edited matrices on ``KL(unedited ‖ edited)`` over ordinary text, plus the mean loss of the edited facts.
+    """Descent of all edited matrices on ``KL(unedited ‖ edited)`` over ordinary text, plus 0.3 times the mean loss of edited facts.
 
-    Each step takes other text and other facts, half of them in one of the run's context templates: where the matrices must give way
-    for the text, the facts' loss says how. Gradients ∇ are taken in the metric of the keys, ``∇ M⁻¹`` (M = C0 and the like, what is
-    near no ordinary key moves more); they have a momentum, and one length for all matrices together:
-    ``Σ_l ‖Δ_l‖² / ‖W_l − W0_l‖²`` over the number of matrices is ``rate²``.
+    Each step takes other text and other facts, half of these in one of the run's context templates. Gradients ∇ are taken in the metric of
+    the keys that are to be left alone, ``∇ M⁻¹`` (`Method.metric`: C0, and what the method remembers of the facts), have a momentum, and
+    get one length for all matrices together: a step is the rate times ‖W − W0‖, root mean square over the matrices. The rate falls to zero
+    along a cosine.
 
     Args:
         computing: the model to differentiate, which may be a copy in another precision.
@@ -74,8 +93,7 @@ class Repair:
         self.metrics = {name: None if metric is None else metric.float() for name, metric in metrics.items()}
         self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
         self.random = random.Random(seed)
-        shuffled = self.random.sample(list(passages), len(passages))
-        self.passages = cycle(passage for passage in shuffled if len(passage) > 1)
+        self.passages = cycle(self.random.sample(list(passages), len(passages)))
 
     def run(self, steps: int, shape: Mapping[str, Any], reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
         """Take the steps; the weights themselves stay as they are.
@@ -95,7 +113,7 @@ class Repair:
         with deterministic(self.loaded.device), reporter.bar("repair", steps, "steps") as advance:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + shape[name](change[name]) for name in moved}
-                gradients = self._gradients(now, descent)
+                gradients = self.gradients(now, descent)
                 for name, gradient in gradients.items():
                     metric, downhill = self.metrics[name], shape[name](gradient)
                     momentum[name] = _MOMENTUM * momentum[name] + (downhill if metric is None else downhill @ metric)
@@ -107,8 +125,8 @@ class Repair:
                 advance(1)
         return change, descent
 
-    def _gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
-        """Of the whole loss, by each matrix; what it was goes into ``descent``."""
+    def gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
+        """Of the whole loss, by each of the ``weights [d_out, d_in]``; what it was goes into ``descent``."""
         leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         descent.divergences.append(self._text(leaves))
         descent.losses.append(self._facts(leaves))
@@ -157,7 +175,7 @@ class Repair:
 
     def _facts(self, leaves: Mapping[str, Tensor]) -> float:
         """The mean loss of some facts, each in one context template; its gradient is added in the leaves."""
-        some = self.random.sample(self.facts, min(_FACTS, len(self.facts)))
+        some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = [_in_template(fact, self._context()) for fact in some]
         total = 0.0
         for _, rows in target_rows(self.loaded, self.encoder, asked, 2 * _TEXT_TOKENS):

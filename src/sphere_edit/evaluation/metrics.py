@@ -251,7 +251,7 @@ def intervals(
     ``facts`` names the fact of each score, where several are of one fact (runs with several seeds): it is drawn with all of them.
     """
     values = _values(scores)
-    return _spans(_means(values, _drawn(range(len(scores)) if facts is None else facts, seed)))
+    return _spans(_means(values, resampled(range(len(scores)) if facts is None else facts, seed)))
 
 
 def difference_intervals(
@@ -263,12 +263,12 @@ def difference_intervals(
     """95 % percentile bootstrap intervals of the change from ``before`` to ``after``, paired: the same facts in the same order."""
     if len(before) != len(after):
         raise ValueError(f"paired scores must be of the same facts, not {len(before)} and {len(after)}")
-    weights = _drawn(range(len(before)) if facts is None else facts, seed)
+    weights = resampled(range(len(before)) if facts is None else facts, seed)
     return _spans(_means(_values(after), weights) - _means(_values(before), weights))
 
 
-def _drawn(facts: Sequence[Hashable], seed: int) -> Tensor:
-    """How often each score is in each draw of the bootstrap over facts ``[draws, scores]``."""
+def resampled(facts: Sequence[Hashable], seed: int) -> Tensor:
+    """How often each score is in each of 1,000 draws of the bootstrap over facts ``[draws, scores]``, float64."""
     numbers = {fact: number for number, fact in enumerate(dict.fromkeys(facts))}
     weights = torch.zeros(_DRAWS, len(numbers), dtype=torch.float64)
     if numbers:
@@ -301,13 +301,18 @@ def _share(scores: Sequence[PromptScore], verdict: Callable[[PromptScore], float
 
 def _means(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted means of columns in percent ``[draws, 16]``, NaN left out, with each protocol's harmonic mean after its parts."""
-    there = values.isfinite().to(values.dtype)
-    means = 100 * (weights @ values.nan_to_num()) / (weights @ there)
+    means = 100 * weighted_means(values, weights)
     parts = means.reshape(len(weights), len(_VERDICTS), len(PARTS))
     known = parts.isfinite()
     harmonic = known.sum(-1) / torch.where(known, 1 / parts, 0.0).sum(-1)
     harmonic = torch.where(known.any(-1), harmonic, torch.nan)
     return torch.cat([parts, harmonic[..., None]], dim=-1).flatten(1)
+
+
+def weighted_means(values: Tensor, weights: Tensor) -> Tensor:
+    """Means ``[draws, columns]`` of ``values [scores, columns]`` with ``weights [draws, scores]``; what is NaN does not count."""
+    there = values.isfinite().to(values.dtype)
+    return (weights @ values.nan_to_num()) / (weights @ there)
 
 
 def _named(means: Tensor) -> dict[str, float | None]:

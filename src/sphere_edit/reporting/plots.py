@@ -35,6 +35,7 @@ _COLOURS = (
     "#8A8A00",
     "#A6761D",
     "#E7298A",
+    "#5F3813",
     "#66A61E",
 )
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))

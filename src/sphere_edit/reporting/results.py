@@ -129,7 +129,7 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
         targets = entry["targets"]
         table.add_row(
             str(entry["batch"]),
-            str(len(entry["facts"])),
+            "repair" if "repair" in entry else str(len(entry["facts"])),
             str(len(entry["superseded"])),
             str(len(entry.get("again", ()))),
             *("–" if targets[key] is None else f"{targets[key]:.{digits}f}" for key, digits in _TARGET_COLUMNS),

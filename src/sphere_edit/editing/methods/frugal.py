@@ -29,7 +29,7 @@ class Frugal(MemitSeq):
     paper: ClassVar[str] = "this project, docs/quality.md"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="pretrained", project="per_layer")
     recheck: ClassVar[int] = 4
-    repair: ClassVar[int] = 30
+    repair: ClassVar[int] = 100
     apart: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     targets: ClassVar[dict[str, Any]] = {"rule": "normalised"}
