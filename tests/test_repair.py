@@ -60,10 +60,6 @@ def the_repair(loaded, weights, count=6, seed=0, metrics=None):
     return Repair(loaded, weights, passages, facts, TEMPLATES, metrics or identity, seed)
 
 
-def plain(weights):
-    return {name: (lambda change: change) for name in weights.names}
-
-
 def test_the_gradient_is_that_of_the_definition(edited, monkeypatch):
     """KL(unedited ‖ edited) at all positions of all passages and the mean loss of all facts, from the model's own logits in float64."""
     loaded, weights = edited
@@ -110,7 +106,7 @@ def test_a_step_has_its_length_and_follows_the_metric(edited):
         root = torch.randn(weight.shape[1], weight.shape[1], generator=generator)
         metrics[name] = root @ root.T / len(root)
     gradients = the_repair(loaded, weights).gradients(weights.working, Descent())
-    change, descent = the_repair(loaded, weights, metrics=metrics).run(1, plain(weights), Quiet())
+    change, descent = the_repair(loaded, weights, metrics=metrics).run(1, Quiet())
     assert len(descent.divergences) == len(descent.losses) == 1
     shares, scales = [], []
     for name in weights.names:
@@ -126,11 +122,11 @@ def test_what_was_not_edited_stays(edited):
     loaded, weights = edited
     first, second = weights.names
     weights.set(first, weights.original(first))
-    change, _ = the_repair(loaded, weights).run(2, plain(weights), Quiet())
+    change, _ = the_repair(loaded, weights).run(2, Quiet())
     assert not change[first].any()
     assert change[second].any()
     weights.set(second, weights.original(second))
-    change, _ = the_repair(loaded, weights).run(1, plain(weights), Quiet())
+    change, _ = the_repair(loaded, weights).run(1, Quiet())
     assert not any(delta.any() for delta in change.values())
 
 
@@ -146,7 +142,7 @@ def test_it_takes_back_harm_where_the_facts_do_not_need_it(edited, monkeypatch):
     def look(weight):
         monkeypatch.setattr(repair_module, "_FACTS_WEIGHT", weight)
         weights.restore(start)
-        change, _ = the_repair(loaded, weights).run(30, plain(weights), Quiet())
+        change, _ = the_repair(loaded, weights).run(30, Quiet())
         for name, delta in change.items():
             weights.set(name, start[name] + delta)
         loss = sum(s.rewrite.nll_right for s in score_facts(loaded, [fact.bare() for fact in facts], 256, Quiet()))
@@ -163,10 +159,9 @@ def run_options(**more):
     return {**QUICK, **method, "repair": 12, **more}
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_it_is_a_batch_of_its_own_and_goes_through_sphere(model, tmp_path, monkeypatch, alpha):
+def test_it_is_a_batch_of_its_own_and_stays_out_of_sphere(model, tmp_path, monkeypatch):
     monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 2)
-    sphere = {"alpha": alpha, "basis": "pretrained"}
+    sphere = {"alpha": 1.0, "basis": "pretrained"}
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(sphere=sphere))
     editor.edit(fact_records(6))
     entries = editor.run.history.batches
@@ -181,7 +176,7 @@ def test_it_is_a_batch_of_its_own_and_goes_through_sphere(model, tmp_path, monke
     for name, update in updates.items():
         directions = editor._loop.solver.directions(name, editor.weights.original(name)).float()
         along = float((update.dense() @ directions).norm() / update.norm())
-        assert (along < 1e-4) == (alpha == 1.0)
+        assert along > 0.01, "an update of alpha 1 would have nothing there"
         assert entry["matrices"][name]["update_norm"] == pytest.approx(update.norm(), rel=1e-6)
     editor.close()
 

@@ -76,7 +76,7 @@ def test_a_trial_is_what_a_run_of_one_batch_does(model, tmp_path):
     trial = next(trial for trial in trials if set(trial.settings) == {"layers"})
     tuned_file(loaded.fingerprint, "frugal").unlink()
     editor = Editor.from_pretrained(
-        model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "recheck": 0, **trial.settings}
+        model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "recheck": 0, "repair": 0, **trial.settings}
     )
     metrics = editor.edit([fact.as_dict() for fact in facts])
     assert metrics["edited"]["divergence"] == pytest.approx(trial.divergence, rel=1e-3)

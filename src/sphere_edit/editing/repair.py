@@ -30,6 +30,7 @@ _FACTS_A_STEP = 10  # edited ones for each step, so that a short stream has a sh
 _RATE = 0.03  # the first step's length, as a share of ‖W − W0‖; later ones fall to zero along a cosine
 _MOMENTUM = 0.8
 _TEXT_TOKENS = 1024  # of ordinary text in each step
+_PASSAGE_TOKENS = 256  # of one passage at most: what attention keeps for its backward pass grows with the square
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
 STEP_FACTS = 64  # of the edited ones, asked in each step
@@ -95,14 +96,11 @@ class Repair:
         self.random = random.Random(seed)
         self.passages = cycle(self.random.sample(list(passages), len(passages)))
 
-    def run(self, steps: int, shape: Mapping[str, Any], reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
+    def run(self, steps: int, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
         """Take the steps; the weights themselves stay as they are.
 
-        Args:
-            shape: by matrix, the symmetric linear map ``Δ → Δ P`` that stands between the change and the weight (SPHERE's).
-
         Returns:
-            Δ ``[d_out, d_in]`` of each matrix before that map, float32, and what was seen on the way.
+            Δ ``[d_out, d_in]`` of each matrix, float32, and what was seen on the way.
         """
         start = self.weights.snapshot()
         scales = {name: float((start[name] - self.weights.original(name)).norm()) for name in start}
@@ -112,11 +110,11 @@ class Repair:
         descent = Descent()
         with deterministic(self.loaded.device), reporter.bar("repair", steps, "steps") as advance:
             for step in range(steps if moved else 0):
-                now = {name: start[name] + shape[name](change[name]) for name in moved}
+                now = {name: start[name] + change[name] for name in moved}
                 gradients = self.gradients(now, descent)
                 for name, gradient in gradients.items():
-                    metric, downhill = self.metrics[name], shape[name](gradient)
-                    momentum[name] = _MOMENTUM * momentum[name] + (downhill if metric is None else downhill @ metric)
+                    metric = self.metrics[name]
+                    momentum[name] = _MOMENTUM * momentum[name] + (gradient if metric is None else gradient @ metric)
                 lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
                 length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
                 rate = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
@@ -144,7 +142,7 @@ class Repair:
         """The mean divergence at some positions of ordinary text; its gradient is left in the leaves."""
         rows: list[list[int]] = []
         while not rows or (len(rows) + 1) * max(map(len, rows)) <= _TEXT_TOKENS:
-            rows.append(list(next(self.passages))[:_TEXT_TOKENS])
+            rows.append(list(next(self.passages))[:_PASSAGE_TOKENS])
         batch = TokenBatch.of(rows, self.loaded.device)
         places = batch.mask.bool().flatten().nonzero().flatten().tolist()
         chosen = torch.tensor(sorted(self.random.sample(places, min(_POSITIONS, len(places)))), device=batch.ids.device)

@@ -106,18 +106,19 @@ class Solver:
         steps: int,
         seed: int,
     ) -> tuple[Written, Descent]:
-        """Add a `Repair` of so many steps to the working weights, through SPHERE as a batch's updates go."""
+        """Add a `Repair` of so many steps to the working weights.
+
+        It does not go through SPHERE, which keeps new knowledge off the principal directions: what is done here undoes.
+        """
         self.weights.use_working()
         before = self.weights.snapshot()
-        through = {name: partial(self._through_sphere, name, before[name]) for name in self.weights.names}
         metrics = {name: self.method.metric(states[name], self.statistics[name]) for name in self.weights.names}
         repair = Repair(self.source.computing(), self.weights, passages, facts, self.source.templates, metrics, seed)
-        change, descent = repair.run(steps, through, self.reporter)
-        solved: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}
-        updates: dict[str, Update] = {name: DenseUpdate(through[name](delta)) for name, delta in change.items()}
+        change, descent = repair.run(steps, self.reporter)
+        updates: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}
         for name, update in updates.items():
             self.weights.add(name, update)
-        return Written(before, solved, updates, {}, Report()), descent
+        return Written(before, updates, updates, {}, Report()), descent
 
     def deploy(self) -> None:
         """Run the model with what the method makes of the working weights, SPHERE acting on all that it changed so far."""
@@ -186,13 +187,6 @@ class Solver:
             self._write(group, name, updates[name].to(torch.float32))
         clock.lap("sphere")
         return group
-
-    def _through_sphere(self, name: str, weight: Tensor, change: Tensor) -> Tensor:
-        """A change ``[d_out, d_in]`` without its principal part, where SPHERE acts on what is written; float32."""
-        if self.sphere is None or self.sphere.project == "deployed":
-            return change
-        basis = self.directions(name, weight).to(change.dtype)
-        return DenseUpdate(change).without(basis, self.sphere.alpha).delta
 
     def _write(self, group: _Group, name: str, update: Update) -> None:
         """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
