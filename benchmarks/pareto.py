@@ -19,6 +19,7 @@ from sphere_edit.reporting.series import Series
 
 KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
 MARKERS = "osD^vP*X<>hpdH"
+TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 Point = tuple[Series, str, float, dict[str, Any], dict[str, Any]]
 
 
@@ -55,8 +56,9 @@ def drawn(points: list[Point], title: str) -> Figure:
             if column == 0:
                 axes.set_xscale("log")
                 axes.set_xlabel("Perplexity, times the unedited model's")
+                axes.set_xticks([], minor=True)
+                axes.set_xticks([tick for tick in TICKS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
                 axes.xaxis.set_major_formatter(lambda value, _: f"× {value:.3g}")
-                axes.xaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
             else:
                 axes.set_xlabel("Specificity, %")
     figure.suptitle(title)

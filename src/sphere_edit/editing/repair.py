@@ -21,7 +21,7 @@ from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import Graph, TokenBatch, deterministic
+from sphere_edit.models.forward import Graph, TokenBatch, batches_by_length, deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter
@@ -29,7 +29,7 @@ from sphere_edit.progress import Reporter
 _FACTS_A_STEP = 10  # edited ones for each step, so that a short stream has a short repair
 _RATE = 0.03  # the first step's length, as a share of ‖W − W0‖; later ones fall to zero along a cosine
 _MOMENTUM = 0.8
-_TEXT_TOKENS = 1024  # of ordinary text in each step
+_TEXT_TOKENS = 1024  # of ordinary text in each step, padded
 _PASSAGE_TOKENS = 256  # of one passage at most: what attention keeps for its backward pass grows with the square
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
@@ -94,7 +94,11 @@ class Repair:
         self.metrics = {name: None if metric is None else metric.float() for name, metric in metrics.items()}
         self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
         self.random = random.Random(seed)
-        self.passages = cycle(self.random.sample(list(passages), len(passages)))
+        rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
+        batches = [
+            [rows[index] for index in chunk] for chunk in batches_by_length([len(row) for row in rows], _TEXT_TOKENS)
+        ]
+        self.batches = cycle(self.random.sample(batches, len(batches)))
 
     def run(self, steps: int, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
         """Take the steps; the weights themselves stay as they are.
@@ -140,10 +144,7 @@ class Repair:
 
     def _text(self, leaves: Mapping[str, Tensor]) -> float:
         """The mean divergence at some positions of ordinary text; its gradient is left in the leaves."""
-        rows: list[list[int]] = []
-        while not rows or (len(rows) + 1) * max(map(len, rows)) <= _TEXT_TOKENS:
-            rows.append(list(next(self.passages))[:_PASSAGE_TOKENS])
-        batch = TokenBatch.of(rows, self.loaded.device)
+        batch = TokenBatch.of(next(self.batches), self.loaded.device)
         places = batch.mask.bool().flatten().nonzero().flatten().tolist()
         chosen = torch.tensor(sorted(self.random.sample(places, min(_POSITIONS, len(places)))), device=batch.ids.device)
         unedited = self._pass(batch, {name: self.weights.original(name) for name in leaves}).flatten(0, 1)[chosen]
