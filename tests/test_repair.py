@@ -11,9 +11,10 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
+from sphere_edit.editing import loop as loop_module
 from sphere_edit.editing import repair as repair_module
 from sphere_edit.editing.loop import SequentialLoop
-from sphere_edit.editing.repair import Descent, Repair, readable_passages
+from sphere_edit.editing.repair import Descent, Repair, readable_passages, repair_steps
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import score_facts
@@ -53,11 +54,17 @@ def edited(model):
     return loaded, weights
 
 
+@pytest.fixture(autouse=True)
+def _short_streams(monkeypatch):
+    """A step for each fact, so that a stream of a few has a repair."""
+    monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 1)
+
+
 def the_repair(loaded, weights, count=6, seed=0, metrics=None):
     passages = [[5 + (7 * row + column) % 40 for column in range(12 + row)] for row in range(9)]
     facts = facts_from(fact_records(count)).facts
     identity = {name: torch.eye(weight.shape[1]) for name, weight in weights.working.items()}
-    return Repair(loaded, weights, passages, facts, TEMPLATES, metrics or identity, seed)
+    return Repair(loaded, weights, passages, facts, TEMPLATES, metrics or identity, 4096, seed)
 
 
 def test_the_gradient_is_that_of_the_definition(edited, monkeypatch):
@@ -107,7 +114,7 @@ def test_a_step_has_its_length_and_follows_the_metric(edited):
         root = torch.randn(weight.shape[1], weight.shape[1], generator=generator)
         metrics[name] = root @ root.T / len(root)
     gradients = the_repair(loaded, weights).gradients(weights.working, Descent())
-    change, descent = the_repair(loaded, weights, metrics=metrics).run(1, Quiet())
+    change, descent = the_repair(loaded, weights, metrics=metrics).run(1, 1.0, Quiet())
     assert len(descent.divergences) == len(descent.losses) == 1
     shares, scales = [], []
     for name in weights.names:
@@ -123,11 +130,11 @@ def test_what_was_not_edited_stays(edited):
     loaded, weights = edited
     first, second = weights.names
     weights.set(first, weights.original(first))
-    change, _ = the_repair(loaded, weights).run(2, Quiet())
+    change, _ = the_repair(loaded, weights).run(2, 1.0, Quiet())
     assert not change[first].any()
     assert change[second].any()
     weights.set(second, weights.original(second))
-    change, _ = the_repair(loaded, weights).run(1, Quiet())
+    change, _ = the_repair(loaded, weights).run(1, 1.0, Quiet())
     assert not any(delta.any() for delta in change.values())
 
 
@@ -143,7 +150,7 @@ def test_it_takes_back_harm_where_the_facts_do_not_need_it(edited, monkeypatch):
     def look(weight):
         monkeypatch.setattr(repair_module, "_FACTS_WEIGHT", weight)
         weights.restore(start)
-        change, _ = the_repair(loaded, weights).run(30, Quiet())
+        change, _ = the_repair(loaded, weights).run(30, 1.0, Quiet())
         for name, delta in change.items():
             weights.set(name, start[name] + delta)
         loss = sum(s.rewrite.nll_right for s in score_facts(loaded, [fact.bare() for fact in facts], 256, Quiet()))
@@ -160,8 +167,7 @@ def run_options(**more):
     return {**QUICK, **method, "repair": 12, **more}
 
 
-def test_it_is_a_batch_of_its_own_and_stays_out_of_sphere(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 2)
+def test_it_is_a_batch_of_its_own_and_stays_out_of_sphere(model, tmp_path):
     sphere = {"alpha": 1.0, "basis": "pretrained"}
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(sphere=sphere))
     editor.edit(fact_records(6))
@@ -169,7 +175,7 @@ def test_it_is_a_batch_of_its_own_and_stays_out_of_sphere(model, tmp_path, monke
     kinds = ["repair" if "repair" in entry else len(entry["facts"]) for entry in entries]
     assert kinds[:4] == [2, 2, 2, "repair"], "after the last facts, before the last look back"
     entry = entries[3]
-    assert entry["repair"]["steps"] == len(entry["repair"]["divergences"]) == 3
+    assert entry["repair"]["steps"] == len(entry["repair"]["divergences"]) == 6
     assert set(entry["seconds"]) >= {"repair", "deploying", "diagnosing", "storing"}
     editor._loop.go_to(4)  # replayed, and its digests compared
     updates, seen = editor.run.read_update(4)
@@ -232,7 +238,7 @@ def test_a_run_older_than_the_repair_goes_on_without(model, tmp_path):
         assert not any("repair" in entry for entry in again.run.history.batches)
 
 
-@pytest.mark.parametrize("method", ["lyaplock", "ultraedit", "rect", "ft", "prune"])
+@pytest.mark.parametrize("method", ["lyaplock", "ultraedit", "rect", "ft", "alphaedit"])
 def test_any_method_can_be_repaired(model, tmp_path, method):
     options = {**run_options(), "method": method, "options": {}, "repair": 2}
     if method == "ultraedit":
@@ -252,3 +258,53 @@ def test_text_that_says_nothing_is_refused():
     assert readable_passages([[1], [2, 3]]) == [[2, 3]]
     with pytest.raises(SphereEditError, match="no passage of two tokens"):
         readable_passages([[1], [2]])
+
+
+@pytest.mark.parametrize("options", [{"method": "prune", "options": {}}, {"sphere": {"project": "deployed"}}])
+def test_it_is_refused_where_the_model_runs_with_other_weights(model, tmp_path, options):
+    with pytest.raises(SphereEditError, match="repair cannot follow"):
+        Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(**options))
+    editor = Editor.from_pretrained(
+        model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "sphere": {"project": "deployed"}}
+    )
+    assert editor.settings.repair == 0, "a default gives way"
+
+
+def test_a_few_facts_wait_for_a_repair_and_share_its_length(edited, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 10)
+    assert [repair_steps(100, count) for count in (9, 10, 60, 5000)] == [0, 1, 6, 100]
+    loaded, weights = edited
+    (long, _), (short, _) = (the_repair(loaded, weights).run(1, share, Quiet()) for share in (1.0, 0.25))
+    for name in weights.names:
+        torch.testing.assert_close(short[name], long[name] / 2)
+    monkeypatch.setattr(repair_module, "_FACTS_A_STEP", 4)
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(recheck=0))
+    for start in (0, 2, 4):
+        editor.edit(fact_records(2, start=start))
+    assert ["repair" in entry for entry in editor.run.history.batches] == [False, False, True, False]
+
+
+def test_a_repair_that_overflows_ends_and_the_run_goes_on(model, tmp_path, monkeypatch):
+    plain, calls = Repair.gradients, []
+
+    def overflowing(self, weights, descent):
+        calls.append(1)
+        found = plain(self, weights, descent)
+        return {name: gradient * (torch.inf if len(calls) == 3 else 1) for name, gradient in found.items()}
+
+    monkeypatch.setattr(Repair, "gradients", overflowing)
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options())
+    metrics = editor.edit(fact_records(4))
+    assert editor.run.history.finished
+    assert len(calls) == 3
+    assert all(torch.isfinite(weight).all() for weight in editor.weights.working.values())
+    assert metrics["edited"]["perplexity"] is not None
+
+
+def test_the_guard_lets_a_repair_pass(model, tmp_path, monkeypatch):
+    objections = iter([None, None, "not asked"])
+    monkeypatch.setattr(loop_module, "objection", lambda matrices: next(objections))
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(guard=True, recheck=0))
+    editor.edit(fact_records(4))
+    assert editor.run.history.guard is None
+    assert "repair" in editor.run.history.batches[-1]

@@ -237,10 +237,10 @@ class Editor:
             while pending := run.history.pending:
                 evaluator.checkpoint(run)
                 self._edit_batch(facts, self._together(facts, pending, self.settings.batch_size))
-            if run.history.closing and run.history.unrepaired and self.settings.repair:
+            if run.history.closing and repair_steps(self.settings.repair or 0, run.history.unrepaired):
                 self._repair(facts)
-            if run.history.closing:
-                self._edit_batch(facts, [])
+            if run.history.closing and self.settings.recheck:
+                self._look_back(facts)
             self._the_loop().keep()
             evaluator.finish(run)
             if not run.history.finished:
@@ -420,32 +420,53 @@ class Editor:
         ]
 
     def _edit_batch(self, facts: Sequence[Fact], batch: Sequence[int]) -> None:
-        """Edit these facts, and those of earlier ones that are found forgotten; none at the end of a stream, to look back only."""
-        history = self._run().history
+        """Edit these facts, and those of earlier ones that are found forgotten."""
+        history, clock = self._run().history, Clock()
         replaced = superseded_by(facts, batch, history.retained)
-        clock = Clock()
-        asked, forgotten = self._forgotten(facts, len(batch), set(replaced))
-        if asked:
-            clock.lap("asking earlier facts")
+        assert self.settings.recheck is not None
+        due = [index for index in history.due if index not in set(replaced)]
+        asked = due[: self.settings.recheck * len(batch)]
+        forgotten = self._forgotten(facts, asked, clock)
         # a forgotten fact of a subject that the batch is about may have to wait for its next turn
-        chosen = self._together(facts, [*batch, *forgotten], len(batch) + len(forgotten))
-        again = chosen[len(batch) :]
-        if not chosen:
-            return
-        parts = [f"{len(batch)} facts"] if batch else []
+        again = self._together(facts, [*batch, *forgotten], len(batch) + len(forgotten))[len(batch) :]
+        parts = [f"{len(batch)} facts"]
         if asked:
             parts.append(f"{len(forgotten)} of {len(asked)} earlier ones that were forgotten")
-        if len(forgotten) > _SATURATED * len(asked):
-            self.reporter.say(
-                f"{len(forgotten)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, and writing them again "
-                "soon harms it more than it helps; stop here, or go back to an earlier batch (rollback)",
-                "bold red",
-            )
         left = len(history.pending) - len(batch)
         self.reporter.say(f"Batch {history.head + 1}: {', and '.join(parts)}; {left} after it", "bold")
         for index in replaced:
             self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
-        entry = self._the_loop().edit(batch, [facts[index] for index in chosen], replaced, asked, again, clock)
+        self._write(facts, batch, again, replaced, asked, clock)
+
+    def _look_back(self, facts: Sequence[Fact]) -> None:
+        """At the end of a stream ask all its facts, and edit those again that are forgotten, in batches without new ones.
+
+        The last of these has the facts asked in the journal; while none has, the look back is not done.
+        """
+        history, clock = self._run().history, Clock()
+        asked = history.due
+        forgotten = self._forgotten(facts, asked, clock)
+        while forgotten and history.guard is None:
+            again = self._together(facts, forgotten, self.settings.batch_size)
+            self.reporter.say(
+                f"Batch {history.head + 1}: {len(again)} of {len(asked)} facts, which were forgotten", "bold"
+            )
+            forgotten = [index for index in forgotten if index not in set(again)]
+            self._write(facts, [], again, [], [] if forgotten else asked, clock)
+            clock = Clock()
+
+    def _write(
+        self,
+        facts: Sequence[Fact],
+        batch: Sequence[int],
+        again: Sequence[int],
+        replaced: Sequence[int],
+        asked: Sequence[int],
+        clock: Clock,
+    ) -> None:
+        """Have the loop edit the facts of a ``batch`` and earlier ones ``again``, and say what came of it."""
+        chosen = [facts[index] for index in (*batch, *again)]
+        entry = self._the_loop().edit(batch, chosen, replaced, asked, again, clock)
         likely = entry["targets"]["probability_after"]
         if likely is not None and likely < _LIKELY:
             self.reporter.say(
@@ -468,23 +489,24 @@ class Editor:
         with plain_errors(self.folder / _PASSAGES, "read"):
             passages = json.loads((self.folder / _PASSAGES).read_text("utf-8"))
         retained = [facts[index] for index in run.history.retained]
-        entry = self._the_loop().repair(retained, passages, steps, self.settings.seed)
-        if entry["event"] == "guard":
-            self.reporter.say(f"Guard: {stopped(entry)}", "bold red")
+        share = run.history.unrepaired / len(run.history.edited)
+        self._the_loop().repair(retained, passages, steps, share, self.settings.seed)
 
-    def _forgotten(self, facts: Sequence[Fact], coming: int, replaced: set[int]) -> tuple[list[int], list[int]]:
-        """Earlier facts that were asked before a batch of so many, and those whose new answer the model does not give (strict).
-
-        Where none are coming, all are asked.
-        """
-        assert self.settings.recheck is not None
-        due = [index for index in self._run().history.due if index not in replaced]
-        asked = due[: self.settings.recheck * coming] if coming else due
-        if not self.settings.recheck or not asked:
-            return [], []
+    def _forgotten(self, facts: Sequence[Fact], asked: Sequence[int], clock: Clock) -> list[int]:
+        """Which of the facts ``asked`` the model does not give the new answer of any more (strict)."""
+        if not asked:
+            return []
         self._the_loop().settle()
         given = self._knows([facts[index] for index in asked], "earlier facts")
-        return asked, [index for index, answered in zip(asked, given, strict=True) if not answered]
+        clock.lap("asking earlier facts")
+        forgotten = [index for index, answered in zip(asked, given, strict=True) if not answered]
+        if len(forgotten) > _SATURATED * len(asked):
+            self.reporter.say(
+                f"{len(forgotten)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, and writing them again "
+                "soon harms it more than it helps; stop here, or go back to an earlier batch (rollback)",
+                "bold red",
+            )
+        return forgotten
 
     def _knows(self, facts: Sequence[Fact], title: str) -> list[bool]:
         """Whether the model as it stands gives each fact's new answer (strict)."""
@@ -586,7 +608,7 @@ class Editor:
         statistics = load_statistics(self.folder / "statistics", self.weights.names, self.loaded.device)
         source = self.make_source(run.config["templates"], self.settings.targets)
         anchor = statistics[self.weights.names[-1]].anchor
-        if anchor is not None and isinstance(source, OptimisedTargets):
+        if self.method.needs.anchored and anchor is not None and isinstance(source, OptimisedTargets):
             source.anchor = float(anchor)
         solver = self.make_solver(source, statistics)
         self._loop = SequentialLoop(run, solver, self.settings.guard)

@@ -14,12 +14,14 @@ import torch
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
+from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder, joined
+from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import TokenBatch, last_hidden
 from sphere_edit.progress import Quiet
@@ -61,12 +63,17 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     assert settings.repair is not None
     if settings.recheck:
         size = settings.batch_size
-        asked = sum(min(settings.recheck * size, earlier) for earlier in range(size, len(facts), size)) + len(facts)
+        known = len(editor.run.history.retained) if editor.run else 0
+        earlier = range(known, known + len(facts), size)
+        asked = sum(min(settings.recheck * size, count) for count in earlier) + known + len(facts)
         bare = [fact.bare() for fact in trial]
         asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
         seconds["earlier facts"] = asked / len(trial) * asking
     if settings.repair:
         seconds["repair"] = repair_steps(settings.repair, len(facts)) * _timed_repair(editor, trial, passage)
+    if method.needs.anchored:
+        about = len(read_facts("demo").facts) / len(trial)
+        seconds["targets of the demo facts"] = about * seconds[OptimisedTargets.stage] / share
     if settings.evaluation.generation != "off":
         scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
         chat = settings.evaluation.generation == "chat"
@@ -87,7 +94,7 @@ def _timed_repair(editor: Editor, trial: Sequence[Fact], passage: Sequence[list[
     """Seconds of one step, with the few facts as often as a step asks facts."""
     repeated = [trial[index % len(trial)] for index in range(STEP_FACTS)]
     source, weights = editor.make_source(["{}"], editor.settings.targets), editor.weights
-    repair = Repair(source.computing(), weights, passage, repeated, _PADDING[:2], {}, seed=0)
+    repair = Repair(source.computing(), weights, passage, repeated, _PADDING[:2], {}, source.max_tokens, seed=0)
     started = time.monotonic()
     repair.gradients(weights.snapshot(), Descent())
     return time.monotonic() - started
@@ -147,8 +154,9 @@ def _memory(editor: Editor) -> int:
     needs = editor.method.needs
     statistics = len(editor.weights.names) * inputs * inputs * (4 + 16) if editor.measures_moments else 0
     solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
-    if editor.settings.repair:  # change, momentum, gradient and value of every matrix
-        solving = max(solving, 4 * matrices * 4)
+    if editor.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
+        repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in editor.weights.working.values())
+        solving = max(solving, repairing)
     vocabulary = editor.model.get_output_embeddings().weight.shape[0]
     tokens = editor.settings.tokens_per_batch
     if needs.source == "targets":

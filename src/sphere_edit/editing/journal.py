@@ -9,6 +9,7 @@ the last line belongs to work that did not finish, and is done again.
     journal.jsonl               facts, unedited, batch, evaluation, ability, guard, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
+    heldout.json, passages.json token ids of the text that perplexity is measured on, and of what a repair reads
     evaluations/…json           per-fact results
     metrics.json                the latest summary
     report.html, figures/       the page about the run, and its figures
@@ -105,8 +106,12 @@ class History:
 
     @property
     def closing(self) -> bool:
-        """Whether the last new facts of a stream were edited, or what it did was repaired, and nothing came after."""
-        ready = bool(self.batches) and (bool(self.batches[-1]["facts"]) or "repair" in self.batches[-1])
+        """Whether the last new facts of a stream were edited, and what ends it, repair and look back, is not done.
+
+        The last batch of a look back says which facts were asked; without new facts, no other does.
+        """
+        last = self.batches[-1] if self.batches else None
+        ready = last is not None and (bool(last["facts"]) or not last.get("asked"))
         return ready and not self.finished and self.guard is None and not self.pending
 
     def ability_series(self) -> dict[str, list[tuple[int, Entry]]]:
@@ -183,7 +188,7 @@ class RunFolder:
             raise SphereEditError(
                 f"{path} holds a run already; add --resume to go on with it, or choose another folder"
             )
-        ours = {"config.json", "journal.jsonl", "statistics", "heldout.json", "facts"}
+        ours = {"config.json", "journal.jsonl", "statistics", "heldout.json", "passages.json", "facts"}
         with plain_errors(path, "read"):
             if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - ours):
                 raise SphereEditError(f"{path} exists and is not a run folder; choose another")

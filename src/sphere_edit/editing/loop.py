@@ -75,17 +75,20 @@ class SequentialLoop:
         about = {"facts": list(indices), "superseded": list(superseded), "asked": list(asked), "again": list(again)}
         return self._commit(batch, written, seen, deployed, about, clock)
 
-    def repair(self, facts: Sequence[Fact], passages: Sequence[Sequence[int]], steps: int, seed: int) -> dict[str, Any]:
+    def repair(
+        self, facts: Sequence[Fact], passages: Sequence[Sequence[int]], steps: int, share: float, seed: int
+    ) -> dict[str, Any]:
         """Repair what was done to ordinary text (`Repair`), as a batch without facts; ``facts`` are those that are to stay.
 
-        What the method remembers stays as it is, but for how far the weights have moved.
+        The method remembers no key of it, only how far the weights have moved, where it wants to know. It is not guarded: it is what
+        brings a model back.
         """
         self.settle()
         clock = Clock()
         batch = self.run.history.head + 1
         self.at = None
         deployed = {name: self.weights.deployed(name).clone() for name in self.weights.names}
-        written, descent = self.solver.repair(facts, passages, self.states, steps, seed + batch)
+        written, descent = self.solver.repair(facts, passages, self.states, steps, share, seed + batch)
         self._check_finite(batch)
         clock.lap("repair")
         self._remember({})
@@ -114,7 +117,7 @@ class SequentialLoop:
         }
         clock.lap("diagnosing")
         done = {"batch": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
-        if self.guarded and (reason := objection(matrices)):
+        if self.guarded and "repair" not in about and (reason := objection(matrices)):
             entry = self.run.append("guard", **done, reason=reason, seconds=clock.seconds)
             self.settle()
             return entry

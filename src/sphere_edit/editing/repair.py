@@ -38,8 +38,8 @@ _BLOCK = 64  # positions whose two distributions exist at one time; changes memo
 
 
 def repair_steps(limit: int, edited: int) -> int:
-    """How many steps follow so many edited facts."""
-    return min(limit, math.ceil(edited / _FACTS_A_STEP))
+    """How many steps follow so many edited facts; none after a few, which wait for the next ones."""
+    return min(limit, edited // _FACTS_A_STEP)
 
 
 def readable_passages(passages: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -70,14 +70,15 @@ class Repair:
     """Descent of all edited matrices on ``KL(unedited ‖ edited)`` over ordinary text, plus 0.3 times the mean loss of edited facts.
 
     Each step takes other text and other facts, half of these in one of the run's context templates. Gradients ∇ are taken in the metric of
-    the keys that are to be left alone, ``∇ M⁻¹`` (`Method.metric`: C0, and what the method remembers of the facts), have a momentum, and
-    get one length for all matrices together: a step is the rate times ‖W − W0‖, root mean square over the matrices. The rate falls to zero
-    along a cosine.
+    the keys that are to be left alone, ``∇ M⁻¹`` (`Method.metric`: C0, with what MEMIT's relatives remember of the facts), have a momentum,
+    and get one length for all matrices together: a step is the rate times √share ‖W − W0‖, root mean square over the matrices. The rate falls
+    to zero along a cosine.
 
     Args:
         computing: the model to differentiate, which may be a copy in another precision.
         passages: token ids of ordinary text; none of it is what held-out figures are measured on.
-        metrics: M⁻¹ ``[d_in, d_in]`` of each matrix, or None for one.
+        metrics: M⁻¹ ``[d_in, d_in]`` of each matrix in float32, or None for one.
+        max_tokens: in one pass; it takes no more than it has use for.
     """
 
     def __init__(
@@ -88,20 +89,23 @@ class Repair:
         facts: Sequence[Fact],
         templates: Sequence[str],
         metrics: Mapping[str, Tensor | None],
+        max_tokens: int,
         seed: int,
     ):
-        self.loaded, self.weights, self.facts = computing, weights, list(facts)
-        self.metrics = {name: None if metric is None else metric.float() for name, metric in metrics.items()}
+        self.loaded, self.weights, self.facts, self.metrics = computing, weights, list(facts), metrics
+        self.max_tokens = max_tokens
         self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
         self.random = random.Random(seed)
         rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
-        batches = [
-            [rows[index] for index in chunk] for chunk in batches_by_length([len(row) for row in rows], _TEXT_TOKENS)
-        ]
+        chunks = batches_by_length([len(row) for row in rows], min(_TEXT_TOKENS, max_tokens))
+        batches = [[rows[index] for index in chunk] for chunk in chunks]
         self.batches = cycle(self.random.sample(batches, len(batches)))
 
-    def run(self, steps: int, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
-        """Take the steps; the weights themselves stay as they are.
+    def run(self, steps: int, share: float, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
+        """Take the steps, or as many as have finite gradients; the weights themselves stay as they are.
+
+        Args:
+            share: the part of all edited facts that was edited since the last repair.
 
         Returns:
             Δ ``[d_out, d_in]`` of each matrix, float32, and what was seen on the way.
@@ -116,12 +120,15 @@ class Repair:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
                 gradients = self.gradients(now, descent)
+                if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+                    reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
+                    break
                 for name, gradient in gradients.items():
                     metric = self.metrics[name]
                     momentum[name] = _MOMENTUM * momentum[name] + (gradient if metric is None else gradient @ metric)
                 lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
                 length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
-                rate = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+                rate = _RATE * math.sqrt(share) * (1 + math.cos(math.pi * step / steps)) / 2
                 for name in moved:
                     change[name] -= momentum[name] * (rate / max(length, 1e-30))
                 advance(1)
@@ -177,7 +184,7 @@ class Repair:
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = [_in_template(fact, self._context()) for fact in some]
         total = 0.0
-        for _, rows in target_rows(self.loaded, self.encoder, asked, 2 * _TEXT_TOKENS):
+        for _, rows in target_rows(self.loaded, self.encoder, asked, min(2 * _TEXT_TOKENS, self.max_tokens)):
             loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)
             (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
             total += float(loss.detach())

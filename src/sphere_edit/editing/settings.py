@@ -132,9 +132,21 @@ class Settings(BaseModel):
         given = {**method.targets, **self.targets.model_dump(exclude_unset=True)}
         targets = TargetSettings(**given).resolved(device, fast_bfloat16)
         recheck = method.recheck if self.recheck is None else self.recheck
-        repair = method.repair if self.repair is None else self.repair
+        repair = self._resolved_repair(method)
         update = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
         return self.model_copy(update={**update, "repair": repair})
+
+    def _resolved_repair(self, method: Method) -> int:
+        """Steps of the repair, which is about the weights that are edited, so these must be those the model runs with."""
+        projected = self.sphere.enabled and self.diagnostic_sphere().project == "deployed"
+        if not projected and type(method).deploy is Method.deploy:
+            return method.repair if self.repair is None else self.repair
+        if self.repair:
+            what = "SPHERE with project: deployed" if projected else method.name
+            raise SphereEditError(
+                f"repair cannot follow {what}: the model runs with other weights than are edited; set repair: 0"
+            )
+        return 0
 
     def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
         """The edited matrices, lowest layer first.

@@ -104,6 +104,7 @@ class Solver:
         passages: Sequence[Sequence[int]],
         states: Mapping[str, State],
         steps: int,
+        share: float,
         seed: int,
     ) -> tuple[Written, Descent]:
         """Add a `Repair` of so many steps to the working weights.
@@ -112,9 +113,15 @@ class Solver:
         """
         self.weights.use_working()
         before = self.weights.snapshot()
-        metrics = {name: self.method.metric(states[name], self.statistics[name]) for name in self.weights.names}
-        repair = Repair(self.source.computing(), self.weights, passages, facts, self.source.templates, metrics, seed)
-        change, descent = repair.run(steps, self.reporter)
+        metrics: dict[str, Tensor | None] = {}
+        for name in self.weights.names:  # one at a time: in float64 they are large
+            metric = self.method.metric(states[name], self.statistics[name])
+            metrics[name] = None if metric is None else metric.float()
+        source = self.source
+        repair = Repair(
+            source.computing(), self.weights, passages, facts, source.templates, metrics, source.max_tokens, seed
+        )
+        change, descent = repair.run(steps, share, self.reporter)
         updates: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}
         for name, update in updates.items():
             self.weights.add(name, update)

@@ -202,8 +202,10 @@ class OptimisedTargets(Source):
         return interleaved(deltas.T, deltas.T.repeat_interleave(others, 0) if others else None).T
 
     def report(self) -> Report:
-        """Losses before and after, and how likely the targets became."""
+        """Losses before and after, and how likely the targets became; of anchored ones, which the descent never saw, only the former."""
         losses = self.targets.losses
+        if self.anchor is not None:
+            return Report([loss[0] for loss in losses], evaluations=[len(loss) for loss in losses])
         return Report(
             [loss[0] for loss in losses],
             [loss[-1] for loss in losses],

@@ -127,8 +127,8 @@ class Method(BaseModel, ABC):
         return state
 
     def metric(self, state: State, statistics: Statistics) -> Tensor | None:
-        """M⁻¹ ``[d_in, d_in]`` of the keys that a repair moves with care; C0⁻¹ unless the method remembers more, None where nothing is known."""
-        return None if statistics.second_moment is None else cholesky_inverse(statistics.factor)
+        """M⁻¹ ``[d_in, d_in]`` of the keys that a repair is to leave alone: C0⁻¹, None for a method that asks nothing of ordinary keys."""
+        return None if self.needs.statistics is None else cholesky_inverse(statistics.factor)
 
     def deploy(self, original: Tensor, working: Tensor) -> Tensor:
         """The weight the model runs with, from W0 and the working weight."""
