@@ -424,7 +424,8 @@ class Editor:
         history, clock = self._run().history, Clock()
         replaced = superseded_by(facts, batch, history.retained)
         assert self.settings.recheck is not None
-        due = [index for index in history.due if index not in set(replaced)]
+        gone = set(replaced)
+        due = [index for index in history.due if index not in gone]
         asked = due[: self.settings.recheck * len(batch)]
         forgotten = self._forgotten(facts, asked, clock)
         # a forgotten fact of a subject that the batch is about may have to wait for its next turn
@@ -451,7 +452,8 @@ class Editor:
             self.reporter.say(
                 f"Batch {history.head + 1}: {len(again)} of {len(asked)} facts, which were forgotten", "bold"
             )
-            forgotten = [index for index in forgotten if index not in set(again)]
+            written = set(again)
+            forgotten = [index for index in forgotten if index not in written]
             self._write(facts, [], again, [], [] if forgotten else asked, clock)
             clock = Clock()
 

@@ -80,7 +80,7 @@ class Settings(BaseModel):
         None,
         ge=0,
         description="before each batch, ask so many earlier facts for each of its own, and edit again with it those "
-        "that are forgotten; by default the method's choice",
+        "that are forgotten; after the last batch, ask all; by default the method's choice",
     )
     repair: int | None = Field(
         None,
