@@ -52,8 +52,8 @@ def row(run: Series, at: Sequence[int]) -> str:
 
 
 def nearest(run: Series, edits: int) -> int:
-    """The checkpoint nearest to so many facts."""
-    return min(range(1, len(run.edits)), key=lambda index: abs(run.edits[index] - edits))
+    """The checkpoint nearest to so many facts; of several the last, after the stream's repair and look back."""
+    return min(range(1, len(run.edits)), key=lambda index: (abs(run.edits[index] - edits), -index))
 
 
 def scores(run: Series, index: int) -> tuple[list[int], list[FactScores]]:
