@@ -138,11 +138,11 @@ class Settings(BaseModel):
 
     def _resolved_repair(self, method: Method) -> int:
         """Steps of the repair, which is about the weights that are edited, so these must be those the model runs with."""
-        projected = self.sphere.enabled and self.diagnostic_sphere().project == "deployed"
-        if not projected and type(method).deploy is Method.deploy:
+        other = type(method).deploy is not Method.deploy
+        if not other and not (self.sphere.enabled and self.diagnostic_sphere().project == "deployed"):
             return method.repair if self.repair is None else self.repair
         if self.repair:
-            what = "SPHERE with project: deployed" if projected else method.name
+            what = method.name if other else "SPHERE with project: deployed"
             raise SphereEditError(
                 f"repair cannot follow {what}: the model runs with other weights than are edited; set repair: 0"
             )
