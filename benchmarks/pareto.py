@@ -19,7 +19,7 @@ from sphere_edit.reporting.series import Series
 
 KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
 MARKERS = "osD^vP*X<>hpdH"
-TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
+TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 Point = tuple[Series, str, float, dict[str, Any], dict[str, Any]]
 
 
