@@ -69,8 +69,8 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         bare = [fact.bare() for fact in trial]
         asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
         seconds["earlier facts"] = asked / len(trial) * asking
-    if settings.repair:
-        seconds["repair"] = repair_steps(settings.repair, len(facts)) * _timed_repair(editor, trial, passage)
+    if steps := repair_steps(settings.repair, len(facts)):
+        seconds["repair"] = steps * _timed_repair(editor, trial, passage)
     if method.needs.anchored:
         about = len(read_facts("demo").facts) / len(trial)
         seconds["targets of the demo facts"] = about * seconds[OptimisedTargets.stage] / share

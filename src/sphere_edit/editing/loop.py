@@ -251,7 +251,7 @@ class SequentialLoop:
                     continue
                 here["keys"] = weight.new_empty(weight.shape[1], 0)
             if self.method.needs.change:
-                here["change"] = self.weights.working[name] - self.weights.original(name)
+                here["change"] = weight - self.weights.original(name)
             self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
 
     def _forget(self, rewritten: Sequence[int], batch: int) -> None:

@@ -126,7 +126,6 @@ class OptimisedTargets(Source):
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
             self.targets = replace(self.targets, values=values)
-
         if self.anchor is not None:
             self.targets = anchored(self.targets, self._outputs(), self.anchor)
 
