@@ -22,6 +22,7 @@ from sphere_edit.editing.methods.lyaplock import LyapLock
 from sphere_edit.editing.methods.memit import Memit, MemitSeq
 from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
+from sphere_edit.editing.methods.revive import Revive
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.editing.targets import Targets, anchored, typical_length
@@ -81,6 +82,34 @@ def test_alphaedit_leaves_keys_outside_its_null_space_alone(problem):
     outside -= basis @ (basis.T @ outside)
     assert float((delta @ problem.keys).norm()) > 0.1, "the update does something"
     assert float((delta @ outside).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("protect", ["either", "both"])
+def test_revive_takes_away_what_falls_on_dominant_singular_vectors_and_nothing_else(problem, protect):
+    """In ΔW = Σ c_ij u_i v_jᵀ over all of W0's singular vectors, c_ij goes where i or j (or both) are among the first k."""
+    original = random(D_OUT, D_IN, seed=6)
+    left, values, right = torch.linalg.svd(original)
+    share = (values**2).cumsum(0) / (values**2).sum()
+    count = 3
+    method = Revive(energy=float(share[count - 2] + share[count - 1]) / 2, protect=protect)
+    written = method.solve(dataclasses.replace(problem, original=original), {}).dense()
+    coefficients = left.T @ AlphaEdit().solve(problem, {}).dense() @ right.T
+    dominant = [torch.arange(size) < count for size in (D_OUT, D_IN)]
+    rows, columns = dominant[0][:, None], dominant[1][None, :]
+    gone = rows | columns if protect == "either" else rows & columns
+    assert float(coefficients[gone].norm()) > 0.01 * float(coefficients.norm()), "there is something to take away"
+    torch.testing.assert_close(left.T @ written @ right.T, torch.where(gone, 0.0, coefficients), atol=1e-10, rtol=0)
+
+
+def test_what_w0_does_along_dominant_vectors_outlives_revive(problem):
+    """With ``either``, u_i and v_i stay singular vectors of W0 + ΔW, with their σ_i."""
+    original = random(D_OUT, D_IN, seed=6)
+    left, values, right = torch.linalg.svd(original, full_matrices=False)
+    update = Revive(energy=0.5).solve(dataclasses.replace(problem, original=original), {}).dense()
+    edited = original + update
+    assert float(update.norm()) > 0.1, "the update does something"
+    torch.testing.assert_close(edited @ right[:2].T, left[:, :2] * values[:2])
+    torch.testing.assert_close(edited.T @ left[:, :2], right[:2].T * values[:2])
 
 
 def test_states_do_not_leak_between_calls(problem):

@@ -176,7 +176,8 @@ class Solver:
         for index, (name, beside) in enumerate(zip(self.weights.names, bystanders, strict=True)):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
-            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside)
+            original = self.weights.original(name) if method.needs.original else None
+            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside, original)
             update = method.solve(problem, states[name]).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)

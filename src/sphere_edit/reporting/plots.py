@@ -36,6 +36,7 @@ _COLOURS = (
     "#A6761D",
     "#E7298A",
     "#5F3813",
+    "#6A3DFF",
     "#66A61E",
 )
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))

@@ -17,6 +17,7 @@ from sphere_edit.editing.methods.memit import Memit, MemitSeq
 from sphere_edit.editing.methods.nas import Nas
 from sphere_edit.editing.methods.prune import Prune
 from sphere_edit.editing.methods.rect import Rect
+from sphere_edit.editing.methods.revive import Revive
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.errors import SphereEditError
@@ -25,7 +26,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit),
-        *(Encore, LyapLock, Nas, Frugal),
+        *(Encore, LyapLock, Nas, Revive, Frugal),
     )
 }
 

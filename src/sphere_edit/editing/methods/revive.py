@@ -1,0 +1,56 @@
+"""REVIVE: edits that leave the dominant singular directions of W0 alone (Zhang et al. 2026, arXiv:2601.11042)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from sphere_edit.editing.methods.alphaedit import AlphaEdit
+from sphere_edit.editing.methods.base import LayerProblem, Needs, State
+from sphere_edit.numerics.linalg import leading_right_directions
+from sphere_edit.numerics.projection import principal_rank
+from sphere_edit.numerics.update import LowRankUpdate, joined
+
+
+class Revive(AlphaEdit):
+    """AlphaEdit's ΔW without its components ``u_i v_jᵀ`` along W0's dominant singular vectors.
+
+    With U_k ``[d_out, k]`` and V_k ``[d_in, k]``, which hold the share ``energy`` of ``‖W0‖²``:
+
+        protect = either:  ΔW ← (I − U_k U_kᵀ) ΔW (I − V_k V_kᵀ)
+        protect = both:    ΔW ← ΔW − U_k U_kᵀ ΔW V_k V_kᵀ
+
+    No code is public. The abstract says that updates are filtered in the spectral basis of W0 so that the dominant subspace is preserved,
+    not whether a component goes when one of its vectors is dominant or only when both are, nor how many vectors are: hence two readings,
+    of which the former does preserve what W0 does along these vectors, and a share that was chosen here.
+    """
+
+    name: ClassVar[str] = "revive"
+    paper: ClassVar[str] = "Zhang et al. 2026, arXiv:2601.11042 (our reading)"
+
+    energy: float = Field(0.5, ge=0, lt=1, description="share of ‖W0‖² that the protected singular vectors hold")
+    protect: Literal["either", "both"] = Field(
+        "either", description="components that go: those with either vector dominant, or only those with both"
+    )
+
+    @property
+    def needs(self) -> Needs:
+        """What AlphaEdit needs, and W0."""
+        return replace(super().needs, original=True)
+
+    def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
+        """AlphaEdit's ΔW, filtered in float64."""
+        update = super().solve(problem, state)
+        assert problem.original is not None
+        original = problem.original.double()
+        inputs = leading_right_directions(original, lambda values: principal_rank(values, self.energy))
+        outputs = torch.linalg.qr(original @ inputs).Q
+        left, right = outputs @ (outputs.T @ update.left), (update.right @ inputs) @ inputs.T
+        if self.protect == "either":
+            return LowRankUpdate(update.left - left, update.right - right)
+        filtered = joined([update, LowRankUpdate(-left, right)])
+        assert isinstance(filtered, LowRankUpdate)
+        return filtered
