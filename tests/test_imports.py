@@ -20,9 +20,9 @@ FLOORS = [
     "diagnosis",
     "export",
     "editor",
+    "tuning",
     "bench",
     "planning",
-    "tuning",
     "cli",
 ]
 GROUND = ["_version", "errors", "progress", "files"]  # what every floor stands on

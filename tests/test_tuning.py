@@ -10,18 +10,20 @@ from statistics import harmonic_mean
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
 from sphere_edit import tuning as tuning_module
+from sphere_edit.bench import Bench, BenchConfig
 from sphere_edit.editing.presets import read_tuned, tuned_file
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
-from sphere_edit.tuning import STREAM, Trial, _Bench, tune
+from sphere_edit.tuning import STREAM, Trial, _Bench, calibrate, tune
 from test_cli import run
 
 QUICK = {
@@ -170,3 +172,49 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **quick)
     assert again.preset == "tuned for this model"
     assert not again.would_calibrate
+
+
+def test_a_bench_on_an_unknown_model_calibrates_once_for_all_its_runs(model, tmp_path, monkeypatch):
+    known = facts_from(fact_records(3))
+    monkeypatch.setattr(tuning_module, "read_facts", lambda name: known)
+    found = []
+    monkeypatch.setattr(tuning_module, "tune", lambda *args: found.append(tune(*args)) or found[-1])
+    where = tuned_file(load_model(str(model)).fingerprint, "frugal")
+    where.unlink(missing_ok=True)
+    source = tmp_path / "facts.json"
+    source.write_text(json.dumps(fact_records(2)))
+    settings = {name: value for name, value in QUICK.items() if name != "targets"}
+    config = {
+        "models": [str(model)],
+        "data": {"own": {"source": str(source)}},
+        "methods": {"frugal": {}, "no repair": {"method": "frugal", "repair": 0}},
+        "settings": settings,
+    }
+    bench = Bench(BenchConfig.model_validate(config), tmp_path / "bench")
+    bench.execute(Quiet())
+    assert not bench.failures
+    assert len(found) == 1
+    chosen = json.loads(where.read_text())["settings"]["layers"]
+    for cell in bench.cells:
+        kept = json.loads((bench.run_folder(cell) / "config.json").read_text())
+        assert (kept["preset"], kept["layers"]) == ("tuned for this model", chosen)
+
+
+def test_of_two_processes_one_calibrates_and_the_other_waits(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning_module, "tune", lambda *args: pytest.fail("the other one was at it"))
+    where = tuned_file(load_model(str(model)).fingerprint, "frugal")
+    where.unlink(missing_ok=True)
+    quick = {name: value for name, value in QUICK.items() if name != "targets"}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **quick)
+    other = FileLock(f"{where}.lock")
+    other.acquire()
+
+    def finish(message: str, style: str = "") -> None:
+        if "waiting" in message:
+            where.write_text(json.dumps({"settings": {"layers": [1]}}))
+            other.release()
+
+    monkeypatch.setattr(editor.reporter, "say", finish)
+    calibrate(editor, facts_from(fact_records(2)), False)
+    assert editor.preset == "tuned for this model"
+    assert editor.layers == [1]

@@ -26,6 +26,7 @@ from sphere_edit.models.loading import full_name
 from sphere_edit.progress import Reporter, duration
 from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markdown, read_row
 from sphere_edit.reporting.report import write_report
+from sphere_edit.tuning import calibrate
 
 
 class _Strict(BaseModel):
@@ -230,7 +231,9 @@ class Bench:
             editor = Editor.from_pretrained(cell.model, folder, cell.settings, reporter)
         try:
             if editor.run is None:
-                editor.edit(self.facts(cell), self.config.data[cell.data].skip_bad)
+                given, skip_bad = self.facts(cell), self.config.data[cell.data].skip_bad
+                calibrate(editor, given, skip_bad)
+                editor.edit(given, skip_bad)
             else:
                 editor.resume()
         finally:

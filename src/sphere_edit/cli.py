@@ -275,6 +275,7 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
     from sphere_edit.editor import Editor
     from sphere_edit.files import cache_dir
     from sphere_edit.planning import check_room
+    from sphere_edit.tuning import calibrate
 
     RunFolder.refuse_taken(folder)
     for place in (folder, cache_dir()):
@@ -283,11 +284,7 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
     if wish.dry_run:
         _plan(editor, given, wish.chosen["skip_bad"], wish.skip_known)
         return
-    if editor.would_calibrate:
-        from sphere_edit.tuning import calibrate
-
-        editor.check(given, wish.chosen["skip_bad"])
-        calibrate(editor)
+    calibrate(editor, given, wish.chosen["skip_bad"])
     _finish(editor, lambda: editor.edit(given, wish.chosen["skip_bad"], wish.skip_known))
 
 

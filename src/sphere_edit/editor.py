@@ -449,9 +449,7 @@ class Editor:
         forgotten = self._forgotten(facts, asked, clock)
         while forgotten and history.guard is None:
             again = self._together(facts, forgotten, self.settings.batch_size)
-            self.reporter.say(
-                f"Batch {history.head + 1}: {len(again)} of {len(asked)} facts, which were forgotten", "bold"
-            )
+            self.reporter.say(f"Batch {history.head + 1}: {len(again)} forgotten of {len(asked)} facts asked", "bold")
             written = set(again)
             forgotten = [index for index in forgotten if index not in written]
             self._write(facts, [], again, [], [] if forgotten else asked, clock)

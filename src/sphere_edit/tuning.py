@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sphere_edit.editing.methods.base import Method
@@ -35,8 +36,8 @@ from sphere_edit.evaluation.metrics import (
 )
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
-from sphere_edit.facts.readers import facts_from, read_facts
-from sphere_edit.files import write_json
+from sphere_edit.facts.readers import FactSet, facts_from, read_facts
+from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.reporting.results import percent
@@ -165,15 +166,37 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     return trials
 
 
-def calibrate(editor: Editor) -> None:
-    """Find settings for an editor's model, which later runs take too, and let it go by them."""
-    editor.reporter.say(
-        "No settings are known for this model: calibrating once, on the demo facts (`sphere-edit tune`; --layers skips it)",
-        "bold",
-    )
-    chosen = tune(editor.loaded, editor.given, editor.reporter)[0]
-    editor.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
-    editor.adopt_tuned()
+def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
+    """Where nothing is known of an editor's model (`Editor.would_calibrate`), find settings, which later runs take too, and let it go by them.
+
+    The facts it is to edit are checked first. Of several processes one calibrates, and the others wait for it.
+
+    Raises:
+        SphereEditError: some of the facts cannot be edited (without ``skip_bad``), or nothing could be found out.
+    """
+    if not editor.would_calibrate:
+        return
+    editor.check(given, skip_bad)
+    kept = tuned_file(editor.loaded.fingerprint, editor.method.name)
+    with plain_errors(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{kept}.lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            editor.reporter.say("Another process is calibrating this model: waiting for what it finds", "bold")
+            held = lock.acquire()
+    with held:
+        editor.adopt_tuned()
+        if editor.would_calibrate:
+            editor.reporter.say(
+                "No settings are known for this model: calibrating once, on the demo facts (`sphere-edit tune`; layers, options or targets "
+                "of your own skip it)",
+                "bold",
+            )
+            chosen = tune(editor.loaded, editor.given, editor.reporter)[0]
+            editor.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
+            editor.adopt_tuned()
 
 
 class _SharedTargets(OptimisedTargets):
