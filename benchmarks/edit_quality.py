@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from edit_speed import STEPS, prepared, textbook_of
 
 from sphere_edit import Editor, read_facts
-from sphere_edit.evaluation.metrics import FactScores, score_facts, summarise
+from sphere_edit.evaluation.metrics import FactScores, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
 from sphere_edit.progress import Quiet
 
@@ -55,9 +54,11 @@ def main() -> None:
         found[name] = [FactScores.from_dict(record) for record in json.loads(file.read_text("utf-8"))]
     print("| | efficacy | strict | generalization | strict | specificity |\n|---|---|---|---|---|---|")
     for name, scores in found.items():
-        means = summarise(scores)
-        cells = [f"{means[metric]:.1f}" for metric in METRICS]
-        cells = [f"{cell} [{low:.1f}, {high:.1f}]" for cell, (low, high) in zip(cells, intervals(scores), strict=True)]
+        means, spans = dict(summarise(scores)), intervals(scores)
+        cells = []
+        for metric in METRICS:
+            low, high = spans[metric] or (float("nan"), float("nan"))
+            cells.append(f"{means[metric]:.1f} [{low:.1f}, {high:.1f}]")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -75,18 +76,6 @@ def engine_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:
     for first in range(0, len(facts), size):
         editor._the_loop().edit(range(first, first + size), facts[first : first + size], [])
     return score_facts(editor.loaded, facts, editor.settings.tokens_per_batch, Quiet())
-
-
-def intervals(scores: Sequence[FactScores], draws: int = 2000) -> list[tuple[float, float]]:
-    """95 % percentile bootstrap intervals of the metrics, over facts."""
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randint(len(scores), (draws, len(scores)), generator=generator).tolist()
-    drawn = [summarise([scores[index] for index in sample]) for sample in samples]
-    found = []
-    for metric in METRICS:
-        values = torch.tensor([draw[metric] or 0.0 for draw in drawn])
-        found.append((float(values.quantile(0.025)), float(values.quantile(0.975))))
-    return found
 
 
 if __name__ == "__main__":
