@@ -27,7 +27,7 @@ COMMON: dict[str, Any] = {
 OPTIONS: dict[str, dict[str, Any]] = {  # what suits random models of width 32
     "alphaedit": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9},
     "nas": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9},
-    "revive": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9, "energy": 0.2},
+    "revive": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9},
     "memit": {"second_moment_weight": 0.01},
     "memit_seq": {"second_moment_weight": 0.01},
     "rect": {"second_moment_weight": 0.01},
