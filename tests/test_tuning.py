@@ -33,6 +33,7 @@ QUICK = {
     "moments": {"sampled_tokens": 512},
     "tokens_per_batch": 512,
 }
+UNTUNED = {name: value for name, value in QUICK.items() if name != "targets"}  # leaves the targets to a calibration
 
 
 @pytest.fixture(scope="module")
@@ -147,20 +148,19 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     """Once: later runs take the same settings; a user who says what he wants is not kept waiting."""
     known = facts_from(fact_records(3))
     monkeypatch.setattr(tuning_module, "read_facts", lambda name: known)
-    quick = {name: value for name, value in QUICK.items() if name != "targets"}
     facts = fact_records(4)
     where = tuned_file(load_model(str(model)).fingerprint, "frugal")
     where.unlink(missing_ok=True)
     config, source = tmp_path / "quick.yaml", tmp_path / "facts.json"
     source.write_text(json.dumps(facts))
     for name, options in (("said", {"layers": [1]}), ("other", {"method": "memit"})):
-        editor = Editor.from_pretrained(model, tmp_path / "asked", reporter=Quiet(), **{**quick, **options})
+        editor = Editor.from_pretrained(model, tmp_path / "asked", reporter=Quiet(), **{**UNTUNED, **options})
         assert not editor.would_calibrate
-        config.write_text(yaml.safe_dump({**quick, **options}))
+        config.write_text(yaml.safe_dump({**UNTUNED, **options}))
         run("edit", model, source, "-o", tmp_path / name, "--config", config)
         assert not where.exists()
         assert json.loads((tmp_path / name / "config.json").read_text())["preset"] is None
-    config.write_text(yaml.safe_dump(quick))
+    config.write_text(yaml.safe_dump(UNTUNED))
     plan = run("edit", model, source, "-o", tmp_path / "long", "--config", config, "--dry-run")
     assert "found by calibration first" in plan
     assert not where.exists()
@@ -169,7 +169,7 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     kept = json.loads((tmp_path / "long" / "config.json").read_text())
     assert kept["preset"] == "tuned for this model"
     assert kept["layers"] == chosen["layers"]
-    again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **quick)
+    again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **UNTUNED)
     assert again.preset == "tuned for this model"
     assert not again.would_calibrate
 
@@ -183,12 +183,11 @@ def test_a_bench_on_an_unknown_model_calibrates_once_for_all_its_runs(model, tmp
     where.unlink(missing_ok=True)
     source = tmp_path / "facts.json"
     source.write_text(json.dumps(fact_records(2)))
-    settings = {name: value for name, value in QUICK.items() if name != "targets"}
     config = {
         "models": [str(model)],
         "data": {"own": {"source": str(source)}},
         "methods": {"frugal": {}, "no repair": {"method": "frugal", "repair": 0}},
-        "settings": settings,
+        "settings": UNTUNED,
     }
     bench = Bench(BenchConfig.model_validate(config), tmp_path / "bench")
     bench.execute(Quiet())
@@ -204,8 +203,7 @@ def test_of_two_processes_one_calibrates_and_the_other_waits(model, tmp_path, mo
     monkeypatch.setattr(tuning_module, "tune", lambda *args: pytest.fail("the other one was at it"))
     where = tuned_file(load_model(str(model)).fingerprint, "frugal")
     where.unlink(missing_ok=True)
-    quick = {name: value for name, value in QUICK.items() if name != "targets"}
-    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **quick)
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **UNTUNED)
     other = FileLock(f"{where}.lock")
     other.acquire()
 
