@@ -26,7 +26,7 @@ from sphere_edit.editing.methods.revive import Revive
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.editing.targets import Targets, anchored, typical_length
-from sphere_edit.numerics.linalg import NullSpaceRule, null_space
+from sphere_edit.numerics.linalg import NullSpaceRule, dominant_vectors, null_space
 from sphere_edit.numerics.update import DenseUpdate
 
 
@@ -92,10 +92,11 @@ def test_revive_takes_away_what_falls_on_dominant_singular_vectors_and_nothing_e
     share = (values**2).cumsum(0) / (values**2).sum()
     count = 3
     method = Revive(energy=float(share[count - 2] + share[count - 1]) / 2, protect=protect)
-    written = method.solve(dataclasses.replace(problem, original=original), {}).dense()
+    dominant = dominant_vectors(original, method.needs.dominant)
+    written = method.solve(dataclasses.replace(problem, dominant=dominant), {}).dense()
     coefficients = left.T @ AlphaEdit().solve(problem, {}).dense() @ right.T
-    dominant = [torch.arange(size) < count for size in (D_OUT, D_IN)]
-    rows, columns = dominant[0][:, None], dominant[1][None, :]
+    first = [torch.arange(size) < count for size in (D_OUT, D_IN)]
+    rows, columns = first[0][:, None], first[1][None, :]
     gone = rows | columns if protect == "either" else rows & columns
     assert float(coefficients[gone].norm()) > 0.01 * float(coefficients.norm()), "there is something to take away"
     torch.testing.assert_close(left.T @ written @ right.T, torch.where(gone, 0.0, coefficients), atol=1e-10, rtol=0)
@@ -105,7 +106,9 @@ def test_what_w0_does_along_dominant_vectors_outlives_revive(problem):
     """With ``either``, u_i and v_i stay singular vectors of W0 + ΔW, with their σ_i."""
     original = random(D_OUT, D_IN, seed=6)
     left, values, right = torch.linalg.svd(original, full_matrices=False)
-    update = Revive(energy=0.5).solve(dataclasses.replace(problem, original=original), {}).dense()
+    update = (
+        Revive(energy=0.5).solve(dataclasses.replace(problem, dominant=dominant_vectors(original, 0.5)), {}).dense()
+    )
     edited = original + update
     assert float(update.norm()) > 0.1, "the update does something"
     torch.testing.assert_close(edited @ right[:2].T, left[:, :2] * values[:2])

@@ -17,10 +17,11 @@ from sphere_edit.numerics.linalg import (
     grown_inverse,
     grown_solution,
     null_space,
+    principal_rank,
     right_eigenbasis,
     spd_solve,
 )
-from sphere_edit.numerics.projection import principal_rank, unit_rows
+from sphere_edit.numerics.projection import unit_rows
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, update_from
 
 

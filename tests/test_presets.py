@@ -47,6 +47,15 @@ def test_other_models_have_none():
         assert with_preset(given, config, "") == (given, None)
 
 
+def test_what_is_built_on_alphaedit_takes_its_published_settings():
+    built = {name for name, method in METHODS.items() if issubclass(method, METHODS["alphaedit"])}
+    assert len(built) > 1
+    published = [preset for preset in presets() if "alphaedit" in preset.methods]
+    assert len(published) == 4
+    for preset in published:
+        assert all(preset.methods[name] == preset.methods["alphaedit"] for name in built), preset.name
+
+
 @pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)
 def test_every_preset_can_be_used(preset):
     assert set(preset.methods) <= set(METHODS)

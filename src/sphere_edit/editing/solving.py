@@ -26,6 +26,7 @@ from sphere_edit.editing.repair import Descent, Repair
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.linalg import dominant_vectors
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
@@ -81,6 +82,7 @@ class Solver:
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._dominant: dict[str, tuple[Tensor, Tensor]] = {}
 
     def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock) -> Written:
         """Solve a batch and add its updates to the working weights, which are left in the model."""
@@ -176,8 +178,8 @@ class Solver:
         for index, (name, beside) in enumerate(zip(self.weights.names, bystanders, strict=True)):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
-            original = self.weights.original(name) if method.needs.original else None
-            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside, original)
+            dominant = self._dominant_vectors(name)
+            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside, dominant)
             update = method.solve(problem, states[name]).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)
@@ -186,6 +188,15 @@ class Solver:
                 group.seen[name]["bystanders"] = beside
             clock.lap("sphere")
         return group
+
+    def _dominant_vectors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Those of W0 that the method needs, computed once."""
+        share = self.method.needs.dominant
+        if share is None:
+            return None
+        if name not in self._dominant:
+            self._dominant[name] = dominant_vectors(self.weights.original(name), share)
+        return self._dominant[name]
 
     def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
         group = _Group()

@@ -64,6 +64,22 @@ def leading_right_directions(rows: Tensor, choose: Callable[[Tensor], int]) -> T
     return torch.linalg.qr((a.T @ leading).double()).Q
 
 
+def principal_rank(values: Tensor, eta: float) -> int:
+    """``r = min(#(cumulative ratio ≤ η) + 1, rank)`` for eigenvalues sorted from the largest (DESIGN: SPHERE)."""
+    ratio = values.cumsum(0) / values.sum()
+    return min(int((ratio <= eta).sum()) + 1, len(values))
+
+
+def dominant_vectors(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The leading singular vectors of ``matrix [m, n]``, as many as hold a ``share`` of ``‖matrix‖²`` (`principal_rank`).
+
+    Returns:
+        ``(left [m, r], right [n, r])`` in float64, orthonormal: bases of the two spans, not pairs u_i, v_i.
+    """
+    right = leading_right_directions(matrix, lambda values: principal_rank(values, share))
+    return torch.linalg.qr(matrix.double() @ right).Q, right
+
+
 def _gram(a: Tensor) -> Tensor:
     """``A Aᵀ [n, n]`` of a wide ``a [n, d]``, its lower blocks mirrored."""
     n = len(a)

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sphere_edit.numerics.linalg import keeps_precision, leading_right_directions
+from sphere_edit.numerics.linalg import keeps_precision, leading_right_directions, principal_rank
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, Update
 
 Delta = TypeVar("Delta", Tensor, LowRankUpdate, DenseUpdate, Update)
@@ -22,12 +22,6 @@ def unit_rows(weight: Tensor) -> Tensor:
     rows = weight.to(torch.promote_types(weight.dtype, torch.float32)) if keeps_precision(weight) else weight.double()
     norms = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(norms > 0, norms, torch.ones_like(norms))
-
-
-def principal_rank(values: Tensor, eta: float) -> int:
-    """``r = min(#(cumulative ratio ≤ η) + 1, rank)`` for eigenvalues sorted from the largest (DESIGN: SPHERE)."""
-    ratio = values.cumsum(0) / values.sum()
-    return min(int((ratio <= eta).sum()) + 1, len(values))
 
 
 class Sphere(BaseModel):

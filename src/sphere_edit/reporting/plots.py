@@ -17,8 +17,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from sphere_edit.editing.methods import METHODS
-from sphere_edit.numerics.linalg import right_eigenbasis, squared_singular_values
-from sphere_edit.numerics.projection import principal_rank, unit_rows
+from sphere_edit.numerics.linalg import principal_rank, right_eigenbasis, squared_singular_values
+from sphere_edit.numerics.projection import unit_rows
 from sphere_edit.reporting.results import short_name
 from sphere_edit.reporting.series import METRICS, Series
 

@@ -50,7 +50,7 @@ class LayerProblem:
     residual: Tensor  # R [d_out, n]
     statistics: Statistics
     bystanders: Tensor | None = None  # keys [d_in, m] at the prompts' other tokens, where the method needs them
-    original: Tensor | None = None  # W0 [d_out, d_in], float32, where the method needs it
+    dominant: tuple[Tensor, Tensor] | None = None  # of W0, where the method needs them (`dominant_vectors`)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Needs:
         bystanders: that it is given the keys at all other tokens of each fact's prompt too, as they are before the batch, with
             the problem and to remember.
         anchored: that its targets, as the MLP's output, are as long as on the unedited model (`targets.anchored`).
-        original: that it is given W0 with the problem.
+        dominant: the share of ‖W0‖² whose singular vectors it is given with the problem.
         change: that it is told W − W0 of every matrix too, each time a batch has been written.
     """
 
@@ -82,7 +82,7 @@ class Needs:
     remembers: Literal["keys", "problem"] | None = None
     bystanders: bool = False
     anchored: bool = False
-    original: bool = False
+    dominant: float | None = None
     change: bool = False
 
 

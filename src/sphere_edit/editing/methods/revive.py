@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Needs, State
-from sphere_edit.numerics.linalg import leading_right_directions
-from sphere_edit.numerics.projection import principal_rank
 from sphere_edit.numerics.update import LowRankUpdate, joined
 
 
@@ -38,16 +35,14 @@ class Revive(AlphaEdit):
 
     @property
     def needs(self) -> Needs:
-        """What AlphaEdit needs, and W0."""
-        return replace(super().needs, original=True)
+        """What AlphaEdit needs, and the vectors that are protected."""
+        return replace(super().needs, dominant=self.energy)
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """AlphaEdit's ΔW, filtered in float64."""
         update = super().solve(problem, state)
-        assert problem.original is not None
-        original = problem.original.double()
-        inputs = leading_right_directions(original, lambda values: principal_rank(values, self.energy))
-        outputs = torch.linalg.qr(original @ inputs).Q
+        assert problem.dominant is not None
+        outputs, inputs = problem.dominant
         left, right = outputs @ (outputs.T @ update.left), (update.right @ inputs) @ inputs.T
         if self.protect == "either":
             return LowRankUpdate(update.left - left, update.right - right)
