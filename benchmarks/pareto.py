@@ -1,12 +1,18 @@
-"""What runs know against what they cost at one point of a stream, with 95 % bootstrap intervals: a figure of four panels and a table.
+"""What runs know against what they cost at one point of a stream, with 95 % bootstrap intervals: a table and a figure of four panels.
 
 sphere-edit bench configs/quality.yaml -o runs/quality
-python benchmarks/pareto.py runs/quality/runs/* --at 900 -o pareto.png
+python benchmarks/pareto.py runs/quality/runs/* --at 1050 -o pareto.png
+
+The figure's numbers are written beside it, to pareto.csv; given in place of a run folder, such a file brings in the rows of runs that
+are elsewhere, or gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +24,148 @@ from sphere_edit.reporting.plots import COLOURS
 from sphere_edit.reporting.series import Series
 
 KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
-MARKERS = "osD^vP*X<>hpdH"
+SHOWN = (*KNOWN, "specificity")
+PERPLEXITY = "Perplexity, times the unedited model's"
+MARKERS = "osD^vP*X<>hpdH8"
+BROKEN = 5.0  # times the perplexity: in the table, and named above the figure, which they would leave no room in
 TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
-Point = tuple[Series, str, float, dict[str, Any], dict[str, Any]]
 
 
-def point(run: Series, edits: int) -> Point:
-    """A run at the checkpoint nearest to so many facts: label, perplexity times the unedited one's, means, intervals."""
-    index = nearest(run, edits)
-    _, asked = scores(run, index)
-    perplexity = run.metrics["perplexity"]
-    ratio = (perplexity[index] or float("nan")) / (perplexity[0] or float("nan"))
-    parts = run.folder.name.split("--")  # a bench's: model, data, method, variant, seed
-    label = (parts[2].replace("-", " ") if len(parts) == 5 else run.method) + (" + SPHERE" if run.sphere else "")
-    return run, label, ratio, dict(summarise(asked)), dict(intervals(asked))
+@dataclass(frozen=True)
+class Row:
+    """A run at one checkpoint."""
+
+    label: str
+    method: str
+    sphere: bool
+    facts: int  # edited by then
+    asked: int  # of those
+    scores: dict[str, tuple[float, float, float]]  # %, with the ends of its interval
+    perplexity: float  # times the unedited model's
+    divergence: float | None  # KL(unedited ‖ edited) on held-out text, nats a token
+
+    @classmethod
+    def of(cls, run: Series, edits: int) -> Row:
+        """A run at the checkpoint nearest to so many facts."""
+        index = nearest(run, edits)
+        _, asked = scores(run, index)
+        means, spans = dict(summarise(asked)), dict(intervals(asked))
+        perplexity = run.metrics["perplexity"]
+        parts = run.folder.name.split("--")  # a bench's: model, data, method, variant, seed
+        return cls(
+            (parts[2].replace("-", " ") if len(parts) == 5 else run.method) + (" + SPHERE" if run.sphere else ""),
+            run.method,
+            run.sphere,
+            run.edits[index],
+            len(asked),
+            {name: (means[name], *spans[name]) for name in SHOWN},  # type: ignore[misc]
+            (perplexity[index] or float("nan")) / (perplexity[0] or float("nan")),
+            run.metrics["divergence"][index] if "divergence" in run.metrics else None,
+        )
+
+    def cells(self) -> dict[str, Any]:
+        """As a line of the file."""
+        spread = {
+            name + end: round(value, 2)
+            for name, span in self.scores.items()
+            for end, value in zip(("", "_low", "_high"), span, strict=True)
+        }
+        ratio, kl = round(self.perplexity, 4), self.divergence if self.divergence is None else round(self.divergence, 4)
+        return {**vars(self), "sphere": int(self.sphere), "perplexity": ratio, "divergence": kl, **spread}
+
+    @classmethod
+    def read(cls, cells: dict[str, str]) -> Row:
+        """From a line of the file."""
+        return cls(
+            cells["label"],
+            cells["method"],
+            cells["sphere"] == "1",
+            int(cells["facts"]),
+            int(cells["asked"]),
+            {name: (float(cells[name]), float(cells[name + "_low"]), float(cells[name + "_high"])) for name in SHOWN},
+            float(cells["perplexity"]),
+            float(cells["divergence"]) if cells["divergence"] else None,
+        )
+
+    def line(self) -> str:
+        """As a line of the printed table."""
+        cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in self.scores.values()]
+        kl = "" if self.divergence is None else f"{self.divergence:.3f}"
+        return f"| {self.label} | {self.facts} | {self.asked} | {' | '.join(cells)} | × {self.perplexity:.3f} | {kl} |"
 
 
-def drawn(points: list[Point], title: str) -> Figure:
-    """Rows: what is known; columns: what it costs. Up and left (perplexity), up and right (specificity) is better."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round ratios between two, no two of them closer than a twelfth of the axis."""
+    chosen: list[float] = []
+    for tick in TICKS:
+        if low <= tick <= high and (not chosen or log(tick / chosen[-1]) >= log(high / low) / 12):
+            chosen.append(tick)
+    return chosen
+
+
+def drawn(rows: list[Row]) -> Figure:
+    """Down: what is known; across: what it costs. Up and left (perplexity), up and right (specificity) is better."""
     figure = Figure(figsize=(11, 9), layout="constrained")
-    for row, (name, label) in enumerate(KNOWN.items()):
+    broken = [f"{row.label} × {row.perplexity:.3g}" for row in rows if not row.perplexity <= BROKEN]
+    rows = [row for row in rows if row.perplexity <= BROKEN] or rows
+    for above, (name, label) in enumerate(KNOWN.items()):
         for column in range(2):
-            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
-            for number, (run, named, ratio, means, spans) in enumerate(points):
-                x = ratio if column == 0 else means["specificity"]
-                low, high = spans[name]
-                errors: dict[str, Any] = {"yerr": [[means[name] - low], [high - means[name]]]}
+            axes = figure.add_subplot(2, 2, 2 * above + column + 1)
+            for number, row in enumerate(rows):
+                value, low, high = row.scores[name]
+                errors: dict[str, Any] = {"yerr": [[value - low], [high - value]]}
+                x = row.perplexity
                 if column == 1:
-                    left, right = spans["specificity"]
+                    x, left, right = row.scores["specificity"]
                     errors["xerr"] = [[x - left], [right - x]]
-                filled = "full" if run.sphere else "none"
                 axes.errorbar(
-                    [x], [means[name]], **errors, marker=MARKERS[number % len(MARKERS)], fillstyle=filled, capsize=2,
-                    color=COLOURS[run.method], markersize=8, linewidth=1, label=named if row + column == 0 else None,
+                    [x], [value], **errors, marker=MARKERS[number % len(MARKERS)],
+                    fillstyle="full" if row.sphere else "none", capsize=2, color=COLOURS[row.method], markersize=8,
+                    linewidth=1, label=row.label if above + column == 0 else None,
                 )  # fmt: skip
             axes.set_ylabel(label)
             if column == 0:
                 axes.set_xscale("log")
-                axes.set_xlabel("Perplexity, times the unedited model's")
+                axes.set_xlabel(PERPLEXITY)
                 axes.set_xticks([], minor=True)
-                axes.set_xticks([tick for tick in TICKS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
+                axes.set_xticks(ticks(*axes.get_xlim()))
                 axes.xaxis.set_major_formatter(lambda value, _: f"× {value:.3g}")
             else:
                 axes.set_xlabel("Specificity, %")
-    figure.suptitle(title)
+    edited = sorted({row.facts for row in rows})
+    title = f"After {' to '.join(str(count) for count in dict.fromkeys((edited[0], edited[-1])))} facts"
+    figure.suptitle(f"{title} (not drawn, perplexity: {', '.join(broken)})" if broken else title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def rows_of(path: Path, edits: int) -> list[Row]:
+    """The row of a run folder, or those of a figure's file."""
+    if path.suffix != ".csv":
+        return [Row.of(Series.read(path), edits)]
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [Row.read(cells) for cells in csv.DictReader(lines)]
 
 
 def main() -> None:
     """Read the runs, print the table, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--at", type=int, default=900)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or files written beside other figures")
+    parser.add_argument("--at", type=int, default=1050, help="facts edited")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    points = [point(Series.read(folder), args.at) for folder in args.runs]
-    points.sort(key=lambda found: found[2])
-    print(
-        "| run | facts edited | strict efficacy | strict generalization | specificity | perplexity |\n|---|---|---|---|---|---|"
-    )
-    for run, label, ratio, means, spans in points:
-        cells = [f"{means[name]:.1f} [{spans[name][0]:.1f}, {spans[name][1]:.1f}]" for name in (*KNOWN, "specificity")]
-        print(f"| {label} | {run.edits[nearest(run, args.at)]} | {' | '.join(cells)} | × {ratio:.3f} |")
+    found = [row for path in args.runs for row in rows_of(path, args.at)]
+    rows = sorted({row.label: row for row in found}.values(), key=lambda row: row.perplexity)  # of two, the later given
+    titles = ("run", "facts", "asked", "strict efficacy", "strict generalization", "specificity", "perplexity", "KL")
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    print("\n".join(row.line() for row in rows))
     if args.output:
-        drawn(points, f"After {points[0][0].edits[nearest(points[0][0], args.at)]} facts").savefig(args.output, dpi=110)
+        with args.output.with_suffix(".csv").open("w", encoding="utf-8", newline="") as lines:
+            names = [name for name in rows[0].cells() if name != "scores"]
+            writer = csv.DictWriter(lines, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row.cells() for row in rows)
+        drawn(rows).savefig(args.output, dpi=110)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_benchmark(command, found, tmp_path):
         ("correlation.py", "| run | metric | "),
         ("compare.py", "paired by fact"),
         ("lifetime.py", "| memit | SPHERE, current | "),
-        ("pareto.py", "| memit + SPHERE | 10 | "),
+        ("pareto.py", "| memit + SPHERE | 10 | 10 | "),
         ("other_text.py", "| run-True | Python source | "),
     ],
 )
@@ -67,3 +67,25 @@ def test_benchmarks_that_read_runs(name, found, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert found in done.stdout
     assert name in ("lifetime.py", "other_text.py") or "memit + SPHERE" in done.stdout
+
+
+def test_a_figure_of_fronts_takes_in_the_rows_of_another(tmp_path):
+    model = save_tiny("llama", tmp_path / "model")
+    for name in ("memit", "alphaedit"):
+        editor = Editor.from_pretrained(model, tmp_path / name, reporter=Quiet(), **{**QUICK, **METHODS[name]})
+        editor.edit(fact_records(10))
+        editor.close()
+    tables = []
+    for sources in (["memit"], ["memit.csv", "alphaedit"], ["all.csv"]):
+        output = tmp_path / (
+            "memit.png" if sources == ["memit"] else "all.png" if "alphaedit" in sources else "again.png"
+        )
+        command = [sys.executable, ROOT / "pareto.py", *(tmp_path / source for source in sources), "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert output.stat().st_size > 10_000
+        tables.append(done.stdout)
+    lines = tables[1].splitlines()
+    assert len(lines) == 4
+    assert set(tables[0].splitlines()[2:]) < set(lines), "the first run's row comes from its file as it was"
+    assert tables[2] == tables[1]
