@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,12 @@ def test_a_whole_week(model, tmp_path, facts, settings):
         "layers [1, 2]",
     ):
         assert text in shown
+    journal = folder / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    broken = [{**entry, "perplexity": None} if entry["event"] == "evaluation" else entry for entry in lines]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in broken))
+    assert "not finite" in run("show", copy)
     more = tmp_path / "more.csv"
     more.write_text(
         "subject,prompt,target_new,paraphrases\nMadrid 2,The river of {} is the,Tiber,Where is Madrid 2? It is\n"

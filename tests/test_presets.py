@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from families import save_tiny
 from sphere_edit.editing import presets as presets_module
+from sphere_edit.editing import settings as settings_module
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.presets import Preset, preset_of, presets
 from sphere_edit.editing.settings import Settings, make_settings, with_preset
@@ -85,6 +86,31 @@ def test_what_is_said_wins_even_where_it_is_a_default():
     assert (settings.targets.lr, settings.targets.steps) == (default, 25)
     assert settings.options == {"l2": 7, "null_space": "absolute", "null_space_threshold": 0.02}
     assert settings.layers == (3,)
+
+
+def test_the_rate_goes_with_its_rule_and_what_was_tuned_comes_first(monkeypatch):
+    """A normalised step of 2 is twice ‖h‖, and one of Adam's is 2 a coordinate."""
+
+    def arrives(method, found, **targets):
+        monkeypatch.setattr(settings_module, "read_tuned", lambda *_: found)
+        given = make_settings({"method": method}, {"targets": targets} if targets else {})
+        settings, origin = with_preset(given, CONFIGS["Llama-3-8B"], "")
+        return {**settings.make_method().targets, **settings.targets.model_dump(exclude_unset=True)}, origin
+
+    short = {"layers": [3], "targets": {"rule": "normalised", "lr": 0.2}}
+    assert arrives("frugal", short) == ({"rule": "normalised", "lr": 0.2}, "tuned for this model")
+    assert arrives("frugal", short, rule="adam") == ({"rule": "adam"}, "tuned for this model")
+    assert arrives("frugal", {"targets": {"rule": "adam", "lr": 2.0}}) == (
+        {"rule": "adam", "lr": 2.0},
+        "tuned for this model",
+    )
+    older = {"targets": {"lr": 0.2}}  # kept without its rule, which was the method's
+    assert arrives("frugal", older)[0] == {"rule": "normalised", "lr": 0.2}
+    assert arrives("frugal", older, rule="adam")[0] == {"rule": "adam"}
+    published, origin = arrives("memit", None)
+    assert (published["lr"], origin) == (0.1, "published for Llama-3-8B")
+    assert "lr" not in arrives("memit", None, rule="normalised")[0]
+    assert arrives("memit", {"layers": [3]}) == ({}, "tuned for this model"), "somebody asked for it"
 
 
 def test_layers_by_role_are_one_choice():

@@ -284,19 +284,27 @@ def test_a_few_facts_wait_for_a_repair_and_share_its_length(edited, model, tmp_p
     assert ["repair" in entry for entry in editor.run.history.batches] == [False, False, True, False]
 
 
-def test_a_repair_that_overflows_ends_and_the_run_goes_on(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_repair_that_overflows_ends_and_the_run_goes_on(model, tmp_path, monkeypatch, where):
     plain, calls = Repair.gradients, []
 
     def overflowing(self, weights, descent):
         calls.append(1)
         found = plain(self, weights, descent)
-        return {name: gradient * (torch.inf if len(calls) == 3 else 1) for name, gradient in found.items()}
+        if len(calls) == 3 and where == "loss":
+            descent.divergences[-1] = math.nan
+        return {
+            name: gradient * (torch.inf if len(calls) == 3 and where == "gradient" else 1)
+            for name, gradient in found.items()
+        }
 
     monkeypatch.setattr(Repair, "gradients", overflowing)
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options())
     metrics = editor.edit(fact_records(4))
     assert editor.run.history.finished
     assert len(calls) == 3
+    (repaired,) = (entry["repair"] for entry in editor.run.history.batches if "repair" in entry)
+    assert (repaired["steps"], len(repaired["losses"])) == (2, 2)
     assert all(torch.isfinite(weight).all() for weight in editor.weights.working.values())
     assert metrics["edited"]["perplexity"] is not None
 

@@ -135,6 +135,9 @@ def test_the_command_and_its_mistakes(model, tmp_path):
     found = yaml.safe_load((tmp_path / "found.yaml").read_text())
     assert found["method"] == "frugal"
     assert found["layers"]
+    config.write_text(yaml.safe_dump({**QUICK, "method": "ultraedit"}))
+    assert "Calibration, memit" in run("tune", model, "--config", config, "--method", "memit"), "what is typed wins"
+    config.write_text(yaml.safe_dump(QUICK))
     own = tmp_path / "own.json"
     own.write_text(json.dumps(fact_records(3)))
     assert "Calibration, frugal" in run("tune", model, "--config", config, "--facts", own)
@@ -163,6 +166,7 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     config.write_text(yaml.safe_dump(UNTUNED))
     plan = run("edit", model, source, "-o", tmp_path / "long", "--config", config, "--dry-run")
     assert "found by calibration first" in plan
+    assert "calibration  " in plan
     assert not where.exists()
     run("edit", model, source, "-o", tmp_path / "long", "--config", config)
     chosen = json.loads(where.read_text())["settings"]

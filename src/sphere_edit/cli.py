@@ -451,6 +451,7 @@ def show(
         facts_table,
         make_table,
         metrics_table,
+        number,
         percent,
         timings,
     )
@@ -477,7 +478,7 @@ def show(
     )
     if history.batches:
         out.print(batches_table(history.batches))
-        out.print(f"Time by stage: {timings(history.batches)}", highlight=False)
+        out.print(f"Time by stage: {timings([*history.batches, *history.look_backs])}", highlight=False)
         memory = max((batch["peak_memory"] or 0 for batch in history.batches), default=0)
         if memory:
             out.print(f"Peak memory: {memory / 1e9:.1f} GB", highlight=False)
@@ -499,7 +500,7 @@ def show(
                 for name in ("efficacy", "generalization", "specificity")
                 for kind in ("", "_strict")
             ]
-            table.add_row(str(entry["after"]), *cells, f"{entry['perplexity']:.2f}")
+            table.add_row(str(entry["after"]), *cells, number(entry["perplexity"]))
         out.print(table)
     metrics = run / "metrics.json"
     if metrics.is_file():
@@ -620,7 +621,7 @@ def tune(
         str,
         typer.Option(help="File or data set to calibrate on, with paraphrases and neighbours: some dozens of facts."),
     ] = "demo",
-    method: Annotated[str, typer.Option(help="Method whose settings are sought.")] = "frugal",
+    method: Annotated[str | None, typer.Option(help="Method whose settings are sought. [default: frugal]")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. [default: the model's own]"),
@@ -628,7 +629,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the settings to this YAML file too, for edit --config.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with settings that every trial keeps.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings to start from.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: what is there]")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. [default: its own]")] = None,
     trust_remote_code: Annotated[
@@ -647,10 +648,11 @@ def tune(
     from sphere_edit.tuning import check_tunable
     from sphere_edit.tuning import tune as find
 
-    options = _given({"device": device, "dtype": dtype and dtype.value, "moments": corpus and {"corpus": corpus}})
+    moments = corpus and {"corpus": corpus}
+    options = _given({"method": method, "device": device, "dtype": dtype and dtype.value, "moments": moments})
     if output is not None:
         check_room(output.absolute().parent, 0)
-    given = make_settings({"method": method}, read_settings_file(config) if config else {}, options)
+    given = make_settings(read_settings_file(config) if config else {}, options)
     check_tunable(given)
     calibration = read_facts(facts)
     loaded = load_model(model, given.device, given.dtype, trust_remote_code)

@@ -440,20 +440,18 @@ class Editor:
         self._write(facts, batch, again, replaced, asked, clock)
 
     def _look_back(self, facts: Sequence[Fact]) -> None:
-        """At the end of a stream ask all its facts, and edit those again that are forgotten, in batches without new ones.
-
-        The last of these has the facts asked in the journal; while none has, the look back is not done.
-        """
-        history, clock = self._run().history, Clock()
-        asked = history.due
-        forgotten = self._forgotten(facts, asked, clock)
-        while forgotten and history.guard is None:
-            again = self._together(facts, forgotten, self.settings.batch_size)
+        """At the end of a stream ask all its facts, once, and edit those again that are forgotten, in batches without new ones."""
+        run = self._run()
+        history = run.history
+        if not history.looked_back:
+            clock, asked = Clock(), history.due
+            forgotten = self._forgotten(facts, asked, clock)
+            run.append("look back", after=history.head, asked=asked, forgotten=forgotten, seconds=clock.seconds)
+        while (waiting := history.forgotten) and history.guard is None:
+            again = self._together(facts, waiting, self.settings.batch_size)
+            asked = history.look_backs[-1]["asked"]
             self.reporter.say(f"Batch {history.head + 1}: {len(again)} forgotten of {len(asked)} facts asked", "bold")
-            written = set(again)
-            forgotten = [index for index in forgotten if index not in written]
-            self._write(facts, [], again, [], [] if forgotten else asked, clock)
-            clock = Clock()
+            self._write(facts, [], again, [], [], Clock())
 
     def _write(
         self,

@@ -25,8 +25,10 @@ from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import TokenBatch, last_hidden
 from sphere_edit.progress import Quiet
+from sphere_edit.tuning import HELDOUT, TRIALS
 
 _TRIAL_FACTS = 8
+_PASSAGE_TOKENS = 150.0  # of a passage of ordinary text, about
 _TRIAL_STEPS = 2
 _PADDING = ["{}", *["A few words before it. {}"] * 5]  # stands in for sampled templates
 
@@ -55,10 +57,16 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         len(facts) // settings.batch_size // settings.evaluation.every if settings.evaluation.every else 0
     )
     moments = settings.moments
-    seconds = {stage: share * time for stage, time in _source_times(editor, trial).items()}
-    seconds["evaluation"] = (
-        share * evaluations * _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
-    )
+    source = _source_times(editor, trial)
+    scoring = _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
+    seconds = {}
+    if editor.would_calibrate:
+        facts_a_trial = len(read_facts("demo").facts) / len(trial)
+        seconds["calibration"] = TRIALS * (
+            facts_a_trial * (sum(source.values()) + scoring) + HELDOUT * _PASSAGE_TOKENS * reading
+        )
+    seconds.update({stage: share * time for stage, time in source.items()})
+    seconds["evaluation"] = share * evaluations * scoring
     assert settings.recheck is not None
     assert settings.repair is not None
     if settings.recheck:
@@ -85,7 +93,7 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
     if editor.measures_moments:
         tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
         seconds["second moments"] = tokens * reading
-    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * 150.0
+    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
     return Estimate(seconds, _memory(editor), _disk(editor, facts))
 
@@ -152,7 +160,9 @@ def _memory(editor: Editor) -> int:
     matrices = sum(weight.numel() for weight in editor.weights.working.values())
     inputs = max(weight.shape[1] for weight in editor.weights.working.values())
     needs = editor.method.needs
-    statistics = len(editor.weights.names) * inputs * inputs * (4 + 16) if editor.measures_moments else 0
+    # C0, its factors for the solve and for the energy's bounds, and the memory of earlier keys; while C0 is measured, its sums
+    held = 4 + max(16, 8 + 8 + (16 if needs.remembers == "keys" else 0))
+    statistics = len(editor.weights.names) * inputs * inputs * held if editor.measures_moments else 0
     solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
     if editor.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
         repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in editor.weights.working.values())

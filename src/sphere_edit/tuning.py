@@ -47,7 +47,9 @@ _ENDS = (0.1, 0.17, 0.27, 0.34, 0.44)  # shares of the depth at which editing ma
 _LAYERS = 5  # edited below each of them, that included, and fewer where there are none
 _STEPS = (0.5, 2.0)  # times the default step
 _WEIGHTS = (0.25, 4.0)  # times the default weight of ordinary keys
-_HELDOUT = 30  # passages
+_SUMS_BYTES = 8e9  # of second moments under way at one time, if more layers than one trial's are to be measured
+HELDOUT = 30  # passages
+TRIALS = 1 + len(_ENDS) + len(_WEIGHTS) + len(_STEPS)  # at most
 _PARTS = ("efficacy_strict", "generalization_strict", "specificity")
 
 
@@ -143,13 +145,14 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     spans = bench.spans()
     bench.prepare(sorted({layer for span in spans for layer in span}))
     chosen = bench.trial({"layers": list(spans[0])})
-    rate = bench.editor({}).settings.targets.lr or 1.0
+    targets = bench.editor({}).settings.targets
+    rate = targets.lr or 1.0
     weight = method.model_dump()["second_moment_weight"]
     trials = [chosen]
     for name, values in (
         ("layers", [list(span) for span in spans[1:]]),
         ("options", [{"second_moment_weight": weight * factor} for factor in _WEIGHTS]),
-        ("targets", [{"lr": rate * factor} for factor in _STEPS]),
+        ("targets", [{"rule": targets.rule, "lr": rate * factor} for factor in _STEPS]),
     ):
         found = [bench.trial({**chosen.settings, name: value}) for value in values]
         trials += found
@@ -226,7 +229,7 @@ class _Bench:
         self.facts = complete_answers(loaded, checked)
         self.templates = sample_context_templates(loaded, given.seed, given.templates)
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
-        self.heldout = self.corpus.heldout[:_HELDOUT]
+        self.heldout = self.corpus.heldout[:HELDOUT]
         self.unedited = self._read(None)
         self._targets: dict[tuple[int, float | None], Targets] = {}
 
@@ -245,11 +248,15 @@ class _Bench:
         return list(dict.fromkeys(spans))
 
     def prepare(self, layers: Sequence[int]) -> None:
-        """Measure the second moments of all layers that any trial may ask for, in one pass over the text."""
+        """Measure the second moments of all layers that any trial may ask for, in one pass over the text, or as few as memory allows."""
         if self.loaded.architecture.post_norm:  # one layer can be edited at a time, and is measured with its trial
             return
-        with tempfile.TemporaryDirectory() as folder:
-            self.editor({"layers": list(layers)}).measure_statistics(self.corpus, Path(folder))
+        widest = max(weight.shape[1] for weight in self.editor({}).weights.working.values())
+        together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest**2)))
+        for first in range(0, len(layers), together):
+            with tempfile.TemporaryDirectory() as folder:
+                some = list(layers[first : first + together])
+                self.editor({"layers": some}).measure_statistics(self.corpus, Path(folder))
 
     def trial(self, differs: dict[str, Any]) -> Trial:
         """Edit all facts in one batch, look, and take it back."""

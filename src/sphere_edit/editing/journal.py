@@ -6,7 +6,7 @@ the last line belongs to work that did not finish, and is done again.
     config.json                 settings, model identity, versions, context templates
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
-    journal.jsonl               facts, unedited, batch, evaluation, ability, guard, rollback, finished
+    journal.jsonl               facts, unedited, batch, look back, evaluation, ability, guard, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     heldout.json, passages.json token ids of the text that perplexity is measured on, and of what a repair reads
@@ -53,6 +53,10 @@ class History:
     total: int = 0  # facts accepted so far
     sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
     batches: list[Entry] = field(default_factory=list)  # batch entries that stand, first to last
+    look_backs: list[Entry] = field(
+        default_factory=list
+    )  # at the ends of streams: which facts were asked, which forgotten
+    looked_back: bool = False  # since the last facts came
     withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
     evaluations: list[Entry] = field(default_factory=list)
     abilities: list[Entry] = field(default_factory=list)  # general ability after some batches, 0 for the unedited model
@@ -83,9 +87,11 @@ class History:
     @property
     def due(self) -> list[int]:
         """Retained facts as they are to be asked whether they still stand: those never asked yet, then those asked longest ago."""
-        asked = dict.fromkeys(self.edited, 0)
+        asked: dict[int, float] = dict.fromkeys(self.edited, 0)
         for batch in self.batches:
             asked.update(dict.fromkeys(batch.get("asked", ()), batch["batch"]))
+        for look_back in self.look_backs:
+            asked.update({index: max(asked[index], look_back["after"] + 0.5) for index in look_back["asked"]})
         return sorted(self.retained, key=lambda index: (asked[index], index))
 
     @property
@@ -106,13 +112,17 @@ class History:
 
     @property
     def closing(self) -> bool:
-        """Whether the last new facts of a stream were edited, and what ends it, repair and look back, is not done.
+        """Whether the last new facts of a stream were edited, so that what ends it is to be done: repair, and look back."""
+        return bool(self.batches) and not self.finished and self.guard is None and not self.pending
 
-        The last batch of a look back says which facts were asked; without new facts, no other does.
-        """
-        last = self.batches[-1] if self.batches else None
-        ready = last is not None and (bool(last["facts"]) or not last.get("asked"))
-        return ready and not self.finished and self.guard is None and not self.pending
+    @property
+    def forgotten(self) -> list[int]:
+        """What the look back at the stream's end found forgotten and no batch has written again since."""
+        if not self.looked_back:
+            return []
+        last = self.look_backs[-1]
+        written = {index for batch in self.batches[last["after"] :] for index in batch.get("again", ())}
+        return [index for index in last["forgotten"] if index not in written]
 
     def ability_series(self) -> dict[str, list[tuple[int, Entry]]]:
         """Scores of general ability by task, each with its batch, in order.
@@ -134,9 +144,12 @@ class History:
         if kind == "facts":
             self.sessions.append(entry["count"])
             self.total += entry["count"]
-            self.finished, self.guard = False, None
+            self.finished, self.guard, self.looked_back = False, None, False
         elif kind == "batch":
             self.batches.append(entry)
+        elif kind == "look back":
+            self.look_backs.append(entry)
+            self.looked_back = True
         elif kind == "evaluation":
             self.evaluations = [e for e in self.evaluations if e["after"] != entry["after"]] + [entry]
         elif kind == "ability":
@@ -147,6 +160,8 @@ class History:
         elif kind == "rollback":
             kept = self.batches[: entry["to"]]
             self.batches = kept
+            self.look_backs = [e for e in self.look_backs if e["after"] <= entry["to"]]
+            self.looked_back = False
             self.withdrawn = set(range(self.total)) - set(self.edited)
             self.evaluations = [e for e in self.evaluations if e["after"] <= entry["to"]]
             self.abilities = [e for e in self.abilities if e["after"] <= entry["to"]]

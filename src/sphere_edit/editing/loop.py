@@ -259,9 +259,10 @@ class SequentialLoop:
         if self.method.needs.remembers != "keys":
             return
         gone = set(rewritten)
+        old: dict[str, list[Tensor]] = {name: [] for name in self.weights.names}
         for earlier in reversed(self.run.history.batches[: batch - 1]):
             if not gone:
-                return
+                break
             members = [*earlier["facts"], *earlier.get("again", ())]
             places = [place for place, index in enumerate(members) if index in gone]
             if not places:
@@ -270,8 +271,12 @@ class SequentialLoop:
             for name, keys in self.run.read_keys(earlier["batch"]).items():
                 each = keys.shape[1] // len(members)  # columns a fact
                 columns = [place * each + column for place in places for column in range(each)]
-                old = keys[:, columns].to(self.weights.working[name].device)
-                self.states[name] = self.method.forget(self.states[name], old, self.statistics[name])
+                old[name].append(keys[:, columns].to(self.weights.working[name].device))
+        for name, parts in old.items():
+            if parts:
+                self.states[name] = self.method.forget(
+                    self.states[name], torch.cat(parts, dim=1), self.statistics[name]
+                )
 
     def _check_finite(self, batch: int) -> None:
         for name in self.weights.names:

@@ -120,7 +120,11 @@ class Repair:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
                 gradients = self.gradients(now, descent)
-                if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+                seen = descent.divergences[-1], descent.losses[-1]
+                finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+                if not finite or not all(map(math.isfinite, seen)):
+                    descent.divergences.pop()
+                    descent.losses.pop()
                     reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
                     break
                 for name, gradient in gradients.items():

@@ -210,23 +210,26 @@ def make_settings(*layers: dict[str, Any]) -> Settings:
 
 
 def with_preset(given: Settings, config: Any, fingerprint: str) -> tuple[Settings, str | None]:
-    """Settings over those that come with a model, and what these are: published, or tuned on this machine; None where there are none.
+    """Settings over those that come with a model, and what these are: tuned on this machine, or published; None where there are none.
 
-    Only what was said counts as given: a default gives way.
+    Only what was said counts as given: a default gives way. The length of a target's steps belongs to a rule, and does not go with another.
 
     Args:
         config: the model's transformers config, by which published settings are found.
         fingerprint: the hash of its weights, by which tuned ones are.
     """
     said = given.model_dump(exclude_unset=True)
-    if (preset := preset_of(config, given.method)) is not None:
-        published = preset.methods[given.method]
-        if given.targets.rule != "adam" and "targets" in published:  # whose rate means something else there
-            published = {**published, "targets": {k: v for k, v in published["targets"].items() if k != "lr"}}
-        return make_settings(published, said), f"{preset.origin} for {preset.name}"
-    if (tuned := read_tuned(fingerprint, given.method)) is not None:
-        return make_settings(tuned, said), "tuned for this model"
-    return given, None
+    if (known := read_tuned(fingerprint, given.method)) is not None:  # which somebody has asked for
+        origin = "tuned for this model"
+    elif (preset := preset_of(config, given.method)) is not None:
+        known, origin = preset.methods[given.method], f"{preset.origin} for {preset.name}"
+    else:
+        return given, None
+    if targets := known.get("targets"):
+        rule = targets.get("rule", given.make_method().targets.get("rule", "adam"))
+        if said.get("targets", {}).get("rule", rule) != rule:
+            known = {**known, "targets": {name: value for name, value in targets.items() if name != "lr"}}
+    return make_settings(known, said), origin
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

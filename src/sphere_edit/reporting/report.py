@@ -226,7 +226,7 @@ def _run(run: Series) -> dict[str, Any]:
             INTACT.light(ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
             _near(run),
         ],
-        "timings": f"Time by stage: {timings(run.batches)}",
+        "timings": f"Time by stage: {timings([*run.batches, *run.look_backs])}",
         "settings": [
             ("model", f"{config['model']['source']} ({config['model']['family']}, {config['model']['dtype']})"),
             ("weights' SHA-256", config["model"]["fingerprint"]),

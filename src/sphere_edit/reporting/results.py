@@ -158,7 +158,7 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
 
 
 def timings(batches: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds by stage, over all batches."""
+    """Seconds by stage, over all of these entries of a journal."""
     total: dict[str, float] = {}
     for entry in batches:
         for stage, seconds in entry["seconds"].items():

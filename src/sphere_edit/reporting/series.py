@@ -37,7 +37,7 @@ class Series:
         edits: facts edited by each checkpoint, the unedited model (0) first.
         metrics: by name (`METRICS`), a value a checkpoint; None where nothing was measured.
         energy: energy of all edited matrices together at each checkpoint, relative to the unedited model's, less 1.
-        batches: the journal's entries.
+        batches, look_backs: the journal's entries.
         batch_edits: facts edited by the end of each batch.
     """
 
@@ -51,6 +51,7 @@ class Series:
     energy: list[float]
     energies: dict[str, float]  # of each unedited matrix
     batches: list[dict[str, Any]]
+    look_backs: list[dict[str, Any]]
     batch_edits: list[int]
     abilities: dict[str, list[tuple[int, dict[str, Any]]]]  # by task: facts edited, score
     finished: bool
@@ -95,6 +96,7 @@ class Series:
             energy,
             before,
             history.batches,
+            history.look_backs,
             done[1:],
             {task: [(done[after], s) for after, s in scores] for task, scores in history.ability_series().items()},
             history.finished,

@@ -168,7 +168,10 @@ class JointMethod(Method):
 
 def memory(system: Tensor, inverse: Tensor) -> State:
     """The state of a method that must leave earlier keys alone: ``B + Kp Kpᵀ [d, d]`` and its inverse, float64."""
-    return {"system": system, "inverse": inverse}
+    return {
+        "system": system.contiguous(),
+        "inverse": inverse.contiguous(),
+    }  # as a checkpoint reads them: products round alike
 
 
 def with_keys(state: State, keys: Tensor) -> State:

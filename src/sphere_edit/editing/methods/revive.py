@@ -28,7 +28,7 @@ class Revive(AlphaEdit):
     name: ClassVar[str] = "revive"
     paper: ClassVar[str] = "Zhang et al. 2026, arXiv:2601.11042 (our reading)"
 
-    energy: float = Field(0.2, ge=0, lt=1, description="share of ‖W0‖² that the protected singular vectors hold")
+    energy: float = Field(0.2, gt=0, lt=1, description="share of ‖W0‖² that the protected singular vectors hold")
     protect: Literal["either", "both"] = Field(
         "either", description="components that go: those with either vector dominant, or only those with both"
     )
