@@ -165,6 +165,8 @@ def test_a_failed_run_is_recorded_and_passed_over_and_tried_again(config, tmp_pa
      ({"settings": {"batch_sise": 3}}, "there is no setting 'batch_sise'"),
      ({"settings": {"batch_size": 0}}, "'batch_size'"),
      ({"variants": {"odd": {"sphere": {"eta": 2}}}}, "'sphere.eta'"),
+     ({"variants": {"plain": {}}}, "the variant 'plain' is the one without SPHERE"),
+     ({"variants": {"plain": {"sphere": {"eta": 0.3}}}}, "the variant 'plain' is the one without SPHERE"),
      ({"only": {"rect": ["plain"]}}, "'only' names 'rect'"),
      ({"only": {"memit": ["plian"]}}, "'only' names 'plian'"),
      ({"data": {"own": {"source": "nosuch.json"}}}, "there is no file 'nosuch.json'"),
@@ -180,6 +182,18 @@ def test_mistakes_are_told_before_anything_is_computed(config, tmp_path, change,
         bench_of({**config, **change}, tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_variants_means_the_usual_ones(config, tmp_path):
+    """Both with SPHERE, a table would say that it changes nothing."""
+    listed = bench_of({**config, "variants": ["plain", "SPHERE"]}, tmp_path)
+    assert {(cell.variant, cell.settings.sphere.enabled) for cell in listed.cells} == {
+        ("plain", False),
+        ("SPHERE", True),
+    }
+    assert [cell.settings for cell in listed.cells] == [
+        cell.settings for cell in bench_of(config, tmp_path / "b").cells
+    ]
 
 
 def test_a_truncated_file_and_a_folder_of_another_bench(config, whole, tmp_path):

@@ -15,6 +15,7 @@ from conftest import fact_records
 from families import FAMILIES, save_tiny
 from sphere_edit import SphereEditError, __version__
 from sphere_edit.cli import app
+from sphere_edit.editing import journal
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editor import opened
 from sphere_edit.models.loading import prepare
@@ -140,8 +141,8 @@ def test_a_whole_week(model, tmp_path, facts, settings):
         "layers [1, 2]",
     ):
         assert text in shown
-    journal = folder / "journal.jsonl"
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    log = folder / "journal.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     broken = [{**entry, "perplexity": None} if entry["event"] == "evaluation" else entry for entry in lines]
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in broken))
@@ -221,6 +222,8 @@ def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings
         (["edit", "{model}", "{facts}", "-o", "{facts}"], "is not a run folder; choose another|could not be written"),
         (["edit", "{model}", "{facts}", "-o", "{tmp}/r", "--config", "{tmp}/none.yaml"], "cannot be read"),
         (["edit", "{model}", "{facts}", "-o", "{tmp}"], "is not a run folder; choose another"),
+        (["edit", "{model}", "{facts}", "-o", "{tmp}/done", "--resume"], "has the facts of other.json, not those of"),
+        (["show", "{tmp}/damaged"], "config.json is damaged"),
         (["show", "{tmp}"], "is not a run folder"),
         (["rollback", "{tmp}", "--to", "1"], "is not a run folder"),
         (["export", "{tmp}", "-o", "{tmp}/x"], "is not a run folder"),
@@ -229,6 +232,12 @@ def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings
 )
 def test_mistakes_are_told_in_a_sentence_before_any_work(model, tmp_path, facts, arguments, message):
     filled = [argument.format(model=model, facts=facts, tmp=tmp_path) for argument in arguments]
+    finished = {"event": "facts", "session": 1, "count": 1, "source": "other.json"}
+    for name, config in (("done", json.dumps({"schema": journal.SCHEMA})), ("damaged", '{"schema": ')):
+        if f"{tmp_path}/{name}" in filled:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(config)
+            (tmp_path / name / "journal.jsonl").write_text(json.dumps(finished) + "\n")
     with pytest.raises(SphereEditError, match=rf"(?s){message}"):
         run(*filled)
 

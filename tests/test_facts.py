@@ -262,6 +262,23 @@ def test_the_subject_may_stand_in_the_prompt_composed_otherwise(write):
     assert (fact.subject, fact.prompt, fact.filled_prompt) == ("Zoë", "{} is in", "Zoë is in")
 
 
+@pytest.mark.parametrize(("wrong", "right"), [("neighbours", "neighbors"), ("paraphrase", "paraphrases")])
+def test_a_misspelt_field_is_told(write, wrong, right):
+    record = {name: value for name, value in OWN.items() if name != right}
+    told_of = told(write("facts.jsonl", lines({**record, wrong: ["Paris is a"]})))
+    assert f"record 1: '{wrong}' is no field; did you mean '{right}'?" in told_of
+    assert read_facts(write("own.jsonl", lines({**OWN, wrong: ["Paris is a"]}))).facts, (
+        "beside the right one, it is something else"
+    )
+
+
+def test_the_subject_is_filled_into_paraphrases_and_generation_prompts(write):
+    record = {**OWN, "paraphrases": ["Where is {}? In", "Its city is"], "generation_prompts": ["{} is"]}
+    (fact,) = read_facts(write("facts.jsonl", lines(record))).facts
+    assert fact.paraphrases == (f"Where is {OWN['subject']}? In", "Its city is")
+    assert fact.generation_prompts == (f"{OWN['subject']} is",)
+
+
 def test_shapes_mix_in_one_file(write):
     read = read_facts(write("facts.jsonl", lines(OWN, NESTED, FLAT, ZSRE)))
     assert [fact.record for fact in read.facts] == [1, 2, 3, 4]
@@ -394,6 +411,7 @@ def test_facts_from_memory():
         ({"neighbors": [7]}, "each neighbor is a prompt or {prompt, answer}, not 7"),
         ({"neighbors": [{"answer": "x"}]}, "each neighbor is a prompt or {prompt, answer}, not {'answer': 'x'}"),
         ({"neighbors": [{"prompt": "a", "answer": 3}]}, "'neighbors.answer' must be text, not int 3"),
+        ({"neighbors": ["{} is a"]}, "the neighbor '{} is a' holds '{}'; it is about another subject"),
         ({"target_true": " Vienna "}, "target_new and target_true are both 'Vienna': there is nothing to edit"),
         ({"subject": "Big \ud800Ben"}, "'subject' is not valid Unicode (it holds half of a surrogate pair)"),
         ({"prompt": "{} is \x1b[31m in"}, r"'prompt' holds control characters: '{} is \x1b[31m in'"),

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -505,6 +506,23 @@ def test_loading_refuses_what_is_no_model(tmp_path):
     folder = save_tiny("llama", tmp_path / "pointer")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(SphereEditError, match="cannot be loaded"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("loss", ["head", "layers", "shape"])
+def test_loading_refuses_a_checkpoint_that_lacks_weights(tmp_path, loss):
+    """transformers would put random numbers in their place, others at each loading."""
+    folder = save_tiny("llama", tmp_path / "model")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if loss == "head":
+        del tensors["lm_head.weight"]
+    elif loss == "layers":
+        config["num_hidden_layers"] += 2
+    else:
+        config["intermediate_size"] += 8
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SphereEditError, match="of the weights that its config.json describes|cannot be loaded"):
         load_model(folder)
 
 

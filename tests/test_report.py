@@ -187,6 +187,39 @@ def test_one_map_of_neurons_before_and_after_is_the_same_each_time_and_shows_wha
     assert float(moved[7]) > 10 * float(moved.median())
 
 
+def test_the_page_does_not_take_one_state_of_a_run_for_another(tmp_path):
+    """Rolled back to where it was not evaluated, a run shows no scores and no colour; gone on, its unedited row is that of all its facts."""
+    model = save_tiny("llama", tmp_path / "model")
+    options = {**QUICK, **METHODS["memit"], "evaluation": {"generation": "off"}}
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(4))
+    metrics = editor.edit(fact_records(3, start=6))
+    whole = Series.read(tmp_path / "run")
+    assert whole.current
+    for name in ("efficacy", "specificity", "perplexity"):
+        assert whole.metrics[name][0] == pytest.approx(metrics["unedited"][name]), name
+    first = next(entry for entry in editor.run.entries if entry["event"] == "unedited")["summary"]
+    assert first != {name: metrics["unedited"][name] for name in first}, "or the test could not fail"
+    write_report([tmp_path / "run"], tmp_path / "run" / "report.html", tmp_path / "run" / "figures")
+    head = editor.run.history.head
+    editor.rollback(head)
+    assert (tmp_path / "run" / "report.html").is_file()
+    editor.rollback(2)
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["after"] == 2, (
+        "the end of the first call was evaluated"
+    )
+    assert Series.read(tmp_path / "run").current
+    editor.rollback(1)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    editor.close()
+    back = Series.read(tmp_path / "run")
+    assert not back.current
+    page = write_report([tmp_path / "run"], tmp_path / "again.html", tmp_path / "figures").read_text()
+    assert page.count("not evaluated where the run stands") == 2
+    assert "edited (not evaluated)" in page
+
+
 @pytest.mark.parametrize(
     ("rule", "value", "colour"),
     [(TAKEN, 95, "green"), (TAKEN, 80, "amber"), (TAKEN, 20, "red"), (TAKEN, None, "red"),

@@ -41,7 +41,7 @@ def model(tmp_path_factory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("model"))
 
 
-def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_later_runs(model, tmp_path):
+def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_later_runs(model, tmp_path, monkeypatch):
     loaded = load_model(str(model))
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     facts = facts_from(fact_records(4)).facts
@@ -57,6 +57,11 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
         left = math.exp(-trial.divergence * STREAM / len(facts))
         parts = [trial.summary[part] / 100 for part in ("strict", "generalization", "specificity")]
         assert trial.score == pytest.approx(harmonic_mean([*parts, left]))
+    assert trials[0].score == 0, "a model of random weights learns no fact in six steps"
+    assert read_tuned(loaded.fingerprint, "frugal") is None, "what did not work is not kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "score", property(lambda self: 0.5))
+        trials = tune(loaded, make_settings(QUICK), Quiet(), facts)
     assert read_tuned(loaded.fingerprint, "frugal") == trials[0].settings
     assert read_tuned(loaded.fingerprint, "memit") is None
 
@@ -77,7 +82,7 @@ def test_a_trial_is_what_a_run_of_one_batch_does(model, tmp_path):
     loaded = load_model(str(model))
     trials = tune(loaded, make_settings(QUICK), Quiet(), facts)
     trial = next(trial for trial in trials if set(trial.settings) == {"layers"})
-    tuned_file(loaded.fingerprint, "frugal").unlink()
+    tuned_file(loaded.fingerprint, "frugal").unlink(missing_ok=True)
     editor = Editor.from_pretrained(
         model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "recheck": 0, "repair": 0, **trial.settings}
     )
@@ -126,15 +131,24 @@ def test_spans_follow_the_depth(model, tmp_path):
     assert all(span == tuple(range(span[0], span[-1] + 1)) and 0 <= span[0] <= span[-1] < depth for span in spans)
 
 
-def test_the_command_and_its_mistakes(model, tmp_path):
+def test_the_command_and_its_mistakes(model, tmp_path, monkeypatch):
     config = tmp_path / "quick.yaml"
     config.write_text(yaml.safe_dump({name: value for name, value in QUICK.items() if name != "method"}))
+    kept = tuned_file(load_model(str(model)).fingerprint, "frugal")
+    before = kept.read_text() if kept.is_file() else None
+    with pytest.raises(
+        SphereEditError, match="nothing was chosen, and nothing kept"
+    ):  # a model of random weights learns nothing
+        run("tune", model, "--config", config, "-o", tmp_path / "found.yaml")
+    assert not (tmp_path / "found.yaml").exists()
+    assert (kept.read_text() if kept.is_file() else None) == before
+    monkeypatch.setattr(Trial, "score", property(lambda self: 0.5))
     out = run("tune", model, "--config", config, "-o", tmp_path / "found.yaml")
     assert "Calibration, frugal" in out
-    assert "so nothing speaks for any of them" in out, "a model of random weights learns no fact in six steps"
     found = yaml.safe_load((tmp_path / "found.yaml").read_text())
     assert found["method"] == "frugal"
     assert found["layers"]
+    assert found["targets"]["steps"] == QUICK["targets"]["steps"], "what every trial had stands in the file too"
     config.write_text(yaml.safe_dump({**QUICK, "method": "ultraedit"}))
     assert "Calibration, memit" in run("tune", model, "--config", config, "--method", "memit"), "what is typed wins"
     config.write_text(yaml.safe_dump(QUICK))

@@ -33,6 +33,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_VARIANTS: dict[str, dict[str, Any]] = {"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}
+
+
 class DataConfig(_Strict):
     """Which facts of a source."""
 
@@ -50,9 +53,7 @@ class BenchConfig(_Strict):
     models: tuple[str, ...] = Field(min_length=1)
     data: dict[str, DataConfig] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    variants: dict[str, dict[str, Any]] = Field(
-        default={"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}, min_length=1
-    )
+    variants: dict[str, dict[str, Any]] = Field(default=dict(_VARIANTS), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict, description="of every run")
     only: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="variants of a method, where not all")
@@ -60,9 +61,18 @@ class BenchConfig(_Strict):
     @field_validator("methods", "variants", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """A list of names stands for names without settings of their own."""
+        """A list of names stands for names without settings of their own, and of the default variants for these."""
         plain = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        return {name: {} for name in value} if plain else value
+        return {name: _VARIANTS.get(name, {}) for name in value} if plain else value
+
+    @field_validator("variants")
+    @classmethod
+    def _plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Tables call the variant ``plain`` by its method's name alone."""
+        sphere = value.get("plain", {"sphere": {"enabled": False}}).get("sphere")
+        if not isinstance(sphere, dict) or sphere.get("enabled") is not False:
+            raise ValueError("the variant 'plain' is the one without SPHERE: plain: {sphere: {enabled: false}}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,9 @@ class Bench:
         for source in {c for cell in self.cells if (c := cell.settings.moments.corpus) is not None}:
             read_passages(source)
         stored = folder / "bench.json"
-        if stored.is_file() and json.loads(stored.read_text("utf-8")) != self._as_stored():
-            raise SphereEditError(f"{folder} holds a bench with another config; choose another folder")
+        with plain_errors(stored, "read"):
+            if stored.is_file() and json.loads(stored.read_text("utf-8")) != self._as_stored():
+                raise SphereEditError(f"{folder} holds a bench with another config; choose another folder")
 
     @classmethod
     def read(cls, path: Path, folder: Path | None = None) -> Bench:

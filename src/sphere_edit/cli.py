@@ -156,40 +156,40 @@ def edit(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Editing method; sphere-edit methods lists them. [default: frugal]")
+        str | None, typer.Option(help="Editing method; sphere-edit methods lists them. \\[default: frugal]")
     ] = None,
     sphere: Annotated[
-        bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE projection. [default: on]")
+        bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE projection. \\[default: on]")
     ] = None,
-    eta: Annotated[float | None, typer.Option(help="Share of the spectrum that is principal. [default: 0.5]")] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of the spectrum that is principal. \\[default: 0.5]")] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="How much of the update along it is taken away. [default: the method's]")
+        float | None, typer.Option(help="How much of the update along it is taken away. \\[default: the method's]")
     ] = None,
     basis: Annotated[
-        Basis | None, typer.Option(help="Weights the directions come from. [default: the method's]")
+        Basis | None, typer.Option(help="Weights the directions come from. \\[default: the method's]")
     ] = None,
-    project: Annotated[Project | None, typer.Option(help="When to project. [default: the method's]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. [default: 100]")] = None,
+    project: Annotated[Project | None, typer.Option(help="When to project. \\[default: the method's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. \\[default: 100]")] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. [default: the method's]")
+        str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
     ] = None,
     corpus: Annotated[
         str | None,
-        typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. [default: the model's own]"),
+        typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. \\[default: the model's own]"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: what is there]")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. [default: its own]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … \\[default: what is there]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. \\[default: its own]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. \\[default: 0]")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first N facts.")] = None,
     skip: Annotated[int, typer.Option(help="Leave out the first N facts.")] = 0,
     shuffle: Annotated[int | None, typer.Option(help="Put the facts in a random order first, with this seed.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
     eval_sample: Annotated[
-        int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. [default: all]")
+        int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. \\[default: all]")
     ] = None,
     guard: Annotated[
         bool | None,
-        typer.Option("--guard/--no-guard", help="Stop before a batch that would harm the model. [default: off]"),
+        typer.Option("--guard/--no-guard", help="Stop before a batch that would harm the model. \\[default: off]"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any setting of the API; the command line wins.")
@@ -240,6 +240,7 @@ def edit(
             raise SphereEditError(
                 f"{output} holds a run already; add --resume to go on with it, or choose another folder"
             )
+        _refuse_other_facts(output, wish)
         _edit_more(model, output, replace(wish, facts=None))
     else:
         _edit_new(model, output, wish)
@@ -257,6 +258,22 @@ class _Wish:
     resume: bool
     dry_run: bool
     trust_remote_code: bool
+
+
+def _refuse_other_facts(folder: Path, wish: _Wish) -> None:
+    """Refuse to resume a run with a file that its facts did not come from; the command that began it may be repeated."""
+    if wish.facts is None:
+        return
+    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.facts.readers import read_facts
+
+    given = read_facts(wish.facts, **wish.chosen)
+    sources = [str(entry["source"]) for entry in RunFolder.open(folder).entries if entry["event"] == "facts"]
+    if sources and Path(given.source).name not in {Path(source).name for source in sources}:
+        raise SphereEditError(
+            f"{folder} has the facts of {sources[-1]}, not those of {wish.facts}; --resume goes on with what it has. To edit more facts: "
+            f"sphere-edit edit {folder} {wish.facts}"
+        )
 
 
 def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
@@ -445,6 +462,7 @@ def show(
     """What a run's journal says: settings, batches, facts, metrics, timings."""
     from sphere_edit.editing.guard import stopped
     from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.files import plain_errors
     from sphere_edit.reporting.results import (
         ability_table,
         batches_table,
@@ -504,7 +522,8 @@ def show(
         out.print(table)
     metrics = run / "metrics.json"
     if metrics.is_file():
-        content = json.loads(metrics.read_text("utf-8"))
+        with plain_errors(metrics, "read"):
+            content = json.loads(metrics.read_text("utf-8"))
         title = f"After batch {content['after']}"
         out.print(metrics_table(content["unedited"], content["edited"], title, content["intervals"]))
         if "ability" in content["edited"]:
@@ -518,10 +537,10 @@ def show(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The page. [default: report.html in the first run]")
+        Path | None, typer.Option("-o", "--output", help="The page. \\[default: report.html in the first run]")
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for the figures as PNG and SVG. [default: figures beside the page]")
+        Path | None, typer.Option(help="Folder for the figures as PNG and SVG. \\[default: figures beside the page]")
     ] = None,
 ) -> None:
     """One HTML page about a run, or several side by side, and its figures; needs no network to be read."""
@@ -542,10 +561,10 @@ def energy(
         str | None, typer.Option(metavar="MODEL_OR_RUN", help="What became of the model: another model, or a run.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers, as 4-8 or 4,6. [default: all, or those that the run edited]")
+        str | None, typer.Option(help="Layers, as 4-8 or 4,6. \\[default: all, or those that the run edited]")
     ] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Matrices by role (down,up) or by their own name. [default: down]")
+        str | None, typer.Option(help="Matrices by role (down,up) or by their own name. \\[default: down]")
     ] = None,
     power: Annotated[int, typer.Option(min=0, max=2, help="s of the energy HE_s.")] = 1,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Share of the neurons' spectrum that is principal.")] = 0.5,
@@ -591,9 +610,12 @@ def rollback(
     from sphere_edit.editor import opened
 
     with opened(run, _reporter()) as editor:
+        waiting = 0 if editor.run is None else len(editor.run.history.pending)
         editor.rollback(to)
     state = "the original model, bit for bit" if to == 0 else f"the weights as after batch {to}"
     out.print(f"{run} now stands at batch {to}: {state}. Export it, or edit on from here.", highlight=False)
+    if waiting:
+        out.print(f"{waiting} facts that were waiting are withdrawn; give them again to edit them.", highlight=False)
 
 
 @app.command()
@@ -621,17 +643,17 @@ def tune(
         str,
         typer.Option(help="File or data set to calibrate on, with paraphrases and neighbours: some dozens of facts."),
     ] = "demo",
-    method: Annotated[str | None, typer.Option(help="Method whose settings are sought. [default: frugal]")] = None,
+    method: Annotated[str | None, typer.Option(help="Method whose settings are sought. \\[default: frugal]")] = None,
     corpus: Annotated[
         str | None,
-        typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. [default: the model's own]"),
+        typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. \\[default: the model's own]"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the settings to this YAML file too, for edit --config.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings to start from.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: what is there]")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. [default: its own]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … \\[default: what is there]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the model computes with. \\[default: its own]")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -658,7 +680,12 @@ def tune(
     loaded = load_model(model, given.device, given.dtype, trust_remote_code)
     trials = find(loaded, given, _reporter(), calibration.facts)
     out.print(trials_table([trial.summary for trial in trials], given.method))
-    best = yaml.safe_dump({"method": given.method, **trials[0].settings}, sort_keys=False)
+    if trials[0].score == 0:
+        raise SphereEditError(
+            "nothing was chosen, and nothing kept; calibrate on facts that this model can learn: --facts"
+        )
+    chosen = make_settings(given.model_dump(exclude_unset=True), {"method": given.method}, trials[0].settings)
+    best = yaml.safe_dump(chosen.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     out.print(
         f"Chosen, and taken by later runs of {given.method} on this model unless you say otherwise:", style="bold"
     )
@@ -671,7 +698,7 @@ def tune(
 def bench(
     config: Annotated[Path, typer.Argument(help="YAML file: models, data, methods, variants, seeds, settings.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder of the bench. [default: runs/<name of the file>]")
+        Path | None, typer.Option("-o", "--output", help="Folder of the bench. \\[default: runs/<name of the file>]")
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Run nothing; make the table of what is finished.")] = False,
 ) -> None:

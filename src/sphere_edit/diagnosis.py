@@ -163,7 +163,7 @@ def _compared(
     name: str, before: Checkpoint, after: Checkpoint | EditedRun | None, power: int, eta: float
 ) -> MatrixReport:
     weight = before.weight(name)
-    state, directions = _state(weight, power, eta)
+    state, directions = _state(name, weight, power, eta)
     if after is None:
         return MatrixReport(name, weight.shape[0], weight.shape[1], state, None)
     moment = None
@@ -178,8 +178,8 @@ def _compared(
         )
     delta = (now - weight).double()
     keys = None if moment is None else KeyMetric.of(moment)
+    afterwards, _ = _state(name, now, power, eta)
     bounds = energy_bounds(energy_gradient(weight, power), delta, keys)
-    afterwards, _ = _state(now, power, eta)
     size = float(delta.norm())
     spectrum = squared_singular_values(delta)
     change = MatrixChange(
@@ -196,8 +196,12 @@ def _compared(
     return MatrixReport(name, weight.shape[0], weight.shape[1], state, change)
 
 
-def _state(weight: Tensor, power: int, eta: float) -> tuple[MatrixState, Tensor]:
+def _state(name: str, weight: Tensor, power: int, eta: float) -> tuple[MatrixState, Tensor]:
     """What is said of one matrix, and its principal directions ``U [d_in, r]``."""
+    if not bool(torch.isfinite(weight).all()):
+        raise SphereEditError(
+            f"{name} holds infinite or undefined numbers, and has no energy; choose others with --layers"
+        )
     energy = hyperspherical_energy(weight, power)
     directions = Sphere(eta=eta).directions(weight)
     spectrum = squared_singular_values(weight)

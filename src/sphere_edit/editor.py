@@ -273,9 +273,10 @@ class Editor:
                 loop.settle()
             raise
         run.thin(to)
-        metrics = self.folder / "metrics.json"
-        if metrics.is_file() and json.loads(metrics.read_text("utf-8"))["after"] > to:
-            metrics.unlink()
+        if to < head:
+            for name in ("metrics.json", "report.html"):  # of a later state
+                (self.folder / name).unlink(missing_ok=True)
+            self._evaluator.refresh_metrics(run)
 
     # --- looking --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ def plain_errors(path: Path, doing: str = "written") -> Iterator[None]:
             ) from None
         reason = os.strerror(number) if number else text
         raise SphereEditError(f"{path} could not be {doing}: {reason}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SphereEditError(f"{path} is damaged ({error}); put it back from a backup") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -57,6 +57,7 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         len(facts) // settings.batch_size // settings.evaluation.every if settings.evaluation.every else 0
     )
     moments = settings.moments
+    known = len(editor.run.history.retained) if editor.run else 0  # which are asked again
     source = _source_times(editor, trial)
     scoring = _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
     seconds = {}
@@ -66,12 +67,11 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
             facts_a_trial * (sum(source.values()) + scoring) + HELDOUT * _PASSAGE_TOKENS * reading
         )
     seconds.update({stage: share * time for stage, time in source.items()})
-    seconds["evaluation"] = share * evaluations * scoring
+    seconds["evaluation"] = (share * evaluations + known / len(trial)) * scoring
     assert settings.recheck is not None
     assert settings.repair is not None
     if settings.recheck:
         size = settings.batch_size
-        known = len(editor.run.history.retained) if editor.run else 0
         earlier = range(known, known + len(facts), size)
         asked = sum(min(settings.recheck * size, count) for count in earlier) + known + len(facts)
         bare = [fact.bare() for fact in trial]
@@ -79,18 +79,18 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         seconds["earlier facts"] = asked / len(trial) * asking
     if steps := repair_steps(settings.repair, len(facts)):
         seconds["repair"] = steps * _timed_repair(editor, trial, passage)
-    if method.needs.anchored:
+    if method.needs.anchored and editor.run is None:
         about = len(read_facts("demo").facts) / len(trial)
         seconds["targets of the demo facts"] = about * seconds[OptimisedTargets.stage] / share
     if settings.evaluation.generation != "off":
         scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
         chat = settings.evaluation.generation == "chat"
         answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
-        seconds["generation"] = share * 2 * _timed(answering)
-    if moments.corpus is None:
+        seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
+    if moments.corpus is None and editor.run is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
-    if editor.measures_moments:
+    if editor.measures_moments and editor.run is None:
         tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
         seconds["second moments"] = tokens * reading
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS

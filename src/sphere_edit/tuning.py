@@ -127,7 +127,7 @@ def check_tunable(given: Settings) -> Method:
 
 
 def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequence[Fact] | None = None) -> list[Trial]:
-    """Try spans of layers, then λ, then the targets' step, and keep in the cache what is best beyond noise.
+    """Try spans of layers, then λ, then the targets' step, and keep in the cache what is best beyond noise, if anything worked at all.
 
     The defaults give way only to what `beats` them, since they come from streams that the calibration is too short to see.
 
@@ -165,7 +165,8 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
             "so nothing speaks for any of them; calibrate on facts that this model can learn (tune --facts)",
             "bold red",
         )
-    write_json(tuned_file(loaded.fingerprint, given.method), {"settings": chosen.settings})
+    else:
+        write_json(tuned_file(loaded.fingerprint, given.method), {"settings": chosen.settings})
     return trials
 
 
@@ -198,6 +199,8 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
                 "bold",
             )
             chosen = tune(editor.loaded, editor.given, editor.reporter)[0]
+            if chosen.score == 0:  # a second calibration would find no more
+                write_json(kept, {"settings": chosen.settings})
             editor.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
             editor.adopt_tuned()
 

@@ -234,12 +234,16 @@ class RunFolder:
         path = Path(path)
         if not cls.exists(path):
             raise SphereEditError(f"{path} is not a run folder (it has no journal)")
-        with plain_errors(path, "read"):
+        with plain_errors(path / "config.json", "read"):
             config = json.loads((path / "config.json").read_text("utf-8"))
+        with plain_errors(path / "journal.jsonl", "read"):
             lines = (path / "journal.jsonl").read_bytes().split(b"\n")
-        if config["schema"] != SCHEMA:
-            age, advice = ("a newer", "upgrade") if config["schema"] > SCHEMA else ("an older", "go on with that one")
-            raise SphereEditError(f"{path} was written by {age} sphere-edit (schema {config['schema']}); {advice}")
+        schema = config.get("schema") if isinstance(config, dict) else None
+        if not isinstance(schema, int):
+            raise SphereEditError(f"{path / 'config.json'} is damaged; put it back from a backup")
+        if schema != SCHEMA:
+            age, advice = ("a newer", "upgrade") if schema > SCHEMA else ("an older", "go on with that one")
+            raise SphereEditError(f"{path} was written by {age} sphere-edit (schema {schema}); {advice}")
         entries = []
         for number, line in enumerate(lines[:-1], 1):
             try:

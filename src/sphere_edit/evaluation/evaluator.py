@@ -138,7 +138,7 @@ class Evaluator:
         self._write_metrics(run, entry)
 
     def refresh_metrics(self, run: RunFolder) -> None:
-        """Write ``metrics.json`` again, where the run has one for where it stands."""
+        """Write ``metrics.json`` for where the run stands, if its last evaluation asked all that the model should know here."""
         head = run.history.head
         entry = next((e for e in run.history.evaluations if e["after"] == head and e["final"]), None)
         if entry is not None and _results(run).is_file():
@@ -159,7 +159,7 @@ class Evaluator:
         )
         if known is not None and path.is_file():
             return known
-        complete, _, _ = _unedited(run)
+        complete, _, _ = read_unedited(run)
         facts = [complete[index] for index in asked]
         scores = self.score(facts, f"evaluation after {head}", say=final)
         write_json(path, {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]})
@@ -238,7 +238,7 @@ def _results(run: RunFolder) -> Path:
     return run.path / "evaluations" / f"batch-{run.history.head:04d}.json"
 
 
-def _unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, Any]]:
+def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, Any]]:
     """All facts with their true answers, the unedited model's scores of them, and what was measured of it as a whole."""
     facts: list[Fact] = []
     scores: list[FactScores] = []
@@ -262,7 +262,7 @@ def _abilities(history: History, after: int) -> dict[str, Any]:
 def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScores]) -> dict[str, Any]:
     """The content of ``metrics.json``."""
     history = run.history
-    facts, before, whole_before = _unedited(run)
+    facts, before, whole_before = read_unedited(run)
     kept = history.retained
     batch_of = {index: batch["batch"] for batch in history.batches for index in batch["facts"]}
     return {

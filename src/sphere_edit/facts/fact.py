@@ -94,7 +94,7 @@ def make_fact(
 ) -> Fact:
     """Check the values of a record and build the fact.
 
-    ``prompt`` may hold ``{}`` or the subject itself, once.
+    ``prompt`` may hold ``{}`` or the subject itself, once; in paraphrases and generation prompts ``{}`` stands for the subject too.
 
     Raises:
         BadRecord: a field is missing, empty, of a wrong type, too long or not valid Unicode; the prompt lacks its
@@ -108,9 +108,9 @@ def make_fact(
         prompt=_template(prompt, subject.strip()),
         target_new=target_new.rstrip(),
         target_true=None if target_true is None else _text(target_true, "target_true").rstrip(),
-        paraphrases=_texts(paraphrases, "paraphrases"),
+        paraphrases=_texts(paraphrases, "paraphrases", subject.strip()),
         neighbors=tuple(_neighbor(item) for item in as_list(neighbors, "neighbors")),
-        generation_prompts=_texts(generation_prompts, "generation_prompts"),
+        generation_prompts=_texts(generation_prompts, "generation_prompts", subject.strip()),
         source_id=source_id,
         record=record,
     )
@@ -141,6 +141,9 @@ def _template(prompt: str, subject: str) -> str:
 
 
 def _neighbor(item: object) -> Neighbor:
+    prompt = item["prompt"] if isinstance(item, dict) and "prompt" in item else item
+    if isinstance(prompt, str) and "{}" in prompt:
+        raise BadRecord(f"the neighbor '{short(prompt)}' holds '{{}}'; it is about another subject, which stands in it")
     if isinstance(item, str):
         return Neighbor(_text(item, "neighbors").rstrip())
     if isinstance(item, dict) and "prompt" in item:
@@ -150,8 +153,8 @@ def _neighbor(item: object) -> Neighbor:
     raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
 
 
-def _texts(value: object, name: str) -> tuple[str, ...]:
-    return tuple(_text(text, name).rstrip() for text in as_list(value, name))
+def _texts(value: object, name: str, subject: str) -> tuple[str, ...]:
+    return tuple(_text(text, name).rstrip().replace("{}", subject) for text in as_list(value, name))
 
 
 def _text(value: object, name: str) -> str:

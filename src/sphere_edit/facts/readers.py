@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -202,6 +203,10 @@ def _zsre(record: Record, target: ZsreTarget) -> dict[str, Any]:
 
 def _own(record: Record, _: ZsreTarget) -> dict[str, Any]:
     names = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors", "generation_prompts")
+    for given in record:
+        near = difflib.get_close_matches(str(given), names, 1, cutoff=0.85)
+        if given not in names and near and near[0] not in record:
+            raise BadRecord(f"'{short(str(given), 40)}' is no field; did you mean '{near[0]}'?")
     return {name: record.get(name) for name in names}
 
 

@@ -263,8 +263,14 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: b
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **kwargs)
-            model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, trust_remote_code=trust, use_safetensors=None if kwargs else True, **kwargs
+            causal: Any = AutoModelForCausalLM
+            model, found = causal.from_pretrained(
+                where,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=None if kwargs else True,
+                output_loading_info=True,
+                **kwargs,
             )
     except (
         OSError,
@@ -277,6 +283,12 @@ def _from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: b
         SafetensorError,
     ) as error:
         raise SphereEditError(f"model '{source}' cannot be loaded: {_first_lines(error)}") from None
+    lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
+    if lacking:  # transformers would put random numbers in their place
+        raise SphereEditError(
+            f"model '{source}' lacks {len(lacking)} of the weights that its config.json describes, or has them in another shape; the "
+            f"first: {lacking[0]}. Is it a whole checkpoint of a causal language model?"
+        )
     return tokenizer, model
 
 

@@ -70,6 +70,14 @@ INTACT = Rule(
 )  # fmt: skip
 
 
+def _light(rule: Rule, run: Series, value: float | None, shown: str) -> dict[str, str]:
+    """A rule's answer, if the run was evaluated where it stands."""
+    if run.current:
+        return rule.light(value, shown)
+    verdict = "not evaluated where the run stands" + ("" if run.evaluated is None else f"; last: {run.evaluated}")
+    return {**rule.light(0.0, "not measured"), "colour": "", "verdict": verdict}
+
+
 def _near(run: Series) -> dict[str, str]:
     """How far the weights have moved, by the guard's own measure, with the energy beside it."""
     matrices = run.batches[-1]["matrices"] if run.batches else {}
@@ -222,8 +230,8 @@ def _run(run: Series) -> dict[str, Any]:
             else "not finished: what follows is of the last evaluation"
         ),
         "lights": [
-            TAKEN.light(strict, percent(strict)),
-            INTACT.light(ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
+            _light(TAKEN, run, strict, percent(strict)),
+            _light(INTACT, run, ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
             _near(run),
         ],
         "timings": f"Time by stage: {timings([*run.batches, *run.look_backs])}",
@@ -245,8 +253,11 @@ def _run(run: Series) -> dict[str, Any]:
 def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
     rows = []
     for run in runs:
-        for name, index in (("unedited", 0), ("edited", -1)):
+        edited = "edited" if run.current else f"edited ({run.evaluated or 'not evaluated'})"
+        for name, index in (("unedited", 0), (edited, -1)):
             values = {key: series[index] for key, series in run.metrics.items()}
+            if index == -1 and not run.current and run.evaluated is None:
+                values = dict.fromkeys(values)
             cells = [percent(value) for key, value in values.items() if key not in ("perplexity", "divergence")]
             rows.append([f"{run.label}, {name}", *cells, number(values["perplexity"]), number(values["divergence"])])
     return {"columns": [label.removesuffix(", %") for label in METRICS.values()], "rows": rows}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.evaluator import read_unedited
+from sphere_edit.evaluation.metrics import summarise
 from sphere_edit.files import plain_errors
 from sphere_edit.numerics.projection import Sphere
 
@@ -56,6 +58,8 @@ class Series:
     abilities: dict[str, list[tuple[int, dict[str, Any]]]]  # by task: facts edited, score
     finished: bool
     guard: dict[str, Any] | None  # the journal's entry, where the guard stopped the run
+    current: bool  # whether the last evaluation is of where the run stands now, and of all facts
+    evaluated: str | None  # which facts that was of, and when
     kin: int = 0  # how many runs of the same method, with or without SPHERE like this one, stand before it
 
     @classmethod
@@ -80,7 +84,16 @@ class Series:
         done = [0]
         for batch in history.batches:
             done.append(done[-1] + len(batch["facts"]))
-        entries = [unedited, *sorted(history.evaluations, key=lambda entry: entry["after"])]
+        entries = [
+            {**unedited, "summary": _unedited_summary(run, unedited)},
+            *sorted(history.evaluations, key=lambda entry: entry["after"]),
+        ]
+        last = entries[-1] if len(entries) > 1 else None
+        current = (
+            history.head == 0
+            if last is None
+            else (last["after"], last["facts"]) == (history.head, len(history.retained))
+        )
         metrics: dict[str, list[float | None]] = {
             key: [entry[key] if key in _WHOLE else entry["summary"][key] for entry in entries] for key in METRICS
         }
@@ -101,6 +114,8 @@ class Series:
             {task: [(done[after], s) for after, s in scores] for task, scores in history.ability_series().items()},
             history.finished,
             history.guard,
+            current,
+            None if last is None else f"{last['facts']} facts asked after batch {last['after']} of {history.head}",
         )
 
     def judged(self, key: str) -> list[float | None]:
@@ -182,3 +197,13 @@ def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None)
         replace(series, label=label, kin=own[:index].count(own[index]))
         for index, (series, label) in enumerate(zip(found, labels, strict=True))
     ]
+
+
+def _unedited_summary(run: RunFolder, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The unedited model's scores of the facts that stand; the journal's entry has those of the first call of edit."""
+    history = run.history
+    if history.retained in ([], list(range(entry["facts"] if "facts" in entry else history.sessions[0]))):
+        summary: Mapping[str, Any] = entry["summary"]
+        return summary
+    _, scores, _ = read_unedited(run)
+    return summarise([scores[index] for index in history.retained])
