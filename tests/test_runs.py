@@ -741,6 +741,22 @@ def test_targets_that_do_not_say_their_answers_are_told(model, tmp_path, monkeyp
     assert not warned or "in layer 2. `sphere-edit tune`" in told[0]
 
 
+@pytest.mark.parametrize("method", ["alphaedit", "memit"])
+def test_a_run_whose_statistics_are_gone_says_so_and_can_still_be_left(model, tmp_path, method):
+    editor = start(model, tmp_path / "run", **METHODS[method])
+    editor.edit(fact_records(2))
+    editor.close()
+    shutil.rmtree(tmp_path / "run" / "statistics")
+    with (
+        opened(tmp_path / "run", Quiet()) as editor,
+        pytest.raises(SphereEditError, match="lacks what .* put the folder back"),
+    ):
+        editor.edit(fact_records(2, start=4))
+    with opened(tmp_path / "run", Quiet()) as editor:
+        editor.rollback(0)
+        assert editor.run.history.head == 0
+
+
 def test_frugal_keeps_facts_of_one_subject_apart(model, tmp_path):
     """Their keys are nearly the same, and their targets know nothing of one another."""
     about = [("Ada", "{} plays the"), ("Ada", "{} lives in"), ("Bruno", "{} plays the"), ("ada ", "{} speaks")]

@@ -502,8 +502,9 @@ def show(
             out.print(f"Peak memory: {memory / 1e9:.1f} GB", highlight=False)
     if history.evaluations:
         table = make_table(
-            "Evaluations of all facts known by then",
+            "Evaluations",
             "after batch",
+            "facts asked",
             "efficacy",
             "strict",
             "generalization",
@@ -518,7 +519,7 @@ def show(
                 for name in ("efficacy", "generalization", "specificity")
                 for kind in ("", "_strict")
             ]
-            table.add_row(str(entry["after"]), *cells, number(entry["perplexity"]))
+            table.add_row(str(entry["after"]), str(entry["facts"]), *cells, number(entry["perplexity"]))
         out.print(table)
     metrics = run / "metrics.json"
     if metrics.is_file():

@@ -234,6 +234,8 @@ class Editor:
             evaluator = self._evaluator
             evaluator.measure_unedited(run)
             facts = run.facts()
+            if run.history.pending:
+                self._check_statistics()
             while pending := run.history.pending:
                 evaluator.checkpoint(run)
                 self._edit_batch(facts, self._together(facts, pending, self.settings.batch_size))
@@ -419,6 +421,17 @@ class Editor:
             for fact, k in zip(facts, known, strict=True)
             if k
         ]
+
+    def _check_statistics(self) -> None:
+        """Refuse to edit on without what the run measured before its first batch."""
+        needed = self.method.needs.statistics
+        known = self._the_loop().solver.statistics
+        missing = [name for name in self.weights.names if needed is not None and getattr(known[name], needed) is None]
+        if missing:
+            raise SphereEditError(
+                f"{self.folder / 'statistics'} lacks what {self.method.name} needs of {missing[0]}, so this run cannot edit on; put the folder "
+                "back, or start a new run"
+            )
 
     def _edit_batch(self, facts: Sequence[Fact], batch: Sequence[int]) -> None:
         """Edit these facts, and those of earlier ones that are found forgotten."""
