@@ -16,7 +16,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from lifetime import nearest, scores
+from lifetime import SHOWN, nearest, scores
 from matplotlib.figure import Figure
 
 from sphere_edit.evaluation.metrics import intervals, summarise
@@ -24,8 +24,6 @@ from sphere_edit.reporting.plots import COLOURS
 from sphere_edit.reporting.series import Series
 
 KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
-SHOWN = (*KNOWN, "specificity")
-PERPLEXITY = "Perplexity, times the unedited model's"
 MARKERS = "osD^vP*X<>hpdH8"
 BROKEN = 5.0  # times the perplexity: in the table, and named above the figure, which they would leave no room in
 TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
@@ -60,7 +58,7 @@ class Row:
             len(asked),
             {name: (means[name], *spans[name]) for name in SHOWN},  # type: ignore[misc]
             (perplexity[index] or float("nan")) / (perplexity[0] or float("nan")),
-            run.metrics["divergence"][index] if "divergence" in run.metrics else None,
+            run.metrics["divergence"][index],
         )
 
     def cells(self) -> dict[str, Any]:
@@ -70,8 +68,16 @@ class Row:
             for name, span in self.scores.items()
             for end, value in zip(("", "_low", "_high"), span, strict=True)
         }
-        ratio, kl = round(self.perplexity, 4), self.divergence if self.divergence is None else round(self.divergence, 4)
-        return {**vars(self), "sphere": int(self.sphere), "perplexity": ratio, "divergence": kl, **spread}
+        return {
+            "label": self.label,
+            "method": self.method,
+            "sphere": int(self.sphere),
+            "facts": self.facts,
+            "asked": self.asked,
+            "perplexity": round(self.perplexity, 4),
+            "divergence": None if self.divergence is None else round(self.divergence, 4),
+            **spread,
+        }
 
     @classmethod
     def read(cls, cells: dict[str, str]) -> Row:
@@ -126,14 +132,14 @@ def drawn(rows: list[Row]) -> Figure:
             axes.set_ylabel(label)
             if column == 0:
                 axes.set_xscale("log")
-                axes.set_xlabel(PERPLEXITY)
+                axes.set_xlabel("Perplexity, times the unedited model's")
                 axes.set_xticks([], minor=True)
                 axes.set_xticks(ticks(*axes.get_xlim()))
                 axes.xaxis.set_major_formatter(lambda value, _: f"× {value:.3g}")
             else:
                 axes.set_xlabel("Specificity, %")
-    edited = sorted({row.facts for row in rows})
-    title = f"After {' to '.join(str(count) for count in dict.fromkeys((edited[0], edited[-1])))} facts"
+    edited = {row.facts for row in rows}
+    title = f"After {' to '.join(map(str, sorted({min(edited), max(edited)})))} facts"
     figure.suptitle(f"{title} (not drawn, perplexity: {', '.join(broken)})" if broken else title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -161,8 +167,7 @@ def main() -> None:
     print("\n".join(row.line() for row in rows))
     if args.output:
         with args.output.with_suffix(".csv").open("w", encoding="utf-8", newline="") as lines:
-            names = [name for name in rows[0].cells() if name != "scores"]
-            writer = csv.DictWriter(lines, names, extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(lines, list(rows[0].cells()), lineterminator="\n")
             writer.writeheader()
             writer.writerows(row.cells() for row in rows)
         drawn(rows).savefig(args.output, dpi=110)

@@ -798,7 +798,8 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
     assert (asked_last["after"], asked_last["asked"]) == (4, [6, 7, 2, 3, 0, 1, 4, 5])
     assert asked_last["forgotten"] == [index for entry in look_back for index in entry["again"]]
     assert editor.run.history.due[:2] == [0, 1], "after all were asked, by number"
-    assert all(len(entry["again"]) <= 2 and not entry["facts"] + entry["asked"] for entry in look_back)
+    assert all(entry["again"] and len(entry["again"]) <= 2 and not entry["facts"] for entry in look_back)
+    assert not any(entry["asked"] for entry in look_back)
     asking = ["asking earlier facts" in entry["seconds"] for entry in entries]
     assert asking == [False, True, True, True] + [False] * len(look_back)
     assert "asking earlier facts" in asked_last["seconds"]

@@ -25,6 +25,7 @@ from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
 from sphere_edit.tuning import STREAM, Trial, _Bench, calibrate, tune
 from test_cli import run
+from test_runs import Listening
 
 QUICK = {
     "method": "frugal",
@@ -45,7 +46,9 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
     loaded = load_model(str(model))
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     facts = facts_from(fact_records(4)).facts
-    trials = tune(loaded, make_settings(QUICK), Quiet(), facts)
+    listening = Listening()
+    trials = tune(loaded, make_settings(QUICK), listening, facts)
+    assert "so nothing speaks for any of them" in listening.said[-1]
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
     rest = [trial.score for trial in trials[1:]]
     assert rest == sorted(rest, reverse=True)
@@ -136,9 +139,7 @@ def test_the_command_and_its_mistakes(model, tmp_path, monkeypatch):
     config.write_text(yaml.safe_dump({name: value for name, value in QUICK.items() if name != "method"}))
     kept = tuned_file(load_model(str(model)).fingerprint, "frugal")
     before = kept.read_text() if kept.is_file() else None
-    with pytest.raises(
-        SphereEditError, match="nothing was chosen, and nothing kept"
-    ):  # a model of random weights learns nothing
+    with pytest.raises(SphereEditError, match="nothing was chosen, and nothing kept"):  # random weights learn nothing
         run("tune", model, "--config", config, "-o", tmp_path / "found.yaml")
     assert not (tmp_path / "found.yaml").exists()
     assert (kept.read_text() if kept.is_file() else None) == before

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.moments import read_passages
@@ -28,12 +28,11 @@ from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markd
 from sphere_edit.reporting.report import write_report
 from sphere_edit.tuning import calibrate
 
+_VARIANTS: dict[str, dict[str, Any]] = {"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-_VARIANTS: dict[str, dict[str, Any]] = {"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}
 
 
 class DataConfig(_Strict):
@@ -60,16 +59,17 @@ class BenchConfig(_Strict):
 
     @field_validator("methods", "variants", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
         """A list of names stands for names without settings of their own, and of the default variants for these."""
+        known = _VARIANTS if info.field_name == "variants" else {}
         plain = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        return {name: _VARIANTS.get(name, {}) for name in value} if plain else value
+        return {name: known.get(name, {}) for name in value} if plain else value
 
     @field_validator("variants")
     @classmethod
     def _plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Tables call the variant ``plain`` by its method's name alone."""
-        sphere = value.get("plain", {"sphere": {"enabled": False}}).get("sphere")
+        sphere = value.get("plain", _VARIANTS["plain"]).get("sphere")
         if not isinstance(sphere, dict) or sphere.get("enabled") is not False:
             raise ValueError("the variant 'plain' is the one without SPHERE: plain: {sphere: {enabled: false}}")
         return value

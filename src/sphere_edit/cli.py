@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -240,8 +240,7 @@ def edit(
             raise SphereEditError(
                 f"{output} holds a run already; add --resume to go on with it, or choose another folder"
             )
-        _refuse_other_facts(output, wish)
-        _edit_more(model, output, replace(wish, facts=None))
+        _edit_more(model, output, wish)
     else:
         _edit_new(model, output, wish)
 
@@ -258,22 +257,6 @@ class _Wish:
     resume: bool
     dry_run: bool
     trust_remote_code: bool
-
-
-def _refuse_other_facts(folder: Path, wish: _Wish) -> None:
-    """Refuse to resume a run with a file that its facts did not come from; the command that began it may be repeated."""
-    if wish.facts is None:
-        return
-    from sphere_edit.editing.journal import RunFolder
-    from sphere_edit.facts.readers import read_facts
-
-    given = read_facts(wish.facts, **wish.chosen)
-    sources = [str(entry["source"]) for entry in RunFolder.open(folder).entries if entry["event"] == "facts"]
-    if sources and Path(given.source).name not in {Path(source).name for source in sources}:
-        raise SphereEditError(
-            f"{folder} has the facts of {sources[-1]}, not those of {wish.facts}; --resume goes on with what it has. To edit more facts: "
-            f"sphere-edit edit {folder} {wish.facts}"
-        )
 
 
 def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
@@ -314,6 +297,19 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
     history = run.history
     from sphere_edit.models.loading import full_name
 
+    if wish.resume and wish.facts is not None:
+        if model is None:
+            raise SphereEditError(
+                f"--resume goes on with the facts {folder} already has; give it more once it is finished"
+            )
+        sources = [str(entry["source"]) for entry in run.entries if entry["event"] == "facts"]
+        if sources and Path(wish.facts).name not in {
+            Path(source).name for source in sources
+        }:  # not the command that began it
+            raise SphereEditError(
+                f"{folder} has the facts of {sources[-1]}, not those of {wish.facts}; --resume goes on with what it has. To edit more facts: "
+                f"sphere-edit edit {folder} {wish.facts}"
+            )
     if model is not None and full_name(model) != run.config["model"]["source"]:
         raise SphereEditError(f"{folder} edits '{run.config['model']['source']}', not '{model}'")
     saved = make_settings(run.config["settings"])
@@ -331,12 +327,10 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
         raise SphereEditError(
             f"{folder} was interrupted with {len(history.pending)} facts waiting; finish it first: --resume"
         )
-    if wish.resume and wish.facts is not None:
-        raise SphereEditError(f"--resume goes on with the facts {folder} already has; give it more once it is finished")
     if wish.resume and history.finished:
         out.print(f"{folder} is finished: {history.head} batches, nothing to resume.", highlight=False)
         return
-    given = None if wish.facts is None else read_facts(wish.facts, **wish.chosen)
+    given = None if wish.resume or wish.facts is None else read_facts(wish.facts, **wish.chosen)
     from sphere_edit.editor import Editor
 
     editor = Editor.open(folder, _reporter(), wish.options.get("device"), wish.trust_remote_code)

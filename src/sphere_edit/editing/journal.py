@@ -53,9 +53,7 @@ class History:
     total: int = 0  # facts accepted so far
     sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
     batches: list[Entry] = field(default_factory=list)  # batch entries that stand, first to last
-    look_backs: list[Entry] = field(
-        default_factory=list
-    )  # at the ends of streams: which facts were asked, which forgotten
+    look_backs: list[Entry] = field(default_factory=list)  # at ends of streams: who was asked, who had forgotten
     looked_back: bool = False  # since the last facts came
     withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
     evaluations: list[Entry] = field(default_factory=list)

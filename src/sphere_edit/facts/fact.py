@@ -141,16 +141,16 @@ def _template(prompt: str, subject: str) -> str:
 
 
 def _neighbor(item: object) -> Neighbor:
-    prompt = item["prompt"] if isinstance(item, dict) and "prompt" in item else item
-    if isinstance(prompt, str) and "{}" in prompt:
-        raise BadRecord(f"the neighbor '{short(prompt)}' holds '{{}}'; it is about another subject, which stands in it")
+    answer = None
     if isinstance(item, str):
-        return Neighbor(_text(item, "neighbors").rstrip())
-    if isinstance(item, dict) and "prompt" in item:
-        answer = item.get("answer")
-        prompt = _text(item["prompt"], "neighbors.prompt").rstrip()
-        return Neighbor(prompt, None if answer is None else _text(answer, "neighbors.answer").rstrip())
-    raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
+        prompt = _text(item, "neighbors").rstrip()
+    elif isinstance(item, dict) and "prompt" in item:
+        prompt, answer = _text(item["prompt"], "neighbors.prompt").rstrip(), item.get("answer")
+    else:
+        raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
+    if "{}" in prompt:
+        raise BadRecord(f"the neighbor '{short(prompt)}' holds '{{}}'; it is about another subject, which stands in it")
+    return Neighbor(prompt, None if answer is None else _text(answer, "neighbors.answer").rstrip())
 
 
 def _texts(value: object, name: str, subject: str) -> tuple[str, ...]:

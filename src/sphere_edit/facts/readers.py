@@ -203,9 +203,10 @@ def _zsre(record: Record, target: ZsreTarget) -> dict[str, Any]:
 
 def _own(record: Record, _: ZsreTarget) -> dict[str, Any]:
     names = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors", "generation_prompts")
-    for given in record:
-        near = difflib.get_close_matches(str(given), names, 1, cutoff=0.85)
-        if given not in names and near and near[0] not in record:
+    lacking = [name for name in names if name not in record]
+    for given in record if lacking else ():
+        near = () if given in names else difflib.get_close_matches(str(given), lacking, 1, cutoff=0.85)
+        if near:
             raise BadRecord(f"'{short(str(given), 40)}' is no field; did you mean '{near[0]}'?")
     return {name: record.get(name) for name in names}
 

@@ -55,6 +55,10 @@ class Rule:
             "rule": self.wording,
         }
 
+    def unknown(self, why: str) -> dict[str, str]:
+        """No answer, and why there is none."""
+        return {**self.light(None, "not measured"), "colour": "", "verdict": why}
+
 
 _FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
 _RUNS_DRAWN = 4  # runs whose matrices are drawn one by one
@@ -74,8 +78,7 @@ def _light(rule: Rule, run: Series, value: float | None, shown: str) -> dict[str
     """A rule's answer, if the run was evaluated where it stands."""
     if run.current:
         return rule.light(value, shown)
-    verdict = "not evaluated where the run stands" + ("" if run.evaluated is None else f"; last: {run.evaluated}")
-    return {**rule.light(0.0, "not measured"), "colour": "", "verdict": verdict}
+    return rule.unknown("not evaluated where the run stands" + (f"; last: {run.evaluated}" if run.evaluated else ""))
 
 
 def _near(run: Series) -> dict[str, str]:
@@ -91,7 +94,7 @@ def _near(run: Series) -> dict[str, str]:
         "Is it still near itself?", COLLATERAL.value / 2, COLLATERAL.value, wording, ("yes", "it moves away", "no")
     )
     if value is None:
-        return {**rule.light(0.0, "not measured"), "colour": "", "verdict": "no second moments; --guard measures them"}
+        return rule.unknown("no second moments; --guard measures them")
     return rule.light(value, f"{value:.3f}")
 
 
@@ -256,7 +259,7 @@ def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
         edited = "edited" if run.current else f"edited ({run.evaluated or 'not evaluated'})"
         for name, index in (("unedited", 0), (edited, -1)):
             values = {key: series[index] for key, series in run.metrics.items()}
-            if index == -1 and not run.current and run.evaluated is None:
+            if index == -1 and not (run.current or run.evaluated):
                 values = dict.fromkeys(values)
             cells = [percent(value) for key, value in values.items() if key not in ("perplexity", "divergence")]
             rows.append([f"{run.label}, {name}", *cells, number(values["perplexity"]), number(values["divergence"])])

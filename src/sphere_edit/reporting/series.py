@@ -202,7 +202,7 @@ def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None)
 def _unedited_summary(run: RunFolder, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """The unedited model's scores of the facts that stand; the journal's entry has those of the first call of edit."""
     history = run.history
-    if history.retained in ([], list(range(entry["facts"] if "facts" in entry else history.sessions[0]))):
+    if history.retained in ([], list(range(history.sessions[0]))):
         summary: Mapping[str, Any] = entry["summary"]
         return summary
     _, scores, _ = read_unedited(run)

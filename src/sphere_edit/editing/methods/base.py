@@ -167,11 +167,11 @@ class JointMethod(Method):
 
 
 def memory(system: Tensor, inverse: Tensor) -> State:
-    """The state of a method that must leave earlier keys alone: ``B + Kp Kpᵀ [d, d]`` and its inverse, float64."""
-    return {
-        "system": system.contiguous(),
-        "inverse": inverse.contiguous(),
-    }  # as a checkpoint reads them: products round alike
+    """The state of a method that must leave earlier keys alone: ``B + Kp Kpᵀ [d, d]`` and its inverse, float64.
+
+    Both lie in memory as a checkpoint reads them, so that products round alike after it.
+    """
+    return {"system": system.contiguous(), "inverse": inverse.contiguous()}
 
 
 def with_keys(state: State, keys: Tensor) -> State:

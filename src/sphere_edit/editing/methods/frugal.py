@@ -20,8 +20,8 @@ class Frugal(MemitSeq):
     Differs from sequential MEMIT in four ways. Targets descend in L2, so that ‖δ‖, in whose square the damage grows, is about
     half of what Adam leaves. Each context template has a column of its own, so that ridge regression sees how a fact's keys
     vary, not their mean alone. The other tokens of every edited prompt, the bystanders B, are to stay what they are, as keys Kp of
-    earlier facts are: a fact is read through them, and is forgotten when they change; a fact that is written again adds its own once more. And ``λ = second_moment_weight · d_in``:
-    since E[kᵀ C0⁻¹ k] = d_in over ordinary keys, whatever the model, a key as rare as ordinary ones would get
+    earlier facts are: a fact is read through them, and is forgotten when they change; a fact that is written again adds its own
+    once more. And ``λ = second_moment_weight · d_in``: since E[kᵀ C0⁻¹ k] = d_in over ordinary keys, whatever the model, a key as rare as ordinary ones would get
     1 / (1 + second_moment_weight) of its residual, and rarer ones more.
     """
 
