@@ -653,7 +653,7 @@ def tune(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
-    """Find layers, step and weights for a model that has no published settings; later runs take them by themselves."""
+    """Find layers, step and weights for a model; later runs take them by themselves, before any published ones."""
     import yaml
 
     from sphere_edit.editing.settings import make_settings, read_settings_file
