@@ -74,7 +74,7 @@ def engine_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:
     """Edit the stream with the engine and evaluate all of it."""
     size = editor.settings.batch_size
     for first in range(0, len(facts), size):
-        editor._the_loop().edit(range(first, first + size), facts[first : first + size], [])
+        editor._stream.committer.edit(range(first, first + size), facts[first : first + size], [])
     return score_facts(editor.loaded, facts, editor.settings.tokens_per_batch, Quiet())
 
 

@@ -25,6 +25,7 @@ from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.records import Batch, GuardStop
 
 STEPS = {"lr": 0.5, "steps": 25}  # published for Qwen2.5-7B, and good for SmolLM2
 
@@ -53,7 +54,7 @@ def main() -> None:
         editor = prepared(args.model, Path(folder) / "own", **common)
         seconds, own = engine(editor, facts)
         rows.append(("engine, its own defaults", len(facts), seconds, peak()))
-        operations = floor(editor, facts, own["targets"]["evaluations"])
+        operations = floor(editor, facts, own.targets["evaluations"])
         compute = editor.settings.targets.compute
         editor.close()
     slow = min(seconds for name, _, seconds, _ in rows if name == "textbook")
@@ -63,13 +64,13 @@ def main() -> None:
     rate = {"float32": matmul_rate(torch.float32), "bfloat16": matmul_rate(torch.bfloat16)}
     print(f"\nLarge matrix products: {', '.join(f'{name} {r / 1e9:.0f} GFLOP/s' for name, r in rate.items())}")
     print(
-        f"Targets were optimised in {compute}; mean evaluations {mean(own['targets']['evaluations']):.1f} at its own defaults\n"
+        f"Targets were optimised in {compute}; mean evaluations {mean(own.targets['evaluations']):.1f} at its own defaults\n"
     )
     print("| stage, seconds an edit | identical steps | own defaults | floor at the product rate |\n|---|---|---|---|")
-    for stage, seconds in own["seconds"].items():
+    for stage, seconds in own.seconds.items():
         used = rate["bfloat16" if stage == "targets v*" and compute == "bfloat16" else "float32"]
         least = f"{operations[stage] / len(facts) / used:.3f}" if stage in operations else ""
-        print(f"| {stage} | {same['seconds'][stage] / len(facts):.3f} | {seconds / len(facts):.3f} | {least} |")
+        print(f"| {stage} | {same.seconds[stage] / len(facts):.3f} | {seconds / len(facts):.3f} | {least} |")
 
 
 def prepared(model: str, run: Path, **settings: Any) -> Editor:
@@ -94,14 +95,14 @@ def textbook_seconds(editor: Editor, facts: Sequence[Fact]) -> float:
 
 def textbook_of(editor: Editor) -> Callable[..., Any]:
     """The textbook loop with an editor's model, statistics and settings, to be called with the facts of each batch."""
-    loop, names = editor._the_loop(), editor.weights.names
+    loop, names = editor._stream.committer, editor.weights.names
     bases = [loop.statistics[name].null_space for name in names]
     projectors: list[Tensor] = [basis @ basis.T for basis in bases if basis is not None]
     return partial(
         textbook.edit_batch,
         editor.loaded,
         templates=loop.source.templates,
-        layers=editor.layers,
+        layers=editor.session.layers,
         names=names,
         projectors=projectors,
         previous=[torch.zeros_like(projector) for projector in projectors],
@@ -112,11 +113,11 @@ def textbook_of(editor: Editor) -> Callable[..., Any]:
     )
 
 
-def engine(editor: Editor, facts: Sequence[Fact]) -> tuple[float, dict[str, Any]]:
-    """Seconds an edit of the engine, and the batch's journal entry."""
+def engine(editor: Editor, facts: Sequence[Fact]) -> tuple[float, Batch | GuardStop]:
+    """Seconds an edit of the engine, and the batch's record."""
     began = time.monotonic()
-    entry = editor._the_loop().edit(range(len(facts)), facts, [])
-    return (time.monotonic() - began) / len(facts), entry
+    record = editor._stream.committer.edit(range(len(facts)), facts, [])
+    return (time.monotonic() - began) / len(facts), record
 
 
 def floor(editor: Editor, facts: Sequence[Fact], evaluations: Sequence[int]) -> dict[str, float]:
@@ -130,8 +131,8 @@ def floor(editor: Editor, facts: Sequence[Fact], evaluations: Sequence[int]) -> 
     layers = architecture.decoder_layers(editor.model)
     layer = sum(weight.numel() for weight in layers[0].parameters() if weight.dim() == 2)
     logits = config.vocab_size * config.hidden_size
-    encoder, last = Encoder(editor.tokenizer), editor.layers[-1]
-    templates = editor._the_loop().source.templates
+    encoder, last = Encoder(editor.tokenizer), editor.session.layers[-1]
+    templates = editor._stream.committer.source.templates
     targets = keys = 0.0
     for fact, count in zip(facts, evaluations, strict=True):
         prompts = FactPrompts.of(fact, templates, encoder)

@@ -19,8 +19,6 @@ import torch
 from scaling import byte_tokenizer, made
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sphere_edit.editing.journal import RunFolder
-from sphere_edit.editing.loop import SequentialLoop
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.methods.base import Statistics
 from sphere_edit.editing.solving import Solver
@@ -29,6 +27,8 @@ from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.models.loading import prepare, resolve_device
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.commit import Committer
+from sphere_edit.runs.folder import RunFolder
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -82,18 +82,18 @@ def row(shape: str, folder: Path, device: torch.device, batch_size: int, steps: 
     settings = TargetSettings(steps=steps, stop_loss=0.0, tokens=4096, compute="model")
     source = SOURCES["targets"](loaded, weights, LAYERS, TEMPLATES, method.needs, settings, 16384)
     statistics = dict.fromkeys(names, Statistics(null_space=basis))
-    run = RunFolder.create(folder / "run", {})
-    loop = SequentialLoop(run, Solver(weights, source, method, method.sphere, method.sphere, statistics, Quiet()))
+    run = RunFolder.create(folder / "run")
+    loop = Committer(run, Solver(weights, source, method, method.sphere, method.sphere, statistics, Quiet()))
     loop.go_to(0)
     facts = made(2 * batch_size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for first in (0, batch_size):
         began = time.monotonic()
-        entry = loop.edit(range(first, first + batch_size), facts[first : first + batch_size], [])
+        record = loop.edit(range(first, first + batch_size), facts[first : first + batch_size], [])
         seconds = time.monotonic() - began
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    stages = entry["seconds"]
+    stages = record.seconds
     keys = stages["keys"] + stages["keys after the batch"]
     cells = (stages["targets v*"], keys, stages["solve"], stages["sphere"], stages["storing"])
     run.unlock()

@@ -49,7 +49,7 @@ def last_good(run: Series) -> int:
 
 def measured(run: Series, limit: Limit) -> list[float | None]:
     """A limit's number at each checkpoint after the unedited model."""
-    at = {edits: batch["matrices"] for edits, batch in zip(run.batch_edits, run.batches, strict=True)}
+    at = {edits: batch.matrices for edits, batch in zip(run.batch_edits, run.batches, strict=True)}
     return [limit.measured(at[edits]) for edits in run.edits[1:]]
 
 

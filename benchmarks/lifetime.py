@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.evaluation.metrics import FactScores, difference_intervals, summarise
 from sphere_edit.reporting.series import Series
+from sphere_edit.runs.folder import RunFolder
 
 SHOWN = ("efficacy_strict", "generalization_strict", "specificity")
 
@@ -30,7 +30,7 @@ def crossing(edits: Sequence[int], values: Sequence[float | None], limit: float,
 
 def variant(run: Series) -> str:
     """Plain, or where SPHERE's directions are from."""
-    return f"SPHERE, {run.config['sphere']['basis']}" if run.sphere else "plain"
+    return f"SPHERE, {run.config.sphere.basis}" if run.sphere else "plain"
 
 
 def row(run: Series, at: Sequence[int]) -> str:
@@ -41,7 +41,7 @@ def row(run: Series, at: Sequence[int]) -> str:
     cells = [
         run.method,
         variant(run),
-        json.dumps(run.config["settings"]["options"]),
+        json.dumps(run.config.settings["options"]),
         crossing(run.edits, strict, best / 2, rising=False),
         crossing(run.edits, perplexity, 2 * unedited, rising=True),
     ]
@@ -58,8 +58,8 @@ def nearest(run: Series, edits: int) -> int:
 
 def scores(run: Series, index: int) -> tuple[list[int], list[FactScores]]:
     """The facts asked at a checkpoint, and what they scored."""
-    entries = sorted(RunFolder.open(run.folder).history.evaluations, key=lambda entry: entry["after"])
-    path = run.folder / "evaluations" / f"batch-{entries[index - 1]['after']:04d}.json"
+    entries = sorted(RunFolder.open(run.folder).history.evaluations, key=lambda evaluation: evaluation.after)
+    path = run.folder / "evaluations" / f"batch-{entries[index - 1].after:04d}.json"
     content = json.loads(path.read_text("utf-8"))
     return content["facts"], [FactScores.from_dict(score) for score in content["scores"]]
 

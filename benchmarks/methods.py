@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from sphere_edit import Editor, read_facts
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.settings import make_settings, read_settings_file
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.folder import RunFolder
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
             settings = make_settings(common, {"method": method, "sphere": {"enabled": sphere}}, *given)
             metrics = finished(args.model, folder, settings, facts)
             run = RunFolder.open(folder)
-            seconds = sum(sum(batch["seconds"].values()) for batch in run.history.batches) / len(facts)
+            seconds = sum(sum(batch.seconds.values()) for batch in run.history.batches) / len(facts)
             unedited = unedited or metrics["unedited"]
             rows.append((method + (" + SPHERE" if sphere else ""), metrics["edited"], seconds))
             Console(stderr=True).print(line(*rows[-1], unedited))

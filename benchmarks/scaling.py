@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sphere_edit import Editor
 from sphere_edit.facts.fact import Fact
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.records import Batch, GuardStop
 
 
 def main() -> None:
@@ -59,8 +60,8 @@ def stream(folder: Path, batches: int, batch_size: int) -> tuple[list[float], li
     facts = made(batches * batch_size)
     seconds, memory = [], []
     for first in range(0, len(facts), batch_size):
-        entry = edit(editor, facts, range(first, first + batch_size))
-        seconds.append(sum(entry["seconds"].values()))
+        record = edit(editor, facts, range(first, first + batch_size))
+        seconds.append(sum(record.seconds.values()))
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     editor.close()
     return seconds, memory
@@ -72,14 +73,14 @@ def short(folder: Path, shape: dict[str, Any]) -> tuple[float, float]:
     size = shape["batch_size"]
     facts = made(3 * size)
     for first in range(0, len(facts), size):
-        entry = edit(editor, facts, range(first, first + size))
+        record = edit(editor, facts, range(first, first + size))
     editor.close()
-    return sum(entry["seconds"].values()), entry["seconds"]["solve"] + entry["seconds"]["sphere"]
+    return sum(record.seconds.values()), record.seconds["solve"] + record.seconds["sphere"]
 
 
-def edit(editor: Editor, facts: Sequence[Fact], indices: range) -> dict[str, Any]:
+def edit(editor: Editor, facts: Sequence[Fact], indices: range) -> Batch | GuardStop:
     """One batch, without the evaluation that a whole run ends with."""
-    return editor._the_loop().edit(indices, facts[indices.start : indices.stop], [])
+    return editor._stream.committer.edit(indices, facts[indices.start : indices.stop], [])
 
 
 def started(folder: Path, batch_size: int, inner: int = 512, layers: Sequence[int] = (1, 2)) -> Editor:

@@ -15,10 +15,10 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
 from sphere_edit.bench import Bench, write_results
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.evaluation.metrics import FactScores, PromptScore, difference_intervals
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting.comparison import Row, as_csv, latex, markdown, read_row
+from sphere_edit.runs.folder import RunFolder
 from test_cli import run
 from test_runs import METHODS, QUICK, without_times
 

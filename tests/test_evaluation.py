@@ -14,7 +14,6 @@ from conftest import fact_records
 from families import save_tiny, tiny
 from sphere_edit import SphereEditError
 from sphere_edit.editor import Editor, opened
-from sphere_edit.evaluation import evaluator
 from sphere_edit.evaluation.generation import (
     begins_with,
     continuations,
@@ -36,6 +35,7 @@ from sphere_edit.evaluation.metrics import (
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.progress import Quiet
+from sphere_edit.runs import measuring as evaluator
 from test_runs import METHODS, QUICK
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -220,11 +220,11 @@ def test_a_run_holds_intervals_divergence_texts_and_retention_by_age(tmp_path):
     newest = [fact["edited"]["rewrite"]["accuracy"] == 1 for fact in metrics["per_fact"][-2:]]
     assert ages[0]["efficacy_strict"] == 50 * sum(newest)
     entries = editor.run.history.evaluations
-    assert [(entry["after"], entry["final"]) for entry in entries] == [(5, False), (10, False), (12, True)]
+    assert [(entry.after, entry.final) for entry in entries] == [(5, False), (10, False), (12, True)]
     editor.close()
     with opened(tmp_path / "run", Quiet()) as again:  # in a new process, compared with the unedited model once more
         again.edit([{"subject": "Zed", "prompt": "{} sings in", "target_new": "Rome"}])
-        assert again.run.history.evaluations[-1]["divergence"] > 0
+        assert again.run.history.evaluations[-1].divergence > 0
     with pytest.raises(SphereEditError, match="there is no corpus file"):
         Editor.from_pretrained(model, tmp_path / "other", evaluation={"references": "no.txt"}, **QUICK).edit(
             fact_records(2)

@@ -11,10 +11,10 @@ import torch
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit.editing.loop import SequentialLoop
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editor import Editor, opened
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.commit import Committer
 
 FAMILIES = ("llama", "gpt2", "qwen2")
 COMMON: dict[str, Any] = {
@@ -72,7 +72,7 @@ def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
     editor = start("run")
     original = weights_of(editor)
     metrics = editor.edit(records(6))
-    sizes = [len(entry["facts"]) for entry in editor.run.history.batches]
+    sizes = [len(entry.facts) for entry in editor.run.history.batches]
     closing = [METHODS[method].repair, METHODS[method].recheck]  # at the end, of text and of what is forgotten
     assert sizes[:2] == [3, 3]
     assert sizes[2:] in ([0] * sum(step > 0 for step in closing), [0] * (closing[0] > 0))
@@ -88,14 +88,14 @@ def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
     assert changed == {f"{name}.weight" for name in editor.weights.names}
 
     # interrupted after its first batch and resumed
-    real = SequentialLoop.edit
+    real = Committer.edit
 
     def once(self, *args):
         if self.run.history.head == 1:
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(SequentialLoop, "edit", once)
+    monkeypatch.setattr(Committer, "edit", once)
     broken = start("broken")
     with pytest.raises(KeyboardInterrupt):
         broken.edit(records(6))
@@ -107,9 +107,9 @@ def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
         assert same(weights_of(resumed), after_one)
         assert resumed.resume()["edited"] == metrics["edited"]
         assert same(weights_of(resumed), edited)
-        for name, state in resumed._loop.states.items():
+        for name, state in resumed._stream.committer.states.items():
             for part, value in state.items():
-                assert torch.equal(value, editor._loop.states[name][part])
+                assert torch.equal(value, editor._stream.committer.states[name][part])
 
     # replayed from the first batch on, and rolled back
     editor.close()
@@ -117,10 +117,12 @@ def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
         checkpoint.unlink()
     with opened(tmp_path / "run", Quiet()) as again:
         assert same(weights_of(again), edited)
-        for name, state in editor._loop.states.items():
-            assert state.keys() == again._loop.states[name].keys()
+        for name, state in editor._stream.committer.states.items():
+            assert state.keys() == again._stream.committer.states[name].keys()
             for part, value in state.items():
-                assert torch.equal(value, again._loop.states[name][part]), "what later batches go on from is the same"
+                assert torch.equal(value, again._stream.committer.states[name][part]), (
+                    "what later batches go on from is the same"
+                )
         again.rollback(1)
         assert same(weights_of(again), after_one)
         again.rollback(0)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sphere_edit.editing.loop import next_batch, plan_batches, superseded_by
 from sphere_edit.editing.moments import read_passages
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts import datasets
 from sphere_edit.facts.fact import MAX_TEXT, Fact, Neighbor
 from sphere_edit.facts.prompts import fill
 from sphere_edit.facts.readers import facts_from, read_facts
+from sphere_edit.runs.selection import next_batch, plan_batches, superseded_by
 
 OWN = {
     "subject": "Big Ben",

@@ -16,6 +16,7 @@ FLOORS = [
     "facts",
     "editing",
     "evaluation",
+    "runs",
     "reporting",
     "diagnosis",
     "export",

@@ -11,9 +11,7 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
-from sphere_edit.editing import loop as loop_module
 from sphere_edit.editing import repair as repair_module
-from sphere_edit.editing.loop import SequentialLoop
 from sphere_edit.editing.repair import Descent, Repair, readable_passages, repair_steps
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.heldout import score_heldout
@@ -22,6 +20,9 @@ from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Quiet
+from sphere_edit.runs import commit as commit_module
+from sphere_edit.runs.commit import Committer
+from sphere_edit.runs.stream import Stream
 
 QUICK = {
     "batch_size": 2,
@@ -172,19 +173,19 @@ def test_it_is_a_batch_of_its_own_and_stays_out_of_sphere(model, tmp_path):
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(sphere=sphere))
     editor.edit(fact_records(6))
     entries = editor.run.history.batches
-    kinds = ["repair" if "repair" in entry else len(entry["facts"]) for entry in entries]
+    kinds = ["repair" if entry.kind == "repair" else len(entry.facts) for entry in entries]
     assert kinds[:4] == [2, 2, 2, "repair"], "after the last facts, before the last look back"
     entry = entries[3]
-    assert entry["repair"]["steps"] == len(entry["repair"]["divergences"]) == 6
-    assert set(entry["seconds"]) >= {"repair", "deploying", "diagnosing", "storing"}
-    editor._loop.go_to(4)  # replayed, and its digests compared
+    assert entry.repair["steps"] == len(entry.repair["divergences"]) == 6
+    assert set(entry.seconds) >= {"repair", "deploying", "diagnosing", "storing"}
+    editor._stream.committer.go_to(4)  # replayed, and its digests compared
     updates, seen = editor.run.read_update(4)
     assert not any(seen.values())
     for name, update in updates.items():
-        directions = editor._loop.solver.directions(name, editor.weights.original(name)).float()
+        directions = editor._stream.committer.solver.directions(name, editor.weights.original(name)).float()
         along = float((update.dense() @ directions).norm() / update.norm())
         assert along > 0.01, "an update of alpha 1 would have nothing there"
-        assert entry["matrices"][name]["update_norm"] == pytest.approx(update.norm(), rel=1e-6)
+        assert entry.matrices[name]["update_norm"] == pytest.approx(update.norm(), rel=1e-6)
     editor.close()
 
 
@@ -200,11 +201,11 @@ def test_a_run_that_dies_around_its_repair_goes_on_to_the_same_bits(model, tmp_p
         with pytest.raises(KeyboardInterrupt):
             editor.edit(fact_records(4))
     assert editor.run.history.head == 2
-    assert editor._loop.at == 2, "the model in memory is what the journal says"
+    assert editor._stream.committer.at == 2, "the model in memory is what the journal says"
     editor.close()
     with opened(tmp_path / "run", Quiet()) as again, monkeypatch.context() as patch:
-        patch.setattr(SequentialLoop, "edit", interrupted)
-        patch.setattr(Editor, "_forgotten", interrupted)
+        patch.setattr(Committer, "edit", interrupted)
+        patch.setattr(Stream, "_forgotten", interrupted)
         with pytest.raises(KeyboardInterrupt):
             again.resume()
         assert again.run.history.head == 3
@@ -235,7 +236,7 @@ def test_a_run_older_than_the_repair_goes_on_without(model, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config), "utf-8")
     with opened(tmp_path / "run", Quiet()) as again:
         again.edit(fact_records(2, start=2))
-        assert not any("repair" in entry for entry in again.run.history.batches)
+        assert not any(entry.kind == "repair" for entry in again.run.history.batches)
 
 
 @pytest.mark.parametrize("method", ["lyaplock", "ultraedit", "rect", "ft", "alphaedit"])
@@ -245,9 +246,9 @@ def test_any_method_can_be_repaired(model, tmp_path, method):
         del options["layers"]
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
     editor.edit(fact_records(4))
-    assert ["repair" in entry for entry in editor.run.history.batches][:3] == [False, False, True]
+    assert [entry.kind == "repair" for entry in editor.run.history.batches][:3] == [False, False, True]
     if method == "lyaplock":
-        for name, state in editor._loop.states.items():
+        for name, state in editor._stream.committer.states.items():
             moved = editor.weights.working[name] - editor.weights.original(name)
             torch.testing.assert_close(state["change"], moved)
     editor.edit(fact_records(2, start=4))
@@ -281,7 +282,7 @@ def test_a_few_facts_wait_for_a_repair_and_share_its_length(edited, model, tmp_p
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(recheck=0))
     for start in (0, 2, 4):
         editor.edit(fact_records(2, start=start))
-    assert ["repair" in entry for entry in editor.run.history.batches] == [False, False, True, False]
+    assert [entry.kind == "repair" for entry in editor.run.history.batches] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
@@ -303,7 +304,7 @@ def test_a_repair_that_overflows_ends_and_the_run_goes_on(model, tmp_path, monke
     metrics = editor.edit(fact_records(4))
     assert editor.run.history.finished
     assert len(calls) == 3
-    (repaired,) = (entry["repair"] for entry in editor.run.history.batches if "repair" in entry)
+    (repaired,) = (entry.repair for entry in editor.run.history.batches if entry.kind == "repair")
     assert (repaired["steps"], len(repaired["losses"])) == (2, 2)
     assert all(torch.isfinite(weight).all() for weight in editor.weights.working.values())
     assert metrics["edited"]["perplexity"] is not None
@@ -311,8 +312,8 @@ def test_a_repair_that_overflows_ends_and_the_run_goes_on(model, tmp_path, monke
 
 def test_the_guard_lets_a_repair_pass(model, tmp_path, monkeypatch):
     objections = iter([None, None, "not asked"])
-    monkeypatch.setattr(loop_module, "objection", lambda matrices: next(objections))
+    monkeypatch.setattr(commit_module, "objection", lambda matrices: next(objections))
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **run_options(guard=True, recheck=0))
     editor.edit(fact_records(4))
     assert editor.run.history.guard is None
-    assert "repair" in editor.run.history.batches[-1]
+    assert editor.run.history.batches[-1].kind == "repair"

@@ -17,7 +17,6 @@ from scipy import stats
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import Sphere, SphereEditError
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.methods import METHODS as ALL_METHODS
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
@@ -25,6 +24,7 @@ from sphere_edit.reporting import plots
 from sphere_edit.reporting.correlation import correlate, predictors
 from sphere_edit.reporting.report import INTACT, TAKEN, write_report
 from sphere_edit.reporting.series import Series, labelled
+from sphere_edit.runs.folder import RunFolder
 from test_cli import run
 from test_runs import METHODS, QUICK
 
@@ -131,7 +131,7 @@ def test_series_are_what_the_run_measured(runs):
     name = "model.layers.2.mlp.down_proj"
     before, after = series.change(name)
     assert float((after - before).norm() / before.norm()) == pytest.approx(
-        series.batches[-1]["matrices"][name]["relative_drift"], rel=1e-3
+        series.batches[-1].matrices[name]["relative_drift"], rel=1e-3
     )
     assert [one.label for one in labelled([runs[0], runs[0]])] == ["alphaedit + SPHERE (a)"] * 2
 
@@ -147,7 +147,7 @@ def test_figures_draw_the_series_and_a_method_has_one_colour(runs):
         assert line.get_linestyle() == ("-" if one.sphere else "--")
     assert len(set(plots.COLOURS.values())) == len(ALL_METHODS)
     heat = plots.heat(series[0]).axes[0].collections[0].get_array()
-    last = series[0].batches[-1]["matrices"]
+    last = series[0].batches[-1].matrices
     expected = [100 * (last[name]["energy"] / series[0].energies[name] - 1) for name in series[0].energies]
     assert list(heat[:, -1]) == pytest.approx(expected, rel=1e-4)
     steps = [len(points.get_offsets()) for points in plots.differences(series).axes[3].collections[:3]]
@@ -292,7 +292,7 @@ def test_correlation_is_spearmans_and_drift_alone_is_not_taken_for_more_than_it_
 def test_predictors_are_those_of_the_journal(runs):
     series = Series.read(runs[0])
     found = predictors(series)
-    last = series.batches[-1]["matrices"].values()
+    last = series.batches[-1].matrices.values()
     assert found["drift"][-1] == max(matrix["relative_drift"] for matrix in last)
     assert found["collateral"][-1] == pytest.approx(sum(matrix["collateral_ratio"] for matrix in last))
     assert found["drift"][0] == found["collateral"][0] == found["energy"][0] == 0

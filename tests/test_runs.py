@@ -17,18 +17,20 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, files, hyperspherical_energy
-from sphere_edit import editor as editor_module
-from sphere_edit.editing import guard, journal, solving
-from sphere_edit.editing.journal import RunFolder
-from sphere_edit.editing.loop import SequentialLoop
+from sphere_edit.editing import guard, solving
 from sphere_edit.editor import Editor, opened
-from sphere_edit.evaluation.evaluator import Evaluator
 from sphere_edit.evaluation.metrics import FactScores, summarise
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.planning import estimate
 from sphere_edit.progress import Quiet, RichReporter
 from sphere_edit.reporting.series import Series
+from sphere_edit.runs import folder as folder_module
+from sphere_edit.runs import stream as stream_module
+from sphere_edit.runs.commit import Committer
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.measuring import Evaluator
+from sphere_edit.runs.records import Finished
 
 QUICK = {
     "batch_size": 2,
@@ -70,7 +72,7 @@ def without_times(entries: list[dict]) -> list[dict]:
 def check_energies(editor):
     """What the journal says of the energies of two batches, against the weights themselves."""
     alpha = editor.settings.diagnostic_sphere().alpha if editor.sphere is not None else 0
-    reports = [batch["matrices"] for batch in editor.run.history.batches]
+    reports = [batch.matrices for batch in editor.run.history.batches]
     for name in editor.weights.names:
         original, now = editor.weights.original(name), editor.weights.deployed(name)
         first, second = (report[name] for report in reports)
@@ -99,7 +101,7 @@ def test_two_batches_change_the_model_and_every_rollback_is_exact(model, tmp_pat
     metrics = editor.edit(fact_records(4))
     first_batch, second_batch = editor.run.history.batches
     for batch in (first_batch, second_batch):
-        for report in batch["matrices"].values():
+        for report in batch.matrices.values():
             shrunk = report["principal_norm"] / report["principal_norm_before"]
             alpha = editor.settings.diagnostic_sphere().alpha
             assert report["principal_norm_before"] > 1e-4
@@ -143,7 +145,7 @@ def test_where_sphere_is_applied_and_from_which_weights(model, tmp_path, basis, 
     editor.edit(fact_records(2, start=4))
     update = editor.run.read_update(2)[0][first]
     directions = editor.sphere.directions(before[first] if basis == "current" else editor.weights.original(first))
-    report = editor.run.history.batches[1]["matrices"][first]
+    report = editor.run.history.batches[1].matrices[first]
     assert report["principal_norm"] == pytest.approx(float(update.to(torch.float64).times(directions).norm()), rel=1e-5)
     assert report["principal_norm"] == pytest.approx(0.2 * report["principal_norm_before"], rel=1e-4)
 
@@ -175,7 +177,8 @@ def test_editing_on_after_a_rollback_equals_never_having_gone_further(model, tmp
     assert longer.metrics()["edited"] == shorter.metrics()["edited"]
     assert longer.run.history.withdrawn == {2, 3, 4, 5}
     assert same(
-        longer._loop.states["model.layers.1.mlp.down_proj"], shorter._loop.states["model.layers.1.mlp.down_proj"]
+        longer._stream.committer.states["model.layers.1.mlp.down_proj"],
+        shorter._stream.committer.states["model.layers.1.mlp.down_proj"],
     )
 
 
@@ -251,7 +254,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
 
             return call
 
-        for module, name in [(files, "_sync_folder"), (files, "link_or_copy"), (journal, "write_text")]:
+        for module, name in [(files, "_sync_folder"), (files, "link_or_copy"), (folder_module, "write_text")]:
             monkeypatch.setattr(module, name, counted(originals[name]))
         monkeypatch.setattr(RunFolder, "append", counted(originals["append"]))
         monkeypatch.setattr(RunFolder, "thin", counted(originals["thin"]))
@@ -301,7 +304,7 @@ DRIFT = guard.Limit("relative drift", "relative_drift", 0.0)
 def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_path, monkeypatch):
     free = start(model, tmp_path / "free", evaluation={"every": 1})
     free.edit(fact_records(8))
-    reports = [batch["matrices"] for batch in free.run.history.batches]
+    reports = [batch.matrices for batch in free.run.history.batches]
     drifts = [DRIFT.measured(report) for report in reports]
     assert drifts[0] < drifts[1] < drifts[2], "or this test says nothing"
     monkeypatch.setattr(guard, "LIMITS", (replace(DRIFT, value=(drifts[1] + drifts[2]) / 2),))
@@ -310,9 +313,9 @@ def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_pa
     history = editor.run.history
     assert (history.head, history.finished, history.pending, metrics["after"]) == (2, True, [], 2)
     assert history.withdrawn == {4, 5, 6, 7}
-    assert history.guard["batch"] == 3
-    assert history.guard["matrices"] == reports[2]
-    assert "relative drift" in history.guard["reason"]
+    assert history.guard.number == 3
+    assert history.guard.matrices == reports[2]
+    assert "relative drift" in history.guard.reason
     events = [entry["event"] for entry in editor.run.entries]
     assert events == [
         "facts",
@@ -336,7 +339,7 @@ def test_the_guard_withdraws_the_batch_that_leaves_the_safe_region(model, tmp_pa
     editor.edit(fact_records(8)[4:6])
     assert editor.run.history.guard is None
     assert editor.run.history.head == 3
-    assert editor.run.history.batches[2]["matrices"] == reports[2]
+    assert editor.run.history.batches[2].matrices == reports[2]
 
 
 def test_a_guard_that_objects_to_the_first_batch_leaves_the_unedited_model(model, tmp_path, monkeypatch):
@@ -356,7 +359,7 @@ def test_a_guarded_run_measures_second_moments_for_a_method_that_needs_none(mode
     editor = Editor.from_pretrained(model, tmp_path / "run", method="ultraedit", guard=True, moments=QUICK["moments"])
     editor.edit(fact_records(2))
     (batch,) = editor.run.history.batches
-    assert 0 < guard.COLLATERAL.measured(batch["matrices"]) < guard.COLLATERAL.value
+    assert 0 < guard.COLLATERAL.measured(batch.matrices) < guard.COLLATERAL.value
 
 
 def test_an_objection_names_the_number_and_both_values():
@@ -387,10 +390,10 @@ def test_checkpoints_on_a_sample_ask_for_much_the_same_facts_and_the_end_for_all
         gone, come = set(before) - set(after), set(after) - set(before)
         assert len(gone) == len(come) <= 2
         assert all(fact > max(before) for fact in come), "an earlier fact does not come back"
-    assert [entry["facts"] for entry in editor.run.history.evaluations] == [2, 3, 3, 3, 10]
+    assert [entry.facts for entry in editor.run.history.evaluations] == [2, 3, 3, 3, 10]
     assert metrics["facts"] == 10
     scores = json.loads((tmp_path / "run" / "evaluations" / "batch-0003.json").read_text())["scores"]
-    assert editor.run.history.evaluations[2]["summary"] == summarise([FactScores.from_dict(s) for s in scores])
+    assert editor.run.history.evaluations[2].summary == summarise([FactScores.from_dict(s) for s in scores])
 
 
 def test_metrics_hold_what_the_model_says_before_and_after(model, tmp_path):
@@ -477,9 +480,9 @@ def test_an_append_that_fails_half_way_leaves_no_trace(model, tmp_path, monkeypa
     path = tmp_path / "run" / "journal.jsonl"
     content = path.read_bytes()
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        monkeypatch.setattr(journal.os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(folder_module.os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
         with pytest.raises((SphereEditError, KeyboardInterrupt)):
-            editor.run.append("finished", after=1)
+            editor.run.append(Finished(after=1))
         monkeypatch.undo()
         assert path.read_bytes() == content
         assert len(editor.run.entries) == len(content.splitlines())
@@ -493,7 +496,7 @@ def test_interrupting_a_batch_in_a_notebook_leaves_the_model_of_the_last_one(mod
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(editor._loop.source, "all_keys", interrupt)
+    monkeypatch.setattr(editor._stream.committer.source, "all_keys", interrupt)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)
@@ -531,7 +534,7 @@ def test_a_run_keeps_what_was_a_default_when_it_began(model, tmp_path, monkeypat
     with opened(tmp_path / "run") as later:
         assert later.method == editor.method
         assert later.sphere == editor.sphere
-        assert later.layers == editor.layers
+        assert later.session.layers == editor.session.layers
 
 
 def test_a_run_finds_its_model_from_another_folder_and_after_a_move(model, tmp_path, monkeypatch):
@@ -577,16 +580,16 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     history = editor.run.history
     for name in editor.weights.names:
         _, seen = editor.run.read_update(2)
-        alone = editor.method.after_batch({}, seen[name], editor._loop.statistics[name])["system"]
-        kept = editor._loop.states[name]["system"]
+        alone = editor.method.after_batch({}, seen[name], editor._stream.committer.statistics[name])["system"]
+        kept = editor._stream.committer.states[name]["system"]
         torch.testing.assert_close(kept, alone, atol=1e-9 * float(alone.norm()), rtol=1e-6)
-    after = editor._loop.states
+    after = editor._stream.committer.states
     editor.rollback(1)
     editor.edit([second])
     assert editor.run.history.superseded == {0}
     assert len(history.batches) == 2
     for name in editor.weights.names:
-        assert torch.equal(editor._loop.states[name]["system"], after[name]["system"])
+        assert torch.equal(editor._stream.committer.states[name]["system"], after[name]["system"])
 
 
 def test_a_lock_keeps_two_off_one_run(model, tmp_path):
@@ -637,10 +640,10 @@ def test_another_model_or_changed_updates_are_noticed(model, tmp_path):
 
 
 def test_checkpoints_that_cost_much_are_rare_and_nothing_depends_on_them(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("sphere_edit.editing.loop._CHECKPOINT_EVERY", 0)
+    monkeypatch.setattr("sphere_edit.runs.commit._CHECKPOINT_EVERY", 0)
     often = start(model, tmp_path / "often", batch_size=1)
     often.edit(fact_records(5))
-    monkeypatch.setattr("sphere_edit.editing.loop._CHECKPOINT_EVERY", 1e9)
+    monkeypatch.setattr("sphere_edit.runs.commit._CHECKPOINT_EVERY", 1e9)
     rare = start(model, tmp_path / "rare", batch_size=1)
     checkpoints = tmp_path / "rare" / "checkpoints"
     written: list[list[str]] = []
@@ -668,7 +671,7 @@ def test_checkpoints_that_cost_much_are_rare_and_nothing_depends_on_them(model, 
 
 
 def test_disk_stays_bounded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("sphere_edit.editing.loop._CHECKPOINT_EVERY", 0)
+    monkeypatch.setattr("sphere_edit.runs.commit._CHECKPOINT_EVERY", 0)
     editor = start(model, tmp_path / "run", batch_size=1)
     editor.edit(fact_records(7))
     kept = sorted(int(path.stem[-4:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -730,12 +733,12 @@ class Listening(Quiet):
 
 @pytest.mark.parametrize(("likely", "warned"), [(0.5, True), (0.001, False)])
 def test_targets_that_do_not_say_their_answers_are_told(model, tmp_path, monkeypatch, likely, warned):
-    monkeypatch.setattr(editor_module, "_LIKELY", likely)
+    monkeypatch.setattr(stream_module, "_LIKELY", likely)
     listening = Listening()
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=listening, **{**QUICK, **METHODS["memit"]})
     editor.edit(fact_records(2))
     (entry,) = editor.run.history.batches
-    assert (entry["targets"]["probability_after"] < likely) is warned, "or this test says nothing"
+    assert (entry.targets["probability_after"] < likely) is warned, "or this test says nothing"
     told = [text for text in listening.said if "make their answers only" in text]
     assert len(told) == warned
     assert not warned or "in layer 2. `sphere-edit tune`" in told[0]
@@ -765,7 +768,7 @@ def test_frugal_keeps_facts_of_one_subject_apart(model, tmp_path):
     for name in ("frugal", "memit"):
         editor = Editor.from_pretrained(model, tmp_path / name, reporter=Quiet(), **{**QUICK, "method": name})
         editor.edit(facts)
-        batches[name] = [entry["facts"] for entry in editor.run.history.batches if entry["facts"]]
+        batches[name] = [entry.facts for entry in editor.run.history.batches if entry.facts]
         editor.close()
     assert batches == {"frugal": [[0, 2], [1], [3]], "memit": [[0, 1], [2, 3]]}
 
@@ -792,35 +795,35 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
     entries = editor.run.history.batches
     assert "2 of 2 earlier facts are forgotten: the model holds no more" in " ".join(listening.said)
     stream, look_back = entries[:4], entries[4:]
-    assert [entry["asked"] for entry in stream] == [[], [0, 1], [2, 3, 0, 1], [4, 5, 0, 1]]
+    assert [entry.rechecked for entry in stream] == [[], [0, 1], [2, 3, 0, 1], [4, 5, 0, 1]]
     assert len(look_back) > 1, "more is forgotten than fits one batch, or the test does not show what it should"
-    (asked_last,) = editor.run.history.look_backs
-    assert (asked_last["after"], asked_last["asked"]) == (4, [6, 7, 2, 3, 0, 1, 4, 5])
-    assert asked_last["forgotten"] == [index for entry in look_back for index in entry["again"]]
+    (asked_last,) = editor.run.history.final_rechecks
+    assert (asked_last.after, asked_last.rechecked) == (4, [6, 7, 2, 3, 0, 1, 4, 5])
+    assert asked_last.forgotten == [index for entry in look_back for index in entry.rewritten]
     assert editor.run.history.due[:2] == [0, 1], "after all were asked, by number"
-    assert all(entry["again"] and len(entry["again"]) <= 2 and not entry["facts"] for entry in look_back)
-    assert not any(entry["asked"] for entry in look_back)
-    asking = ["asking earlier facts" in entry["seconds"] for entry in entries]
+    assert all(entry.rewritten and len(entry.rewritten) <= 2 and not entry.facts for entry in look_back)
+    assert not any(entry.rechecked for entry in look_back)
+    asking = ["asking earlier facts" in entry.seconds for entry in entries]
     assert asking == [False, True, True, True] + [False] * len(look_back)
-    assert "asking earlier facts" in asked_last["seconds"]
-    states = {name: dict(state) for name, state in editor._loop.states.items()}
+    assert "asking earlier facts" in asked_last.seconds
+    states = {name: dict(state) for name, state in editor._stream.committer.states.items()}
     known = {name: torch.zeros_like(state["system"]) for name, state in states.items()}
     written: dict[int, tuple[int, int]] = {}
     for entry in entries:
-        members = [*entry["facts"], *entry["again"]]
-        written.update({index: (entry["batch"], place) for place, index in enumerate(members)})
+        members = [*entry.facts, *entry.rewritten]
+        written.update({index: (entry.number, place) for place, index in enumerate(members)})
     for batch, place in written.values():
         _, seen = editor.run.read_update(batch)
         for name, system in known.items():
             system += torch.outer(*[seen[name]["keys"][:, place].double()] * 2)
     for name, state in states.items():
-        start = editor.method.start(editor._loop.statistics[name])["system"]
+        start = editor.method.start(editor._stream.committer.statistics[name])["system"]
         torch.testing.assert_close(state["system"], start + known[name], rtol=1e-8, atol=1e-10)
     for number in range(len(entries), 0, -1):
-        editor._loop.go_to(number)  # digests are compared on the way
+        editor._stream.committer.go_to(number)  # digests are compared on the way
         if 0 < number <= 4:
-            asked = asked_last["asked"] if number == 4 else entries[number]["asked"]
-            again = [index for entry in (look_back if number == 4 else [entries[number]]) for index in entry["again"]]
+            asked = asked_last.rechecked if number == 4 else entries[number].rechecked
+            again = [index for entry in (look_back if number == 4 else [entries[number]]) for index in entry.rewritten]
             scores = editor.evaluate([records[index] for index in asked]).edited if asked else []
             assert again == [index for index, score in zip(asked, scores, strict=True) if not score.rewrite.correct]
     editor.resume()
@@ -829,7 +832,7 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
     editor.resume()
     assert editor.run.history.head == 4, "what was rolled back is not written again"
     editor.edit(fact_records(1, start=9))
-    assert [entry["facts"] for entry in editor.run.history.batches[4:6]] == [[8], []]
+    assert [entry.facts for entry in editor.run.history.batches[4:6]] == [[8], []]
     editor.close()
 
 
@@ -840,10 +843,10 @@ def test_a_run_that_dies_in_its_last_look_back_ends_as_if_it_had_not(model, tmp_
     records = fact_records(8)
     whole = Editor.from_pretrained(model, tmp_path / "whole", reporter=Quiet(), **options)
     whole.edit(records)
-    assert len([entry for entry in whole.run.history.batches if not entry["facts"]]) > survived
+    assert len([entry for entry in whole.run.history.batches if not entry.facts]) > survived
     whole.close()
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
-    plain, written = SequentialLoop.edit, []
+    plain, written = Committer.edit, []
 
     def dying(loop, indices, *rest):
         if not indices and len(written) == survived:
@@ -853,7 +856,7 @@ def test_a_run_that_dies_in_its_last_look_back_ends_as_if_it_had_not(model, tmp_
             written.append(entry)
         return entry
 
-    monkeypatch.setattr(SequentialLoop, "edit", dying)
+    monkeypatch.setattr(Committer, "edit", dying)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(records)
     editor.close()
@@ -862,7 +865,9 @@ def test_a_run_that_dies_in_its_last_look_back_ends_as_if_it_had_not(model, tmp_
     assert again.run.history.closing
     assert again.run.history.forgotten
     again.resume()
-    assert without_times(again.run.history.batches) == without_times(whole.run.history.batches)
+    assert without_times([batch.as_entry() for batch in again.run.history.batches]) == without_times(
+        [batch.as_entry() for batch in whole.run.history.batches]
+    )
     assert same(weights_of(again), weights_of(whole))
     again.close()
 
@@ -875,7 +880,7 @@ def test_a_plan_asks_for_the_disk_that_a_run_takes(model, tmp_path, method):
     if method == "ultraedit":
         del settings["layers"]
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **settings)
-    plan = estimate(editor, facts_from(records).facts)
+    plan = estimate(editor.session, facts_from(records).facts)
     editor.edit(records)
     editor.close()
     assert ("earlier facts" in plan.seconds) == (method == "frugal")

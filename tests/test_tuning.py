@@ -71,7 +71,7 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
     chosen = {**trials[0].settings, "layers": [1, 2], "options": {"second_moment_weight": 0.07}}
     tuned_file(loaded.fingerprint, "frugal").write_text(json.dumps({"settings": chosen}))
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), method="frugal")
-    assert (editor.layers, editor.method.second_moment_weight) == ([1, 2], 0.07)
+    assert (editor.session.layers, editor.method.second_moment_weight) == ([1, 2], 0.07)
     assert editor.preset == "tuned for this model"
     said = Editor.from_pretrained(model, tmp_path / "other", reporter=Quiet(), method="frugal", layers=[0])
     assert (said.layers, said.method.second_moment_weight) == ([0], 0.07), "what is said wins"
@@ -173,7 +173,7 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     source.write_text(json.dumps(facts))
     for name, options in (("said", {"layers": [1]}), ("other", {"method": "memit"})):
         editor = Editor.from_pretrained(model, tmp_path / "asked", reporter=Quiet(), **{**UNTUNED, **options})
-        assert not editor.would_calibrate
+        assert not editor.session.would_calibrate
         config.write_text(yaml.safe_dump({**UNTUNED, **options}))
         run("edit", model, source, "-o", tmp_path / name, "--config", config)
         assert not where.exists()
@@ -190,7 +190,7 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     assert kept["layers"] == chosen["layers"]
     again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **UNTUNED)
     assert again.preset == "tuned for this model"
-    assert not again.would_calibrate
+    assert not again.session.would_calibrate
 
 
 def test_a_bench_on_an_unknown_model_calibrates_once_for_all_its_runs(model, tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_of_two_processes_one_calibrates_and_the_other_waits(model, tmp_path, mo
             where.write_text(json.dumps({"settings": {"layers": [1]}}))
             other.release()
 
-    monkeypatch.setattr(editor.reporter, "say", finish)
+    monkeypatch.setattr(editor.session.reporter, "say", finish)
     calibrate(editor, facts_from(fact_records(2)), False)
     assert editor.preset == "tuned for this model"
-    assert editor.layers == [1]
+    assert editor.session.layers == [1]

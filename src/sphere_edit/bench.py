@@ -15,7 +15,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings, first_error, make_settings, read_settings_file
 from sphere_edit.editor import Editor
@@ -26,6 +25,7 @@ from sphere_edit.models.loading import full_name
 from sphere_edit.progress import Reporter, duration
 from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markdown, read_row
 from sphere_edit.reporting.report import write_report
+from sphere_edit.runs.folder import RunFolder
 from sphere_edit.tuning import calibrate
 
 _VARIANTS: dict[str, dict[str, Any]] = {"plain": {"sphere": {"enabled": False}}, "SPHERE": {}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -227,7 +226,7 @@ def edit(
     }
     chosen = {"limit": limit, "skip": skip, "shuffle": shuffle, "skip_bad": skip_bad}
     wish = _Wish(facts, _given(given), config, chosen, skip_known, resume, dry_run, trust_remote_code)
-    from sphere_edit.editing.journal import RunFolder
+    from sphere_edit.runs.folder import RunFolder
 
     if RunFolder.exists(model):
         if output is not None and output != Path(model):
@@ -271,10 +270,10 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
         from sphere_edit.editing.moments import read_passages
 
         read_passages(settings.moments.corpus)  # a corpus that cannot be read is told before the model is loaded
-    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editor import Editor
     from sphere_edit.files import cache_dir
     from sphere_edit.planning import check_room
+    from sphere_edit.runs.folder import RunFolder
     from sphere_edit.tuning import calibrate
 
     RunFolder.refuse_taken(folder)
@@ -289,9 +288,9 @@ def _edit_new(model: str, folder: Path, wish: _Wish) -> None:
 
 
 def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
-    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.editing.settings import make_settings, read_settings_file
     from sphere_edit.facts.readers import read_facts
+    from sphere_edit.runs.folder import RunFolder
 
     run = RunFolder.open(folder)
     history = run.history
@@ -302,7 +301,7 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
             raise SphereEditError(
                 f"--resume goes on with the facts {folder} already has; give it more once it is finished"
             )
-        sources = [str(entry["source"]) for entry in run.entries if entry["event"] == "facts"]
+        sources = history.sources
         if sources and Path(wish.facts).name not in {
             Path(source).name for source in sources
         }:  # not the command that began it
@@ -310,10 +309,10 @@ def _edit_more(model: str | None, folder: Path, wish: _Wish) -> None:
                 f"{folder} has the facts of {sources[-1]}, not those of {wish.facts}; --resume goes on with what it has. To edit more facts: "
                 f"sphere-edit edit {folder} {wish.facts}"
             )
-    if model is not None and full_name(model) != run.config["model"]["source"]:
-        raise SphereEditError(f"{folder} edits '{run.config['model']['source']}', not '{model}'")
-    saved = make_settings(run.config["settings"])
-    wanted = make_settings(run.config["settings"], read_settings_file(wish.config) if wish.config else {}, wish.options)
+    if model is not None and full_name(model) != run.config.model.source:
+        raise SphereEditError(f"{folder} edits '{run.config.model.source}', not '{model}'")
+    saved = make_settings(run.config.settings)
+    wanted = make_settings(run.config.settings, read_settings_file(wish.config) if wish.config else {}, wish.options)
     changed = [name for name in type(saved).model_fields if getattr(wanted, name) != getattr(saved, name)]
     if set(changed) - {"device"}:
         raise SphereEditError(
@@ -368,9 +367,9 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score facts on a model, or on the edited model of a run beside the unedited one."""
-    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.facts.readers import read_facts
     from sphere_edit.files import write_json
+    from sphere_edit.runs.folder import RunFolder
 
     given = read_facts(facts, limit=limit, skip_bad=skip_bad)
     from sphere_edit.editor import Editor
@@ -418,9 +417,9 @@ def ability(
     ] = False,
 ) -> None:
     """General ability of a model; or of a run's model before and after its edits, kept in the run."""
-    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.files import write_json
     from sphere_edit.planning import check_room
+    from sphere_edit.runs.folder import RunFolder
 
     if json_file is not None:
         check_room(json_file.absolute().parent, 0)
@@ -455,8 +454,6 @@ def show(
 ) -> None:
     """What a run's journal says: settings, batches, facts, metrics, timings."""
     from sphere_edit.editing.guard import stopped
-    from sphere_edit.editing.journal import RunFolder
-    from sphere_edit.files import plain_errors
     from sphere_edit.reporting.results import (
         ability_table,
         batches_table,
@@ -467,31 +464,30 @@ def show(
         percent,
         timings,
     )
+    from sphere_edit.runs.folder import METRICS, RunFolder
 
     folder = RunFolder.open(run)
     history, config = folder.history, folder.config
-    sphere = config["sphere"]
+    sphere = config.sphere
     projection = (
-        f"SPHERE η {sphere['eta']:g}, α {sphere['alpha']:g}, {sphere['basis']}, {sphere['project']}"
-        if sphere
-        else "no SPHERE"
+        f"SPHERE η {sphere.eta:g}, α {sphere.alpha:g}, {sphere.basis}, {sphere.project}" if sphere else "no SPHERE"
     )
     ended = "finished" if history.guard is None else stopped(history.guard)
     state = ended if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
     out.print(
-        f"[bold]{run}[/bold]: {config['model']['source']}, {config['settings']['method']}, {projection}",
+        f"[bold]{run}[/bold]: {config.model.source}, {config.method}, {projection}",
         highlight=False,
     )
     out.print(
-        f"started {config['created']}, layers {config['layers']}, {config['corpus']['origin']}; "
+        f"started {config.created}, layers {config.layers}, {config.corpus.origin}; "
         f"{history.head} batches, {len(history.edited)} facts edited, {len(history.superseded)} superseded, "
         f"{len(history.withdrawn)} withdrawn; {state}",
         highlight=False,
     )
     if history.batches:
         out.print(batches_table(history.batches))
-        out.print(f"Time by stage: {timings([*history.batches, *history.look_backs])}", highlight=False)
-        memory = max((batch["peak_memory"] or 0 for batch in history.batches), default=0)
+        out.print(f"Time by stage: {timings([*history.batches, *history.final_rechecks])}", highlight=False)
+        memory = max((batch.peak_memory or 0 for batch in history.batches), default=0)
         if memory:
             out.print(f"Peak memory: {memory / 1e9:.1f} GB", highlight=False)
     if history.evaluations:
@@ -507,18 +503,16 @@ def show(
             "strict",
             "perplexity",
         )
-        for entry in history.evaluations:
+        for evaluation in history.evaluations:
             cells = [
-                percent(entry["summary"][f"{name}{kind}"])
+                percent(evaluation.summary[f"{name}{kind}"])
                 for name in ("efficacy", "generalization", "specificity")
                 for kind in ("", "_strict")
             ]
-            table.add_row(str(entry["after"]), str(entry["facts"]), *cells, number(entry["perplexity"]))
+            table.add_row(str(evaluation.after), str(evaluation.facts), *cells, number(evaluation.perplexity))
         out.print(table)
-    metrics = run / "metrics.json"
-    if metrics.is_file():
-        with plain_errors(metrics, "read"):
-            content = json.loads(metrics.read_text("utf-8"))
+    if (run / METRICS).is_file():
+        content = folder.metrics()
         title = f"After batch {content['after']}"
         out.print(metrics_table(content["unedited"], content["edited"], title, content["intervals"]))
         if "ability" in content["edited"]:
@@ -619,8 +613,8 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
 ) -> None:
     """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
-    from sphere_edit.editing.journal import RunFolder
     from sphere_edit.files import refuse_existing
+    from sphere_edit.runs.folder import RunFolder
 
     RunFolder.open(run)
     refuse_existing(output)
@@ -787,12 +781,13 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
     from sphere_edit.planning import check_room, estimate
     from sphere_edit.progress import duration
     from sphere_edit.reporting.results import make_table
+    from sphere_edit.runs.selection import would_supersede
 
     planned, _ = editor.check(given, skip_bad, skip_known)
-    cost = estimate(editor, planned)
+    cost = estimate(editor.session, planned, editor.run)
     settings, facts = editor.settings, len(planned)
     table = make_table("Settings", "", " ", left=("", " "), head=False)
-    unknown = "found by calibration first" if editor.would_calibrate else "none: the method's defaults"
+    unknown = "found by calibration first" if editor.session.would_calibrate else "none: the method's defaults"
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{facts} in batches of {settings.batch_size}",
@@ -804,7 +799,7 @@ def _plan(editor: Editor, given: FactSet, skip_bad: bool, skip_known: bool) -> N
         "second moments": str(settings.moments.model_dump()),
         "seed": str(settings.seed),
         "run folder": str(editor.folder),
-        **({"supersedes": f"{editor.would_supersede(planned)} earlier facts"} if editor.run else {}),
+        **({"supersedes": f"{would_supersede(editor.run, planned)} earlier facts"} if editor.run else {}),
     }
     for name, value in rows.items():
         table.add_row(name, _escape(value))

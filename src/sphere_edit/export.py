@@ -11,6 +11,8 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel, quiet
 from sphere_edit.reporting.results import LABELS, number, percent
+from sphere_edit.runs.history import History
+from sphere_edit.runs.records import RunConfig
 
 
 def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
@@ -25,14 +27,11 @@ def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
         (temporary / "README.md").write_text(card, "utf-8")
 
 
-def model_card(
-    config: Mapping[str, Any], batches: int, facts: Sequence[Fact], metrics: Mapping[str, Any] | None
-) -> str:
+def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metrics: Mapping[str, Any] | None) -> str:
     """The README of an exported model."""
-    settings = config["settings"]
-    sphere = config["sphere"]
+    settings, sphere = config.settings, config.sphere
     projection = (
-        f"SPHERE (η = {sphere['eta']:g}, α = {sphere['alpha']:g}, basis {sphere['basis']}, {sphere['project']})"
+        f"SPHERE (η = {sphere.eta:g}, α = {sphere.alpha:g}, basis {sphere.basis}, {sphere.project})"
         if sphere
         else "none"
     )
@@ -42,17 +41,17 @@ def model_card(
         "tags: [model-editing, sphere-edit]",
         "---",
         "",
-        f"# {Path(config['model']['source']).name}, edited",
+        f"# {Path(config.model.source).name}, edited",
         "",
-        f"{len(facts)} facts of `{config['model']['source']}` were changed in {batches} sequential batches with "
+        f"{len(facts)} facts of `{config.model.source}` were changed in {history.head} sequential batches with "
         f"sphere-edit {__version__}. Everything else is the original model; it keeps the original's licence.",
         "",
-        f"- Method: `{settings['method']}`, options `{config['method_options']}`",
+        f"- Method: `{config.method}`, options `{config.method_options}`",
         f"- Projection: {projection}",
-        f"- Edited matrices: {', '.join(f'`{name}`' for name in config['matrices'])}",
-        f"- Original weights: SHA-256 `{config['model']['fingerprint']}`",
-        f"- Statistics: {config['corpus']['origin']}",
-        f"- Seed {settings['seed']}; {', '.join(f'{name} {version}' for name, version in config['versions'].items())}",
+        f"- Edited matrices: {', '.join(f'`{name}`' for name in config.matrices)}",
+        f"- Original weights: SHA-256 `{config.model.fingerprint}`",
+        f"- Statistics: {config.corpus.origin}",
+        f"- Seed {settings['seed']}; {', '.join(f'{name} {version}' for name, version in config.versions.items())}",
         "",
     ]
     if metrics is not None:

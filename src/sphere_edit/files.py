@@ -76,13 +76,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomically(path, lambda file: save_file(ready, file, dict(metadata or {})))
 
 
-def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
-    """Read a safetensors file, or those of its tensors whose names end so."""
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, or those of its tensors whose names are ``wanted``."""
     with plain_errors(path, "read"):
-        if not ending:
+        if wanted is None:
             return load_file(path)
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
 
 
 def is_whole(path: Path) -> bool:

@@ -15,7 +15,6 @@ from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import OptimisedTargets
-from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.metrics import score_facts
@@ -25,6 +24,8 @@ from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import TokenBatch, last_hidden
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.session import Session
 from sphere_edit.tuning import HELDOUT, TRIALS
 
 _TRIAL_FACTS = 8
@@ -42,26 +43,29 @@ class Estimate:
     disk: int
 
 
-def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
+def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = None) -> Estimate:
     """Time each stage on a few of the facts, and multiply; add up the memory and disk that shapes dictate.
 
     Statistics that are in the cache are counted all the same, so that a first run takes no longer than it says.
+
+    Args:
+        run: which the facts would continue.
     """
-    settings, loaded, method = editor.settings, editor.loaded, editor.method
+    settings, loaded, method = session.settings, session.loaded, session.method
     trial = [_with_truth(fact) for fact in facts[: min(_TRIAL_FACTS, method.max_batch or _TRIAL_FACTS)]]
     share = len(facts) / len(trial)
-    length = min(256, getattr(editor.model.config, "max_position_embeddings", 256))
+    length = min(256, getattr(session.loaded.model.config, "max_position_embeddings", 256))
     passage = [[index % 100 for index in range(length)]] * 2
     reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / (2 * length)
     evaluations = 2 + (
         len(facts) // settings.batch_size // settings.evaluation.every if settings.evaluation.every else 0
     )
     moments = settings.moments
-    known = len(editor.run.history.retained) if editor.run else 0  # which are asked again
-    source = _source_times(editor, trial)
+    known = 0 if run is None else len(run.history.retained)  # which are asked again
+    source = _source_times(session, trial)
     scoring = _timed(lambda: score_facts(loaded, trial, settings.tokens_per_batch, Quiet()))
     seconds = {}
-    if editor.would_calibrate:
+    if session.would_calibrate:
         facts_a_trial = len(read_facts("demo").facts) / len(trial)
         seconds["calibration"] = TRIALS * (
             facts_a_trial * (sum(source.values()) + scoring) + HELDOUT * _PASSAGE_TOKENS * reading
@@ -78,8 +82,8 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         asking = _timed(lambda: score_facts(loaded, bare, settings.tokens_per_batch, Quiet()))
         seconds["earlier facts"] = asked / len(trial) * asking
     if steps := repair_steps(settings.repair, len(facts)):
-        seconds["repair"] = steps * _timed_repair(editor, trial, passage)
-    if method.needs.anchored and editor.run is None:
+        seconds["repair"] = steps * _timed_repair(session, trial, passage)
+    if method.needs.anchored and run is None:
         about = len(read_facts("demo").facts) / len(trial)
         seconds["targets of the demo facts"] = about * seconds[OptimisedTargets.stage] / share
     if settings.evaluation.generation != "off":
@@ -87,40 +91,40 @@ def estimate(editor: Editor, facts: Sequence[Fact]) -> Estimate:
         chat = settings.evaluation.generation == "chat"
         answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
         seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
-    if moments.corpus is None and editor.run is None:
+    if moments.corpus is None and run is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
-    if editor.measures_moments and editor.run is None:
+    if session.measures_moments and run is None:
         tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
         seconds["second moments"] = tokens * reading
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
-    return Estimate(seconds, _memory(editor), _disk(editor, facts))
+    return Estimate(seconds, _memory(session), _disk(session, facts))
 
 
-def _timed_repair(editor: Editor, trial: Sequence[Fact], passage: Sequence[list[int]]) -> float:
+def _timed_repair(session: Session, trial: Sequence[Fact], passage: Sequence[list[int]]) -> float:
     """Seconds of one step, with the few facts as often as a step asks facts."""
     repeated = [trial[index % len(trial)] for index in range(STEP_FACTS)]
-    source, weights = editor.make_source(["{}"], editor.settings.targets), editor.weights
+    source, weights = session.make_source(["{}"], session.settings.targets), session.weights
     repair = Repair(source.computing(), weights, passage, repeated, _PADDING[:2], {}, source.max_tokens, seed=0)
     started = time.monotonic()
     repair.gradients(weights.snapshot(), Descent())
     return time.monotonic() - started
 
 
-def _source_times(editor: Editor, trial: Sequence[Fact]) -> dict[str, float]:
+def _source_times(session: Session, trial: Sequence[Fact]) -> dict[str, float]:
     """Seconds that what the method feeds on takes for some facts."""
-    settings, method = editor.settings, editor.method
+    settings, method = session.settings, session.method
     templates = _PADDING[: 1 + 5 * min(settings.templates, 1)]
     short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
-    source = editor.make_source(templates, short)
+    source = session.make_source(templates, short)
     begin = _timed(lambda: source.begin(trial))
     if isinstance(method, JointMethod):
-        weights = editor.weights.snapshot()
+        weights = session.weights.snapshot()
         return {source.stage: method.evaluations * _timed(lambda: source.objective(weights))}
     if method.needs.source == "gradients":
         return {source.stage: begin}
-    keys = _timed(lambda: [*map(source.layer, range(len(editor.layers))), source.all_keys(trial)])
+    keys = _timed(lambda: [*map(source.layer, range(len(session.layers))), source.all_keys(trial)])
     return {source.stage: begin * settings.targets.steps / _TRIAL_STEPS, "keys": keys}
 
 
@@ -152,38 +156,38 @@ def _with_truth(fact: Fact) -> Fact:
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors)
 
 
-def _memory(editor: Editor) -> int:
-    model = sum(parameter.numel() * parameter.element_size() for parameter in editor.model.parameters())
-    copied = editor.settings.targets.compute == "bfloat16" and editor.loaded.dtype != torch.bfloat16
-    if copied and editor.method.needs.source == "targets":
-        model += 2 * sum(parameter.numel() for parameter in editor.model.parameters())
-    matrices = sum(weight.numel() for weight in editor.weights.working.values())
-    inputs = max(weight.shape[1] for weight in editor.weights.working.values())
-    needs = editor.method.needs
+def _memory(session: Session) -> int:
+    model = sum(parameter.numel() * parameter.element_size() for parameter in session.loaded.model.parameters())
+    copied = session.settings.targets.compute == "bfloat16" and session.loaded.dtype != torch.bfloat16
+    if copied and session.method.needs.source == "targets":
+        model += 2 * sum(parameter.numel() for parameter in session.loaded.model.parameters())
+    matrices = sum(weight.numel() for weight in session.weights.working.values())
+    inputs = max(weight.shape[1] for weight in session.weights.working.values())
+    needs = session.method.needs
     # C0, its factors for the solve and for the energy's bounds, and the memory of earlier keys; while C0 is measured, its sums
     held = 4 + max(16, 8 + 8 + (16 if needs.remembers == "keys" else 0))
-    statistics = len(editor.weights.names) * inputs * inputs * held if editor.measures_moments else 0
+    statistics = len(session.weights.names) * inputs * inputs * held if session.measures_moments else 0
     solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
-    if editor.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
-        repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in editor.weights.working.values())
+    if session.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
+        repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in session.weights.working.values())
         solving = max(solving, repairing)
-    vocabulary = editor.model.get_output_embeddings().weight.shape[0]
-    tokens = editor.settings.tokens_per_batch
+    vocabulary = session.loaded.model.get_output_embeddings().weight.shape[0]
+    tokens = session.settings.tokens_per_batch
     if needs.source == "targets":
-        tokens = editor.settings.targets.tokens_on(editor.loaded.device)
-    activations = tokens * editor.model.config.hidden_size * 16 * 4 * _depth(editor)
+        tokens = session.settings.targets.tokens_on(session.loaded.device)
+    activations = tokens * session.loaded.model.config.hidden_size * 16 * 4 * session.depth
     return model + matrices * (4 + 4) + statistics + solving + activations + 512 * vocabulary * 4 * 3
 
 
-def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
-    method, widths = editor.method, [weight.shape for weight in editor.weights.working.values()]
-    batches = -(-len(planned) // editor.settings.batch_size)
-    needs, encoder = method.needs, Encoder(editor.tokenizer)
+def _disk(session: Session, planned: Sequence[Fact]) -> int:
+    method, widths = session.method, [weight.shape for weight in session.weights.working.values()]
+    batches = -(-len(planned) // session.settings.batch_size)
+    needs, encoder = method.needs, Encoder(session.loaded.tokenizer)
     columns, beside = len(planned), 0
     if needs.source == "gradients":  # a column a target token
         columns = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
     if needs.contexts == "each":
-        columns *= 1 + 5 * editor.settings.templates
+        columns *= 1 + 5 * session.settings.templates
     if needs.bystanders:
         beside = sum(len(encoder.encode(fact.filled_prompt).ids) - 1 for fact in planned)
     remembers = needs.remembers
@@ -191,12 +195,8 @@ def _disk(editor: Editor, planned: Sequence[Fact]) -> int:
     for out, inner in widths:
         updates += 4 * (batches * out * inner if method.dense else columns * (out + inner))
         updates += 4 * ({"keys": inner, "problem": out + inner, None: 0}[remembers] * columns + beside * inner)
-    if editor.settings.repair:
+    if session.settings.repair:
         updates += 4 * sum(out * inner for out, inner in widths)
     checkpoint = sum(out * inner * 4 + (2 * inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
-    statistics = sum(inner * inner * 4 for _, inner in widths) if editor.measures_moments else 0
+    statistics = sum(inner * inner * 4 for _, inner in widths) if session.measures_moments else 0
     return updates + checkpoint * 3 + statistics + len(planned) * 4000
-
-
-def _depth(editor: Editor) -> int:
-    return len(editor.loaded.architecture.decoder_layers(editor.model))

@@ -41,6 +41,9 @@ from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.reporting.results import percent
+from sphere_edit.runs.measuring import Evaluator
+from sphere_edit.runs.selection import admit
+from sphere_edit.runs.session import Session
 
 STREAM = 1000  # facts of the stream that a trial's damage is carried on to
 _ENDS = (0.1, 0.17, 0.27, 0.34, 0.44)  # shares of the depth at which editing may end
@@ -145,7 +148,7 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     spans = bench.spans()
     bench.prepare(sorted({layer for span in spans for layer in span}))
     chosen = bench.trial({"layers": list(spans[0])})
-    targets = bench.editor({}).settings.targets
+    targets = bench.session({}).settings.targets
     rate = targets.lr or 1.0
     weight = method.model_dump()["second_moment_weight"]
     trials = [chosen]
@@ -171,14 +174,14 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
 
 
 def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
-    """Where nothing is known of an editor's model (`Editor.would_calibrate`), find settings, which later runs take too, and let it go by them.
+    """Where nothing is known of an editor's model (`Session.would_calibrate`), find settings, which later runs take too, and let it go by them.
 
     The facts it is to edit are checked first. Of several processes one calibrates, and the others wait for it.
 
     Raises:
         SphereEditError: some of the facts cannot be edited (without ``skip_bad``), or nothing could be found out.
     """
-    if not editor.would_calibrate:
+    if not editor.session.would_calibrate:
         return
     editor.check(given, skip_bad)
     kept = tuned_file(editor.loaded.fingerprint, editor.method.name)
@@ -188,20 +191,20 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            editor.reporter.say("Another process is calibrating this model: waiting for what it finds", "bold")
+            editor.session.reporter.say("Another process is calibrating this model: waiting for what it finds", "bold")
             held = lock.acquire()
     with held:
         editor.adopt_tuned()
-        if editor.would_calibrate:
-            editor.reporter.say(
+        if editor.session.would_calibrate:
+            editor.session.reporter.say(
                 "No settings are known for this model: calibrating once, on the demo facts (`sphere-edit tune`; layers, options or targets "
                 "of your own skip it)",
                 "bold",
             )
-            chosen = tune(editor.loaded, editor.given, editor.reporter)[0]
+            chosen = tune(editor.loaded, editor.session.given, editor.session.reporter)[0]
             if chosen.score == 0:  # a second calibration would find no more
                 write_json(kept, {"settings": chosen.settings})
-            editor.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
+            editor.session.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
             editor.adopt_tuned()
 
 
@@ -228,7 +231,9 @@ class _Bench:
 
     def __init__(self, loaded: LoadedModel, given: Settings, facts: Sequence[Fact], reporter: Reporter):
         self.loaded, self.given, self.reporter = loaded, given, reporter
-        checked, _ = self.editor({}).check(facts_from(facts), skip_bad=False)
+        session = self.session({})
+        evaluator = Evaluator(loaded, session.weights, session.settings, reporter)
+        checked, _ = admit(session, evaluator, facts_from(facts), skip_bad=False)
         self.facts = complete_answers(loaded, checked)
         self.templates = sample_context_templates(loaded, given.seed, given.templates)
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
@@ -236,16 +241,16 @@ class _Bench:
         self.unedited = self._read(None)
         self._targets: dict[tuple[int, float | None], Targets] = {}
 
-    def editor(self, differs: Mapping[str, Any]) -> Editor:
-        """An editor with some settings of its own; it writes nothing to disk."""
+    def session(self, differs: Mapping[str, Any]) -> Session:
+        """The model edited with some settings of its own; nothing is written to disk."""
         settings = make_settings(self.given.model_dump(exclude_unset=True), dict(differs))
-        return Editor(self.loaded, settings, None, Path("tune"), self.reporter)
+        return Session(self.loaded, settings, None, self.reporter)
 
     def spans(self) -> list[tuple[int, ...]]:
         """Layers to try, the default ones first: where a model keeps its facts, and how far up it still reads them, differs."""
-        depth = len(self.loaded.architecture.decoder_layers(self.loaded.model))
-        ends = dict.fromkeys(round(share * (depth - 1)) for share in _ENDS)
-        spans = [tuple(self.editor({}).layers), *(tuple(range(max(0, end - _LAYERS + 1), end + 1)) for end in ends)]
+        default = self.session({})
+        ends = dict.fromkeys(round(share * (default.depth - 1)) for share in _ENDS)
+        spans = [tuple(default.layers), *(tuple(range(max(0, end - _LAYERS + 1), end + 1)) for end in ends)]
         if self.loaded.architecture.post_norm:
             spans = [span[-1:] for span in spans]
         return list(dict.fromkeys(spans))
@@ -254,37 +259,36 @@ class _Bench:
         """Measure the second moments of all layers that any trial may ask for, in one pass over the text, or as few as memory allows."""
         if self.loaded.architecture.post_norm:  # one layer can be edited at a time, and is measured with its trial
             return
-        widest = max(weight.shape[1] for weight in self.editor({}).weights.working.values())
+        widest = max(weight.shape[1] for weight in self.session({}).weights.working.values())
         together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest**2)))
         for first in range(0, len(layers), together):
             with tempfile.TemporaryDirectory() as folder:
                 some = list(layers[first : first + together])
-                self.editor({"layers": some}).measure_statistics(self.corpus, Path(folder))
+                self.session({"layers": some}).measure_statistics(self.corpus, Path(folder))
 
     def trial(self, differs: dict[str, Any]) -> Trial:
         """Edit all facts in one batch, look, and take it back."""
-        editor = self.editor(differs)
-        with self._edited(editor):
-            scores = score_facts(self.loaded, self.facts, editor.settings.tokens_per_batch, Quiet())
+        session = self.session(differs)
+        with self._edited(session):
+            scores = score_facts(self.loaded, self.facts, session.settings.tokens_per_batch, Quiet())
             trial = Trial.of(differs, scores, self._read(self.unedited).divergence)
         self.reporter.say(str(trial))
         return trial
 
     @contextmanager
-    def _edited(self, editor: Editor) -> Iterator[None]:
+    def _edited(self, session: Session) -> Iterator[None]:
         """Inside, the model has all facts in it."""
         with tempfile.TemporaryDirectory() as folder:
-            editor.measure_statistics(self.corpus, Path(folder))
-            statistics = load_statistics(Path(folder), editor.weights.names, self.loaded.device)
-        source = editor.make_source(self.templates, editor.settings.targets, partial(_SharedTargets, self._targets))
-        solver = editor.make_solver(source, statistics)
+            session.measure_statistics(self.corpus, Path(folder))
+            statistics = load_statistics(Path(folder), session.weights.names, self.loaded.device)
+        source = session.make_source(self.templates, session.settings.targets, partial(_SharedTargets, self._targets))
+        solver = session.make_solver(source, statistics)
         try:
-            solver.write(self.facts, {name: {} for name in editor.weights.names}, Clock())
+            solver.write(self.facts, {name: {} for name in session.weights.names}, Clock())
             solver.deploy()
             yield
         finally:
-            editor.weights.reset()
-            editor.close()
+            session.weights.reset()
 
     def _read(self, unedited: HeldoutScores | None) -> HeldoutScores:
         hidden = None if unedited is None else unedited.hidden

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 Reports = Mapping[str, Mapping[str, Any]]  # what the journal says of each edited matrix after a batch
 
@@ -39,10 +39,22 @@ COLLATERAL = Limit("collateral ratio, all matrices together", "collateral_ratio"
 LIMITS: Sequence[Limit] = (COLLATERAL,)
 
 
-def stopped(entry: Mapping[str, Any]) -> str:
-    """A guard's journal entry as a sentence."""
+class Stop(Protocol):
+    """A batch that was withdrawn, and why."""
+
+    @property
+    def number(self) -> int:
+        """Of the batch."""
+
+    @property
+    def reason(self) -> str:
+        """In a phrase."""
+
+
+def stopped(stop: Stop) -> str:
+    """What the guard did, as a sentence."""
     return (
-        f"stopped before batch {entry['batch']}: after it {entry['reason']}. The run stands as after batch {entry['batch'] - 1}; "
+        f"stopped before batch {stop.number}: after it {stop.reason}. The run stands as after batch {stop.number - 1}; "
         "facts from there on were not edited"
     )
 

@@ -136,15 +136,23 @@ class Settings(BaseModel):
         update = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
         return self.model_copy(update={**update, "repair": repair})
 
+    @property
+    def deployed_by(self) -> str | None:
+        """What makes the model run with other weights than are edited, in words: its method, or SPHERE over all that was changed; or None."""
+        method = self.make_method()
+        if type(method).deploy is not Method.deploy:
+            return method.name
+        if self.sphere.enabled and self.diagnostic_sphere().project == "deployed":
+            return "SPHERE with project: deployed"
+        return None
+
     def _resolved_repair(self, method: Method) -> int:
         """Steps of the repair, which is about the weights that are edited, so these must be those the model runs with."""
-        other = type(method).deploy is not Method.deploy
-        if not other and not (self.sphere.enabled and self.diagnostic_sphere().project == "deployed"):
+        if self.deployed_by is None:
             return method.repair if self.repair is None else self.repair
         if self.repair:
-            what = method.name if other else "SPHERE with project: deployed"
             raise SphereEditError(
-                f"repair cannot follow {what}: the model runs with other weights than are edited; set repair: 0"
+                f"repair cannot follow {self.deployed_by}: the model runs with other weights than are edited; set repair: 0"
             )
         return 0
 

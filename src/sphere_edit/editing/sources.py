@@ -94,6 +94,10 @@ class Source:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones."""
         raise NotImplementedError
 
+    def columns(self, facts: Sequence[Fact]) -> list[int] | None:
+        """How many columns of K each fact has, fact by fact; None where there are no keys."""
+        return None
+
     def report(self) -> Report:
         """What came of the facts taken up last."""
         raise NotImplementedError
@@ -157,6 +161,10 @@ class OptimisedTargets(Source):
         keys = self._the_reader().all_keys()
         self._reader = None
         return keys
+
+    def columns(self, facts: Sequence[Fact]) -> list[int] | None:
+        """One, or one for each context template."""
+        return [1 if self.needs.contexts == "mean" else len(self.templates)] * len(facts)
 
     def bystanders(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.

@@ -40,10 +40,10 @@ def predictors(run: Series) -> dict[str, list[float | None]]:
             drift.append(0.0)
             collateral.append(0.0)
             continue
-        matrices = run.batches[at[edits] - 1]["matrices"].values()
+        matrices = run.batches[at[edits] - 1].matrices.values()
         drift.append(max(matrix["relative_drift"] for matrix in matrices))
-        ratios = [matrix["collateral_ratio"] for matrix in matrices]
-        collateral.append(None if None in ratios else sum(ratios))
+        ratios = [ratio for matrix in matrices if (ratio := matrix["collateral_ratio"]) is not None]
+        collateral.append(sum(ratios) if len(ratios) == len(matrices) else None)
     levels: list[float | None] = list(run.energy)
     distance: list[float | None] = [abs(value) for value in run.energy]
     return {"energy": levels, "energy_distance": distance, "drift": drift, "collateral": collateral}

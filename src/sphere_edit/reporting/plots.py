@@ -234,10 +234,7 @@ def heat(run: Series) -> Figure:
     """Each edited matrix's change of energy over edits, in percent of the unedited one's."""
     names = list(run.energies)
     table = torch.tensor(
-        [
-            [100 * (batch["matrices"][name]["energy"] / run.energies[name] - 1) for batch in run.batches]
-            for name in names
-        ]
+        [[100 * (batch.matrices[name]["energy"] / run.energies[name] - 1) for batch in run.batches] for name in names]
     )
     figure = Figure(figsize=(9.2, 0.9 + 0.32 * len(names)), layout="constrained")
     axis = figure.subplots()

@@ -83,7 +83,7 @@ def _light(rule: Rule, run: Series, value: float | None, shown: str) -> dict[str
 
 def _near(run: Series) -> dict[str, str]:
     """How far the weights have moved, by the guard's own measure, with the energy beside it."""
-    matrices = run.batches[-1]["matrices"] if run.batches else {}
+    matrices = run.batches[-1].matrices if run.batches else {}
     value = COLLATERAL.measured(matrices) if matrices else 0.0
     changes = [100 * (matrix["energy"] / run.energies[name] - 1) for name, matrix in matrices.items()]
     wording = (
@@ -127,7 +127,7 @@ def write_report(
             advance(1)
     title = series[0].label if len(series) == 1 else "Runs side by side"
     content = {
-        "title": f"{title}: {series[0].config['model']['source'].rsplit('/', 1)[-1]}",
+        "title": f"{title}: {series[0].config.model.source.rsplit('/', 1)[-1]}",
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "version": __version__,
         "note": NOTE,
@@ -174,7 +174,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
         short = short_name(name)
-        eta = (run.config["sphere"] or {}).get("eta", 0.5)
+        eta = 0.5 if run.config.sphere is None else run.config.sphere.eta
         found += [
             (
                 f"idea{tag}",
@@ -213,7 +213,7 @@ def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float
 
 
 def _most_changed(run: Series) -> str:
-    last = run.batches[-1]["matrices"]
+    last = run.batches[-1].matrices
     return max(last, key=lambda name: last[name]["relative_drift"])
 
 
@@ -221,7 +221,7 @@ def _run(run: Series) -> dict[str, Any]:
     config, last = run.config, {key: values[-1] for key, values in run.metrics.items()}
     strict, after, before = last["efficacy_strict"], last["perplexity"], run.metrics["perplexity"][0]
     ratio = after / before if after and before else None
-    sphere = config["sphere"]
+    sphere = config.sphere
     return {
         "label": run.label,
         "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; "
@@ -237,18 +237,18 @@ def _run(run: Series) -> dict[str, Any]:
             _light(INTACT, run, ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
             _near(run),
         ],
-        "timings": f"Time by stage: {timings([*run.batches, *run.look_backs])}",
+        "timings": f"Time by stage: {timings([*run.batches, *run.final_rechecks])}",
         "settings": [
-            ("model", f"{config['model']['source']} ({config['model']['family']}, {config['model']['dtype']})"),
-            ("weights' SHA-256", config["model"]["fingerprint"]),
-            ("method", f"{run.method} {json.dumps(config['method_options'])}"),
-            ("SPHERE", json.dumps(sphere) if sphere else "off"),
-            ("matrices", ", ".join(config["matrices"])),
-            ("statistics from", config["corpus"]["origin"]),
-            *((name, json.dumps(value)) for name, value in config["settings"].items() if name not in ("options", "sphere")),
-            *((f"version of {name}", value) for name, value in config["versions"].items()),
-            ("device", config["device"]),
-            ("started", config["created"]),
+            ("model", f"{config.model.source} ({config.model.family}, {config.model.dtype})"),
+            ("weights' SHA-256", config.model.fingerprint),
+            ("method", f"{run.method} {json.dumps(config.method_options)}"),
+            ("SPHERE", json.dumps(sphere.model_dump()) if sphere else "off"),
+            ("matrices", ", ".join(config.matrices)),
+            ("statistics from", config.corpus.origin),
+            *((name, json.dumps(value)) for name, value in config.settings.items() if name not in ("options", "sphere")),
+            *((f"version of {name}", value) for name, value in config.versions.items()),
+            ("device", config.device),
+            ("started", config.created),
         ],
     }  # fmt: skip
 
@@ -278,7 +278,7 @@ def _energies(runs: Sequence[Series]) -> dict[str, Any]:
     )
     rows = []
     for run in runs:
-        for name, batch in run.batches[-1]["matrices"].items() if run.batches else ():
+        for name, batch in run.batches[-1].matrices.items() if run.batches else ():
             before, collateral = run.energies[name], batch["collateral_ratio"]
             rows.append(
                 [

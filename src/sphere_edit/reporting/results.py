@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sphere_edit.evaluation.metrics import PROTOCOLS, PromptScore
+from sphere_edit.runs.records import Batch, FinalRecheck
 
 LABELS = {
     "efficacy": "Efficacy",
@@ -107,7 +108,7 @@ def trials_table(trials: Sequence[Mapping[str, Any]], title: str) -> Table:
 _TARGET_COLUMNS = (("loss_before", 2), ("loss_after", 3), ("probability_after", 3))
 
 
-def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
+def batches_table(batches: Sequence[Batch]) -> Table:
     """What the journal says of each batch."""
     table = make_table(
         "Batches",
@@ -122,20 +123,20 @@ def batches_table(batches: Sequence[Mapping[str, Any]]) -> Table:
         "‖ΔW U‖/‖ΔW‖",
         "seconds",
     )
-    for entry in batches:
-        matrices = entry["matrices"].values()
+    for batch in batches:
+        matrices = batch.matrices.values()
         sizes = [m["relative_norm"] for m in matrices]
         shares = [m["principal_norm"] / m["update_norm"] for m in matrices if m["update_norm"]]
-        targets = entry["targets"]
+        targets: Mapping[str, Any] = batch.targets
         table.add_row(
-            str(entry["batch"]),
-            "repair" if "repair" in entry else str(len(entry["facts"])),
-            str(len(entry["superseded"])),
-            str(len(entry.get("again", ()))),
+            str(batch.number),
+            "repair" if batch.kind == "repair" else str(len(batch.facts)),
+            str(len(batch.superseded)),
+            str(len(batch.rewritten)),
             *("–" if targets[key] is None else f"{targets[key]:.{digits}f}" for key, digits in _TARGET_COLUMNS),
             span(sizes),
             span(shares),
-            f"{sum(entry['seconds'].values()):.1f}",
+            f"{sum(batch.seconds.values()):.1f}",
         )
     return table
 
@@ -157,11 +158,11 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
     return table
 
 
-def timings(batches: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds by stage, over all of these entries of a journal."""
+def timings(records: Sequence[Batch | FinalRecheck]) -> str:
+    """Seconds by stage, over all of these records of a journal."""
     total: dict[str, float] = {}
-    for entry in batches:
-        for stage, seconds in entry["seconds"].items():
+    for record in records:
+        for stage, seconds in record.seconds.items():
             total[stage] = total.get(stage, 0.0) + seconds
     return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in total.items())
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.evaluator import read_unedited
 from sphere_edit.evaluation.metrics import summarise
 from sphere_edit.files import plain_errors
-from sphere_edit.numerics.projection import Sphere
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.measuring import read_unedited
+from sphere_edit.runs.records import Batch, Evaluation, FinalRecheck, GuardStop, RunConfig, Unedited
+from sphere_edit.runs.weights import RunWeights
 
 METRICS = {
     "efficacy": "Efficacy, %",
@@ -39,7 +39,7 @@ class Series:
         edits: facts edited by each checkpoint, the unedited model (0) first.
         metrics: by name (`METRICS`), a value a checkpoint; None where nothing was measured.
         energy: energy of all edited matrices together at each checkpoint, relative to the unedited model's, less 1.
-        batches, look_backs: the journal's entries.
+        batches, final_rechecks: the journal's records.
         batch_edits: facts edited by the end of each batch.
     """
 
@@ -47,17 +47,17 @@ class Series:
     label: str
     method: str
     sphere: bool
-    config: Mapping[str, Any]
+    config: RunConfig
     edits: list[int]
     metrics: dict[str, list[float | None]]
     energy: list[float]
     energies: dict[str, float]  # of each unedited matrix
-    batches: list[dict[str, Any]]
-    look_backs: list[dict[str, Any]]
+    batches: list[Batch]
+    final_rechecks: list[FinalRecheck]
     batch_edits: list[int]
     abilities: dict[str, list[tuple[int, dict[str, Any]]]]  # by task: facts edited, score
     finished: bool
-    guard: dict[str, Any] | None  # the journal's entry, where the guard stopped the run
+    guard: GuardStop | None  # where the guard stopped the run
     current: bool  # whether the last evaluation is of where the run stands now, and of all facts
     evaluated: str | None  # which facts that was of, and when
     kin: int = 0  # how many runs of the same method, with or without SPHERE like this one, stand before it
@@ -71,51 +71,50 @@ class Series:
         """
         run = RunFolder.open(folder)
         config, history = run.config, run.history
-        unedited = next((entry for entry in run.entries if entry["event"] == "unedited"), None)
+        unedited = next((record for record in run.records if isinstance(record, Unedited)), None)
         if unedited is None:
             raise SphereEditError(
                 f"{folder} has measured nothing yet; finish it first: sphere-edit edit {folder} --resume"
             )
-        sphere = config["sphere"]
-        method = config["settings"]["method"]
+        sphere, method = config.sphere, config.method
         name = method + (" + SPHERE" if sphere else "")
-        before = {matrix: energy["total"] for matrix, energy in unedited["energy"].items()}
+        before = {matrix: energy["total"] for matrix, energy in (unedited.energy or {}).items()}
         whole = sum(before.values())
         done = [0]
         for batch in history.batches:
-            done.append(done[-1] + len(batch["facts"]))
-        entries = [
-            {**unedited, "summary": _unedited_summary(run, unedited)},
-            *sorted(history.evaluations, key=lambda entry: entry["after"]),
-        ]
-        last = entries[-1] if len(entries) > 1 else None
+            done.append(done[-1] + len(batch.facts))
+        evaluations = sorted(history.evaluations, key=lambda evaluation: evaluation.after)
+        last = evaluations[-1] if evaluations else None
         current = (
-            history.head == 0
-            if last is None
-            else (last["after"], last["facts"]) == (history.head, len(history.retained))
+            history.head == 0 if last is None else (last.after, last.facts) == (history.head, len(history.retained))
         )
+        checkpoints: list[Unedited | Evaluation] = [unedited, *evaluations]
+        summaries = [_unedited_summary(run, unedited), *(evaluation.summary for evaluation in evaluations)]
         metrics: dict[str, list[float | None]] = {
-            key: [entry[key] if key in _WHOLE else entry["summary"][key] for entry in entries] for key in METRICS
+            key: [getattr(point, key) for point in checkpoints]
+            if key in _WHOLE
+            else [summary[key] for summary in summaries]
+            for key in METRICS
         }
-        energy = [sum(matrix["total"] for matrix in entry["energy"].values()) / whole - 1 for entry in entries]
+        energy = [sum(matrix["total"] for matrix in (point.energy or {}).values()) / whole - 1 for point in checkpoints]
         return cls(
             run.path,
             name,
             method,
             sphere is not None,
             config,
-            [0, *(done[entry["after"]] for entry in entries[1:])],
+            [0, *(done[evaluation.after] for evaluation in evaluations)],
             metrics,
             energy,
             before,
             history.batches,
-            history.look_backs,
+            history.final_rechecks,
             done[1:],
             {task: [(done[after], s) for after, s in scores] for task, scores in history.ability_series().items()},
             history.finished,
             history.guard,
             current,
-            None if last is None else f"{last['facts']} facts asked after batch {last['after']} of {history.head}",
+            None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
         )
 
     def judged(self, key: str) -> list[float | None]:
@@ -140,48 +139,13 @@ class Series:
         return found
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
-        """W before the first edit and after the last batch ``[d_out, d_in]``, float32.
-
-        The run keeps W and every ΔW, so that W0 is W less their sum, up to rounding.
-        """
-        run = RunFolder.open(self.folder)
-        head = run.history.head
-        working = _working(run, name)
-        total = torch.zeros_like(working)
-        for batch in range(1, head + 1):
-            updates, _ = run.read_update(batch)
-            total += updates[name].dense()
-        return working - total, working
+        """What the model ran with before the first edit and what it runs with after the last batch ``[d_out, d_in]``, float32."""
+        weights = RunWeights(RunFolder.open(self.folder))
+        return weights.original(name), weights.deployed(name)
 
     def last_update(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The last batch's W before it, its ΔW as solved, and after SPHERE, ``[d_out, d_in]`` each.
-
-        The run keeps what was written. SPHERE took a share α of its principal part away, which is given back here to say what was
-        solved; where SPHERE was off, is total (α = 1) or acts on the deployed weights alone, it is applied here to show what it does.
-        """
-        run = RunFolder.open(self.folder)
-        head = run.history.head
-        updates, _ = run.read_update(head)
-        written = updates[name].dense()
-        weight = _working(run, name) - written
-        options = self.config["sphere"]
-        sphere = Sphere(**options) if options else Sphere()
-        if options is None or sphere.project == "deployed" or sphere.alpha == 1:
-            return weight, written, sphere(written, weight)
-        basis = self.change(name)[0] if sphere.basis == "pretrained" else weight
-        principal = sphere.directions(basis)
-        part = (written.double() @ principal) @ principal.T
-        return weight, (written + sphere.alpha / (1 - sphere.alpha) * part).float(), written
-
-
-def _working(run: RunFolder, name: str) -> Tensor:
-    """A matrix after the last batch ``[d_out, d_in]``, float32: its last checkpoint and the updates since."""
-    head = run.history.head
-    start = run.nearest_checkpoint(head)
-    weight = run.read_checkpoint(start)[0][name]
-    for batch in range(start + 1, head + 1):
-        weight = run.read_update(batch)[0][name].added_to(weight)
-    return weight
+        """Of the last batch: `RunWeights.last_batch`."""
+        return RunWeights(RunFolder.open(self.folder)).last_batch(name)
 
 
 def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Series]:
@@ -199,11 +163,10 @@ def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None)
     ]
 
 
-def _unedited_summary(run: RunFolder, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The unedited model's scores of the facts that stand; the journal's entry has those of the first call of edit."""
+def _unedited_summary(run: RunFolder, unedited: Unedited) -> Mapping[str, float | None]:
+    """The unedited model's scores of the facts that stand; the record has those of the first call of edit."""
     history = run.history
     if history.retained in ([], list(range(history.sessions[0]))):
-        summary: Mapping[str, Any] = entry["summary"]
-        return summary
+        return unedited.summary
     _, scores, _ = read_unedited(run)
     return summarise([scores[index] for index in history.retained])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from sphere_edit.editing.journal import History, RunFolder
 from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings
 from sphere_edit.evaluation.ability import AbilityTasks
@@ -28,11 +27,27 @@ from sphere_edit.models.loading import LoadedModel, config_values, device_name
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter
+from sphere_edit.runs.folder import METRICS, RunFolder
+from sphere_edit.runs.history import History
+from sphere_edit.runs.records import Ability, Evaluation, Unedited
 
 METRICS_SCHEMA = 2
 _SCORING = 1  # to be raised whenever the same model and facts would get other scores
 _WHOLE = ("perplexity", "divergence", "energy", "texts")  # what is measured of the model as a whole
 _AGES = 10  # classes of age that retention tells apart
+
+
+@dataclass(frozen=True)
+class BeforeAndAfter:
+    """Scores of some facts on the unedited and on the edited model."""
+
+    facts: list[Fact]
+    unedited: list[FactScores]
+    edited: list[FactScores]
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Means over the facts, in percent."""
+        return {"unedited": summarise(self.unedited), "edited": summarise(self.edited)}
 
 
 class Evaluator:
@@ -73,11 +88,24 @@ class Evaluator:
         chat = self.settings.generation == "chat"
         return with_answers(self.loaded, facts, scores, chat, self.max_tokens, self.reporter)
 
+    def knows(self, facts: Sequence[Fact], title: str) -> list[bool]:
+        """Whether the model as it stands gives each fact's new answer (strict)."""
+        return [score.rewrite.correct for score in self.score([fact.bare() for fact in facts], title)]
+
+    def before_and_after(self, facts: Sequence[Fact], edited: bool) -> BeforeAndAfter:
+        """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``."""
+        with self.weights.unedited():
+            complete = complete_answers(self.loaded, facts)
+            before = self.score(complete, "unedited model", say=True)
+        return BeforeAndAfter(
+            complete, before, self.score(complete, "edited model", say=True) if edited else before
+        )
+
     # --- of a run -------------------------------------------------------------------------------------------------
 
     def measure_unedited(self, run: RunFolder) -> None:
         """The unedited model on each session's facts, once; with the first, it as a whole (`_whole_model`)."""
-        done = {entry["session"] for entry in run.entries if entry["event"] == "unedited"}
+        done = {record.session for record in run.records if isinstance(record, Unedited)}
         facts, first = run.facts(), 0
         for session, count in enumerate(run.history.sessions, 1):
             part, first = facts[first : first + count], first + count
@@ -89,7 +117,7 @@ class Evaluator:
             if session not in done:
                 scores = [FactScores.from_dict(score) for score in content["scores"]]
                 whole = {name: content[name] for name in _WHOLE if name in content}
-                run.append("unedited", session=session, summary=summarise(scores), **whole)
+                run.append(Unedited(session=session, summary=summarise(scores), **whole))
         if self.settings.tasks:
             self.check()
             with self.weights.unedited():
@@ -133,30 +161,26 @@ class Evaluator:
 
     def finish(self, run: RunFolder) -> None:
         """Evaluate every fact the model should know now, and write ``metrics.json``."""
-        entry = self._evaluate(run, run.history.retained, final=True)
+        evaluation = self._evaluate(run, run.history.retained, final=True)
         self._ability(run, run.history.head)
-        self._write_metrics(run, entry)
+        self._write_metrics(run, evaluation)
 
     def refresh_metrics(self, run: RunFolder) -> None:
         """Write ``metrics.json`` for where the run stands, if its last evaluation asked all that the model should know here."""
-        head = run.history.head
-        entry = next((e for e in run.history.evaluations if e["after"] == head and e["final"]), None)
-        if entry is not None and _results(run).is_file():
-            self._write_metrics(run, entry)
+        evaluation = run.history.evaluation_at_head(final=True)
+        if evaluation is not None and _results(run).is_file():
+            self._write_metrics(run, evaluation)
 
-    def _write_metrics(self, run: RunFolder, entry: Mapping[str, Any]) -> None:
+    def _write_metrics(self, run: RunFolder, evaluation: Evaluation) -> None:
         path = _results(run)
         with plain_errors(path, "read"):
             scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
-        write_json(run.path / "metrics.json", _metrics(run, entry, scores))
+        write_json(run.path / METRICS, _metrics(run, evaluation, scores))
 
-    def _evaluate(self, run: RunFolder, asked: Sequence[int], final: bool) -> Mapping[str, Any]:
+    def _evaluate(self, run: RunFolder, asked: Sequence[int], final: bool) -> Evaluation:
         """Evaluate some facts after the batch that the run stands at; what the journal and the folder have is not done again."""
         head, path = run.history.head, _results(run)
-        known = next(
-            (e for e in run.history.evaluations if e["after"] == head and (e["final"] or not final)),
-            None,
-        )
+        known = run.history.evaluation_at_head(final)
         if known is not None and path.is_file():
             return known
         complete, _, _ = read_unedited(run)
@@ -166,25 +190,35 @@ class Evaluator:
         if known is not None:
             return known
         whole = {**self._whole_model(), **(self._texts(asked, facts) if final else {})}
-        return run.append("evaluation", after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
+        found = Evaluation(after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
+        run.append(found)
+        return found
 
     def _ability(self, run: RunFolder, after: int) -> None:
         if self._tasks is not None:
             self.measure_ability(run, after, self._tasks)
 
+    def ability_of(self, run: RunFolder, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
+        """General ability of the unedited model and after the last batch, which must be in place; kept in the run."""
+        with self.weights.unedited():
+            before = self.measure_ability(run, 0, tasks)
+        after = self.measure_ability(run, run.history.head, tasks)
+        self.refresh_metrics(run)
+        return {"unedited": before, "edited": after}
+
     def measure_ability(self, run: RunFolder, after: int, tasks: AbilityTasks) -> dict[str, Any]:
         """Scores of the model in place, which is that after a batch (0: unedited); what the journal has is not measured again."""
         asked = tasks.hashes.items()
         known = [
-            e["scores"]
-            for e in run.history.abilities
-            if e["after"] == after and e["limit"] == tasks.limit and asked <= e["tasks"].items()
+            ability.scores
+            for ability in run.history.abilities
+            if ability.after == after and ability.limit == tasks.limit and asked <= ability.tasks.items()
         ]
         if not known:
             self.reporter.say(f"General ability after batch {after}: {', '.join(tasks.names)}")
             scores = tasks.score(self.loaded, self.seed)
             found = {name: score.as_dict() for name, score in scores.items()}
-            run.append("ability", after=after, tasks=tasks.hashes, limit=tasks.limit, scores=found)
+            run.append(Ability(after=after, tasks=tasks.hashes, limit=tasks.limit, scores=found))
             known.append(found)
         return {name: score for name, score in known[-1].items() if name in {*tasks.names, *tasks.hashes}}
 
@@ -259,12 +293,12 @@ def _abilities(history: History, after: int) -> dict[str, Any]:
     return {"ability": scores} if scores else {}
 
 
-def _metrics(run: RunFolder, entry: Mapping[str, Any], after: Sequence[FactScores]) -> dict[str, Any]:
+def _metrics(run: RunFolder, evaluation: Evaluation, after: Sequence[FactScores]) -> dict[str, Any]:
     """The content of ``metrics.json``."""
     history = run.history
     facts, before, whole_before = read_unedited(run)
     kept = history.retained
-    batch_of = {index: batch["batch"] for batch in history.batches for index in batch["facts"]}
+    batch_of, entry = history.batch_of, evaluation.as_entry()
     return {
         "schema": METRICS_SCHEMA,
         "after": history.head,
@@ -304,8 +338,8 @@ def _retention(history: History, kept: Sequence[int], scores: Sequence[FactScore
     newest_first = history.batches[::-1]
     for start in range(0, len(newest_first), size):
         batches = newest_first[start : start + size]
-        edits = sum(len(batch["facts"]) for batch in batches)
-        members = [after[index] for batch in batches for index in batch["facts"] if index in after]
+        edits = sum(len(batch.facts) for batch in batches)
+        members = [after[index] for batch in batches for index in batch.facts if index in after]
         if members:
             span = {"from": ago, "to": ago + edits - 1}
             classes.append(

@@ -1,0 +1,247 @@
+"""One batch written, measured and committed to the run folder; and the weights put back to after any of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.diagnosing import BatchDiagnosis
+from sphere_edit.editing.guard import objection
+from sphere_edit.editing.methods.base import Seen, State
+from sphere_edit.editing.solving import Clock, Solver, Written
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import Fact
+from sphere_edit.models.loading import peak_memory
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.records import Batch, GuardStop, Rollback
+
+_CHECKPOINT_EVERY = (
+    10  # times what the last one took: large models spend a tenth of their time on them, and replay the rest
+)
+
+
+class Committer:
+    """Writes batch after batch, and puts the weights back to where they were after any of them."""
+
+    def __init__(self, run: RunFolder, solver: Solver, guarded: bool = False):
+        self.run, self.solver, self.guarded = run, solver, guarded
+        self.weights, self.source, self.method = solver.weights, solver.source, solver.method
+        self.statistics = solver.statistics
+        self.states: dict[str, State] = {name: {} for name in self.weights.names}
+        self.at: int | None = None  # the batch whose weights and state are in memory
+        self._diagnosis = BatchDiagnosis(self.weights, self.statistics)
+        self._checkpoint_cost, self._checkpointed = 0.0, float("-inf")  # of the last one: seconds it took, and when
+
+    def edit(
+        self,
+        indices: Sequence[int],
+        facts: Sequence[Fact],
+        superseded: Sequence[int],
+        rechecked: Sequence[int] = (),
+        rewritten: Sequence[int] = (),
+        clock: Clock | None = None,
+    ) -> Batch | GuardStop:
+        """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace.
+
+        Earlier facts that were ``rechecked`` and proved to be forgotten are ``rewritten``: they stand at the end of ``facts``. The time that
+        took is on the ``clock``, if one is given.
+
+        Where the run is guarded and the batch would leave the safe region, nothing of it stands: what is committed instead
+        is the guard's record, which withdraws all facts still waiting.
+        """
+        self.settle()
+        batch = self.run.history.head + 1
+        clock = clock or Clock()
+        self.at = None
+        self._forget({*superseded, *rewritten}, batch)
+        deployed = self._deployed()
+        written = self.solver.write(facts, self.states, clock)
+        self._check_finite(batch)
+        seen = self._seen(written.problems, facts)
+        self._remember(seen)
+        clock.lap("keys after the batch")
+        about: dict[str, Any] = {
+            "kind": "edit" if indices else "rewrite",
+            "facts": list(indices),
+            "superseded": list(superseded),
+            "rechecked": list(rechecked),
+            "rewritten": list(rewritten),
+            "columns": self.source.columns(facts),
+        }
+        return self._commit(batch, written, seen, deployed, about, clock)
+
+    def repair(
+        self, facts: Sequence[Fact], passages: Sequence[Sequence[int]], steps: int, share: float, seed: int
+    ) -> Batch | GuardStop:
+        """Repair what was done to ordinary text (`Repair`), as a batch without facts; ``facts`` are those that are to stay.
+
+        The method remembers no key of it, only how far the weights have moved, where it wants to know. It is not guarded: it is what
+        brings a model back.
+        """
+        self.settle()
+        clock = Clock()
+        batch = self.run.history.head + 1
+        self.at = None
+        deployed = self._deployed()
+        written, descent = self.solver.repair(facts, passages, self.states, steps, share, seed + batch)
+        self._check_finite(batch)
+        clock.lap("repair")
+        self._remember({})
+        about: dict[str, Any] = {"kind": "repair", "facts": [], "superseded": [], "rechecked": [], "rewritten": []}
+        return self._commit(batch, written, {}, deployed, {**about, "repair": descent.as_dict()}, clock)
+
+    def _deployed(self) -> dict[str, Tensor]:
+        """Copies of what the model runs with: of a float32 model the deployed matrices are the parameters themselves."""
+        return {name: self.weights.deployed(name).clone() for name in self.weights.names}
+
+    def _commit(
+        self,
+        batch: int,
+        written: Written,
+        seen: Mapping[str, Seen],
+        deployed: Mapping[str, Tensor],
+        about: Mapping[str, Any],
+        clock: Clock,
+    ) -> Batch | GuardStop:
+        """Put what stands in the working weights into the model and the run folder; ``deployed`` is what the model ran with before."""
+        self.solver.deploy()
+        clock.lap("deploying")
+        matrices = {
+            name: self._diagnosis.entry(
+                name, written, deployed[name], self.solver.directions(name, written.before[name])
+            )
+            for name in self.weights.names
+        }
+        clock.lap("diagnosing")
+        done = {"number": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
+        if self.guarded and about["kind"] != "repair" and (reason := objection(matrices)):
+            stop = GuardStop(**done, reason=reason, seconds=clock.seconds)
+            self.run.append(stop)
+            self.settle()
+            return stop
+        self.run.write_update(batch, written.updates, seen)
+        if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
+            self._checkpoint(batch)
+        clock.lap("storing")
+        record = Batch(**done, seconds=clock.seconds, peak_memory=peak_memory(self.source.loaded.device))
+        self.run.append(record)
+        self.at = batch
+        self.run.thin(batch)
+        self.solver.moved_on()
+        return record
+
+    def _checkpoint(self, batch: int) -> None:
+        began = time.monotonic()
+        self.run.write_checkpoint(batch, self.weights.working, self.states)
+        self._checkpointed = time.monotonic()
+        self._checkpoint_cost = self._checkpointed - began
+
+    def keep(self) -> None:
+        """Store weights and state of the last batch, should its checkpoint have been left out."""
+        self.settle()
+        head = self.run.history.head
+        if self.run.nearest_checkpoint(head) != head:
+            self._checkpoint(head)
+            self.run.thin(head)
+
+    def settle(self) -> None:
+        """Bring weights and state back to the last batch, should interrupted work have left them elsewhere."""
+        if self.at != self.run.history.head:
+            self.go_to(self.run.history.head)
+
+    def roll_back(self, batch: int) -> None:
+        """Put the weights back to after a batch, and commit that."""
+        self.go_to(batch)
+        if batch > 0:
+            self.run.write_checkpoint(batch, self.weights.working, self.states)
+        self.run.append(Rollback(to=batch))
+
+    def go_to(self, batch: int) -> None:
+        """Weights and method state exactly as after ``batch`` (0: the unedited model), replayed from a checkpoint.
+
+        Raises:
+            SphereEditError: the replayed weights are not those the journal recorded.
+        """
+        self.at = None
+        start, weights, states = self.run.last_checkpoint(batch)
+        self.states = {name: {} for name in self.weights.names}
+        if start == 0:
+            self.weights.reset()
+        else:
+            self.weights.restore(weights)
+            for name, state in states.items():
+                device = self.weights.working[name].device
+                self.states[name] = {part: value.to(device) for part, value in state.items()}
+        for number, updates, seen in self.run.updates(start + 1, batch):
+            record = self.run.history.batches[number - 1]
+            self._forget({*record.superseded, *record.rewritten}, number)
+            for name, update in updates.items():
+                self.weights.add(name, update)
+            self._remember(seen)
+        if batch > 0:
+            self._check_digests(batch)
+            self.solver.deploy()
+        self.at = batch
+
+    # --- what the method remembers --------------------------------------------------------------------------------
+
+    def _seen(self, problems: dict[str, Seen], facts: Sequence[Fact]) -> dict[str, Seen]:
+        """What the method's state learns from the batch, now that it is written."""
+        if self.method.needs.remembers == "keys":
+            return {name: {**problems[name], "keys": keys} for name, keys in self.source.all_keys(facts).items()}
+        return problems
+
+    def _remember(self, seen: Mapping[str, Seen]) -> None:
+        """Fold a batch into the method's state; a repair has taught it nothing but how far the weights have moved."""
+        for name in self.weights.names:
+            weight = self.weights.working[name]
+            here = {part: value.to(weight.device) for part, value in seen.get(name, {}).items()}
+            if not here:
+                if not self.method.needs.change:
+                    continue
+                here["keys"] = weight.new_empty(weight.shape[1], 0)
+            if self.method.needs.change:
+                here["change"] = weight - self.weights.original(name)
+            self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
+
+    def _forget(self, rewritten: set[int], batch: int) -> None:
+        """Take the keys of facts that ``batch`` supersedes or writes again out of the method's state, as last written."""
+        if self.method.needs.remembers != "keys":
+            return
+        gone = set(rewritten)
+        old: dict[str, list[Tensor]] = {name: [] for name in self.weights.names}
+        for earlier in reversed(self.run.history.batches[: batch - 1]):
+            if not gone:
+                break
+            if gone.isdisjoint(earlier.members):
+                continue
+            here = gone.intersection(earlier.members)
+            gone -= here
+            for name, keys in self.run.read_keys(earlier.number).items():
+                columns = earlier.columns_of(here, keys.shape[1])
+                old[name].append(keys[:, columns].to(self.weights.working[name].device))
+        for name, parts in old.items():
+            if parts:
+                self.states[name] = self.method.forget(
+                    self.states[name], torch.cat(parts, dim=1), self.statistics[name]
+                )
+
+    def _check_finite(self, batch: int) -> None:
+        for name in self.weights.names:
+            if not bool(torch.isfinite(self.weights.working[name]).all()):
+                raise SphereEditError(
+                    f"batch {batch} would make {name} infinite or NaN; nothing of it was kept. Use a larger ridge or fewer facts"
+                )
+
+    def _check_digests(self, batch: int) -> None:
+        recorded = self.run.history.batches[batch - 1].matrices
+        wrong = [name for name in self.weights.names if self.weights.digest(name) != recorded[name]["sha256"]]
+        if wrong:
+            raise SphereEditError(
+                f"the weights after batch {batch} cannot be rebuilt bit for bit ({', '.join(wrong)}): this device rounds "
+                "otherwise than the one that edited, or files of the run were changed. Use the machine and device of the run"
+            )

@@ -1,0 +1,316 @@
+"""The run folder: settings, facts, an append-only journal, updates, checkpoints. Everything that survives a crash.
+
+A line in ``journal.jsonl`` is the commit: what it names was written and flushed before it. Whatever is on disk beyond
+the last line belongs to work that did not finish, and is done again.
+
+    config.json                 settings, model identity, versions, context templates
+    facts/0001.jsonl            the facts of each call of edit, as understood
+    statistics/…safetensors     second moments or null spaces, as used
+    journal.jsonl               facts, unedited, batch, look back, evaluation, ability, guard, rollback, finished
+    updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
+    checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
+    heldout.json, passages.json token ids of the text that perplexity is measured on, and of what a repair reads
+    evaluations/…json           per-fact results
+    metrics.json                the latest summary
+    report.html, figures/       the page about the run, and its figures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from sphere_edit.editing.methods.base import Seen, State
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import Fact
+from sphere_edit.files import (
+    plain_errors,
+    read_tensors,
+    remove_stale_temporaries,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from sphere_edit.numerics.update import PARTS, Update, update_from
+from sphere_edit.runs.history import History
+from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
+
+METRICS = "metrics.json"
+_JOURNAL = "journal.jsonl"
+_NOT_STARTED = "nothing has been decided for this run yet"
+
+
+class RunFolder:
+    """One run on disk. Open it to read; take the lock to write."""
+
+    def __init__(self, path: Path, config: RunConfig | None, records: list[Record]):
+        self.path, self._config = path, config
+        self.records, self._history = records, History.of(records)
+        self._lock = FileLock(str(path / ".lock"))
+
+    @property
+    def config(self) -> RunConfig:
+        """What was decided before the first batch."""
+        assert self._config is not None, _NOT_STARTED
+        return self._config
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The journal's lines as plain values."""
+        return [record.as_entry() for record in self.records]
+
+    @classmethod
+    def exists(cls, path: str | Path) -> bool:
+        """Whether a run was started there: its journal has a line, the facts it accepted."""
+        try:
+            with (Path(path) / _JOURNAL).open("rb") as file:
+                return file.readline().endswith(b"\n")
+        except OSError:
+            return False
+
+    @classmethod
+    def refuse_taken(cls, path: Path) -> None:
+        """Refuse a folder in which a new run cannot start; what a start that did not finish left behind is no obstacle.
+
+        Raises:
+            SphereEditError: it holds a run, or something else.
+        """
+        if cls.exists(path):
+            raise SphereEditError(
+                f"{path} holds a run already; add --resume to go on with it, or choose another folder"
+            )
+        ours = {RunConfig.NAME, _JOURNAL, "statistics", "heldout.json", "passages.json", "facts"}
+        with plain_errors(path, "read"):
+            if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - ours):
+                raise SphereEditError(f"{path} exists and is not a run folder; choose another")
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Start a run, with the lock taken; what it decides comes with `decide`.
+
+        Raises:
+            SphereEditError: the folder holds something else, or cannot be written.
+        """
+        cls.refuse_taken(path)
+        with plain_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _JOURNAL).touch()
+        run = cls(path, None, [])
+        run.lock()
+        return run
+
+    def decide(self, config: RunConfig) -> None:
+        """Write down everything that affects results, before the first batch."""
+        self._config = config
+        write_json(self.path / RunConfig.NAME, config.as_content())
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Read a run. A half-written last line (the process died while writing it) does not count.
+
+        Raises:
+            SphereEditError: no run there, or a config or journal that is damaged or of another version.
+        """
+        path = Path(path)
+        if not cls.exists(path):
+            raise SphereEditError(f"{path} is not a run folder (it has no journal)")
+        with plain_errors(path / RunConfig.NAME, "read"):
+            content = json.loads((path / RunConfig.NAME).read_text("utf-8"))
+        config = parse_config(content, str(path))
+        with plain_errors(path / _JOURNAL, "read"):
+            journal = (path / _JOURNAL).read_bytes()
+        return cls(path, config, _parsed(journal, path))
+
+    def lock(self) -> None:
+        """Keep every other process off this run until this one ends or calls `unlock`.
+
+        Raises:
+            SphereEditError: another process is at work in it.
+        """
+        with plain_errors(self.path):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise SphereEditError(
+                    f"another process is working in {self.path}; wait for it, or stop it first"
+                ) from None
+        try:
+            self.records = self._whole_records()
+        except BaseException:
+            self.unlock()
+            raise
+        self._history = History.of(self.records)
+
+    def _whole_records(self) -> list[Record]:
+        """The journal as it stands now that nobody else writes; what an interrupted write left behind is removed."""
+        remove_stale_temporaries(self.path)
+        journal = self.path / _JOURNAL
+        with plain_errors(journal):
+            content = journal.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(journal, whole)
+        return _parsed(content, self.path)
+
+    def unlock(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    @property
+    def history(self) -> History:
+        """The journal, folded; to be read, not changed."""
+        return self._history
+
+    def append(self, record: Record) -> None:
+        """Commit one record: written and flushed to disk before this returns."""
+        line = json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        journal = self.path / _JOURNAL
+        with plain_errors(journal):
+            size = journal.stat().st_size
+            try:
+                with journal.open("ab", buffering=0) as file:
+                    rest = memoryview(line)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+            except BaseException:  # all of the line or nothing, whatever stopped it
+                os.truncate(journal, size)
+                raise
+        self.records.append(record)
+        self._history.take(record)
+
+    # --- facts ----------------------------------------------------------------------------------------------------
+
+    def add_facts(self, facts: Sequence[Fact], source: str, protocol: str, left_out: Sequence[str]) -> None:
+        """Accept the facts of one call of edit."""
+        session = len(self.history.sessions) + 1
+        text = "".join(json.dumps(fact.as_dict(), ensure_ascii=False) + "\n" for fact in facts)
+        write_text(self.path / "facts" / f"{session:04d}.jsonl", text)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        about: dict[str, Any] = {"source": source, "protocol": protocol, "left_out": list(left_out)}
+        self.append(FactsAccepted(session=session, count=len(facts), sha256=sha256, **about))
+
+    def facts(self) -> list[Fact]:
+        """All facts accepted so far, by index."""
+        facts: list[Fact] = []
+        for session in range(1, len(self.history.sessions) + 1):
+            path = self.path / "facts" / f"{session:04d}.jsonl"
+            with plain_errors(path, "read"):
+                facts += [Fact.from_dict(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
+        return facts
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        path = self.path / METRICS
+        with plain_errors(path, "read"):
+            content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return content
+
+    def current_metrics(self) -> dict[str, Any] | None:
+        """The same, if it is there and of where the run stands."""
+        content = self.metrics() if (self.path / METRICS).is_file() else None
+        return content if content is not None and content["after"] == self.history.head else None
+
+    # --- updates and checkpoints ----------------------------------------------------------------------------------
+
+    def write_update(self, batch: int, updates: Mapping[str, Update], seen: Mapping[str, Seen]) -> None:
+        """Store a batch's ΔW and what the method's state learns from the batch."""
+        tensors = {
+            f"{name}/{part}": value for name, update in updates.items() for part, value in update.tensors().items()
+        }
+        tensors |= {f"{name}/{part}": value for name, parts in seen.items() for part, value in parts.items()}
+        write_tensors(self._update(batch), tensors)
+
+    def read_update(self, batch: int, matrix: str | None = None) -> tuple[dict[str, Update], dict[str, Seen]]:
+        """A batch's ΔW by matrix, and what the method's state learnt from it; of one ``matrix`` or of all."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in read_tensors(self._update(batch), _of(matrix)).items():
+            owner, part = name.rsplit("/", 1)
+            parts.setdefault(owner, {})[part] = value
+        seen = {
+            owner: {part: value for part, value in tensors.items() if part not in PARTS}
+            for owner, tensors in parts.items()
+        }
+        return {owner: update_from(tensors) for owner, tensors in parts.items()}, seen
+
+    def read_keys(self, batch: int) -> dict[str, Tensor]:
+        """The keys that the method remembers of a batch, by matrix, without its ΔW."""
+        found = read_tensors(self._update(batch), lambda name: name.endswith("/keys"))
+        return {name.removesuffix("/keys"): keys for name, keys in found.items()}
+
+    def write_checkpoint(self, batch: int, weights: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
+        """Store working weights and method state after a batch, together."""
+        tensors = {f"weight/{name}": value for name, value in weights.items()}
+        tensors |= {f"state/{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+        write_tensors(self._checkpoint(batch), tensors)
+
+    def read_checkpoint(self, batch: int, matrix: str | None = None) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """Working weights and method state after a batch; of one ``matrix``, its weight alone."""
+        weights: dict[str, Tensor] = {}
+        states: dict[str, State] = {}
+        wanted = None if matrix is None else f"weight/{matrix}".__eq__
+        for name, value in read_tensors(self._checkpoint(batch), wanted).items():
+            kind, rest = name.split("/", 1)
+            if kind == "weight":
+                weights[rest] = value
+            else:
+                owner, key = rest.rsplit("/", 1)
+                states.setdefault(owner, {})[key] = value
+        return weights, states
+
+    def nearest_checkpoint(self, batch: int) -> int:
+        """The last batch up to ``batch`` whose checkpoint is there; 0 where only the original weights remain."""
+        return next((number for number in range(batch, 0, -1) if self._checkpoint(number).is_file()), 0)
+
+    def last_checkpoint(
+        self, batch: int, matrix: str | None = None
+    ) -> tuple[int, dict[str, Tensor], dict[str, State]]:
+        """The number of the last checkpoint up to ``batch``, and what `read_checkpoint` says of it; 0 and nothing where there is none."""
+        start = self.nearest_checkpoint(batch)
+        return start, *(self.read_checkpoint(start, matrix) if start else ({}, {}))
+
+    def updates(
+        self, first: int, last: int, matrix: str | None = None
+    ) -> Iterator[tuple[int, dict[str, Update], dict[str, Seen]]]:
+        """The batches from ``first`` to ``last``, each by its number with what `read_update` says of it."""
+        for number in range(first, last + 1):
+            yield number, *self.read_update(number, matrix)
+
+    def thin(self, head: int) -> None:
+        """Keep two checkpoints, the newest and that of the last power of two, and no file beyond the head.
+
+        Whatever else a rollback asks for is replayed from the updates, which are small.
+        """
+        power = 1 << (head.bit_length() - 1) if head else 0
+        kept = {self.nearest_checkpoint(head), self.nearest_checkpoint(power)}
+        for path in (self.path / "checkpoints").glob("batch-*.safetensors"):
+            number = int(path.stem.split("-")[1])
+            if number not in kept:
+                path.unlink(missing_ok=True)
+        for path in (self.path / "updates").glob("batch-*.safetensors"):
+            if int(path.stem.split("-")[1]) > head:
+                path.unlink(missing_ok=True)
+
+    def _update(self, batch: int) -> Path:
+        return self.path / "updates" / f"batch-{batch:04d}.safetensors"
+
+    def _checkpoint(self, batch: int) -> Path:
+        return self.path / "checkpoints" / f"batch-{batch:04d}.safetensors"
+
+
+def _of(matrix: str | None) -> Callable[[str], bool] | None:
+    """Which tensors of an update belong to a matrix."""
+    return None if matrix is None else lambda name: name.rsplit("/", 1)[0] == matrix
+
+
+def _parsed(journal: bytes, path: Path) -> list[Record]:
+    """The records of a journal's whole lines."""
+    lines = journal.split(b"\n")[:-1]
+    return [parse_record(line, f"{path / _JOURNAL}, line {number}") for number, line in enumerate(lines, 1)]
