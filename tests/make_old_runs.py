@@ -12,12 +12,12 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from sphere_edit.editing.journal import RunFolder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import tiny_tokenizer
 from old_runs import FACTS, FOLDER, MODEL, MORE, MOVED, deployed, outcome, surroundings
 from sphere_edit.editing import loop
-from sphere_edit.editing.journal import RunFolder
 from sphere_edit.editor import Editor, opened
 from sphere_edit.progress import Quiet
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -223,20 +222,6 @@ def test_a_run_that_dies_around_its_repair_goes_on_to_the_same_bits(model, tmp_p
 
 def interrupted(*_):
     raise KeyboardInterrupt
-
-
-def test_a_run_older_than_the_repair_goes_on_without(model, tmp_path):
-    options = {**run_options(), "method": "frugal", "options": {}, "repair": 0}
-    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **options)
-    editor.edit(fact_records(2))
-    editor.close()
-    assert not (tmp_path / "run" / "passages.json").exists()
-    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
-    del config["settings"]["repair"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config), "utf-8")
-    with opened(tmp_path / "run", Quiet()) as again:
-        again.edit(fact_records(2, start=2))
-        assert not any(entry.kind == "repair" for entry in again.run.history.batches)
 
 
 @pytest.mark.parametrize("method", ["lyaplock", "ultraedit", "rect", "ft", "alphaedit"])

@@ -28,6 +28,7 @@ from sphere_edit.runs.preparing import create_run, session_of
 from sphere_edit.runs.selection import admit, readable, say_left_out
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
+from sphere_edit.runs.trust import is_own
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
 
@@ -92,19 +93,31 @@ class Editor:
         device: str | None = None,
         trust_remote_code: bool = False,
         model: str | Path | None = None,
+        trust_run: bool = False,
+        only_to_read: bool = False,
     ) -> Editor:
         """Load the model of a run as it stands after its last batch; unfinished work waits for `resume`.
 
-        ``model`` says where the original model is now, if it has moved; its weights must be the same.
+        Args:
+            run: the run folder.
+            reporter: where progress goes.
+            device: to use in place of the run's.
+            trust_remote_code: run code that comes with the model.
+            model: where the original model is now, if it has moved; its weights must be the same.
+            trust_run: use what a run that was begun elsewhere names outside its folder (tasks, references).
+            only_to_read: to evaluate, generate or export; the folder need not be writable then.
 
         Raises:
             SphereEditError: no run there, another process is at work in it, or its model is not what it was.
         """
         folder = RunFolder.open(run)
-        folder.lock()
+        folder.lock(only_to_read)
         try:
             session = session_of(folder, reporter or RichReporter(), device, trust_remote_code, model)
             editor = cls(session, folder.path)
+            editor._evaluator.trusted = trust_run or is_own(folder.config)
+            if not editor._evaluator.trusted:
+                session.reporter.say(f"This run was begun elsewhere, on '{folder.config.model.source}'")
             editor._attach(folder)
         except BaseException:
             folder.unlock()

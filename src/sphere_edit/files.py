@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, uint8
 
 from sphere_edit.errors import SphereEditError
+
+_SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
 
 
 def cache_dir() -> Path:
@@ -58,43 +61,126 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(
-        path, lambda file: file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    )
+def write_json(path: Path, content: Any) -> str:
+    """Write JSON atomically. Returns the SHA-256 of the file."""
+    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text atomically."""
-    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+def write_text(path: Path, text: str) -> str:
+    """Write text atomically. Returns the SHA-256 of the file."""
+    data = text.encode()
+    write_atomically(path, lambda file: file.write_bytes(data))
+    return hashlib.sha256(data).hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+def read_json(path: Path, sha256: str | None = None) -> Any:
+    """The content of a JSON file, which must have this hash if one is given.
+
+    Raises:
+        SphereEditError: it is not there, no JSON, or not what was written.
+    """
+    with plain_errors(path, "read"):
+        data = path.read_bytes()
+        check_digest(path, data, sha256)
+        return json.loads(data.decode())
+
+
+def write_cache(path: Path, content: Any) -> None:
+    """Write JSON into the cache, with a hash of itself."""
+    text = json.dumps(content, ensure_ascii=False)
+    write_json(path, {_SUMS: hashlib.sha256(text.encode()).hexdigest(), "content": content})
+
+
+def read_cache(path: Path) -> Any | None:
+    """What `write_cache` put there; None where there is nothing, or something that was damaged since."""
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        text = json.dumps(kept["content"], ensure_ascii=False)
+        return kept["content"] if kept[_SUMS] == hashlib.sha256(text.encode()).hexdigest() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_digest(path: Path, data: bytes, sha256: str | None) -> None:
+    """Refuse a file whose bytes are not those with this hash, if one is given."""
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise SphereEditError(f"{path} is not what was written there; put it back from a backup")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically, with the SHA-256 of each tensor in its header.
+
+    Returns:
+        the digest of the whole file's content (`content_digest`).
+    """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: save_file(ready, file, dict(metadata or {})))
+    sums = {name: _tensor_digest(tensor) for name, tensor in ready.items()}
+    write_atomically(path, lambda file: save_file(ready, file, {_SUMS: json.dumps(sums)}))
+    return _digest_of_sums(sums)
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, or those of its tensors whose names are ``wanted``."""
-    with plain_errors(path, "read"):
-        if wanted is None:
-            return load_file(path)
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    """Read a safetensors file, or those of its tensors whose names are ``wanted``, and compare them with their hashes.
+
+    Raises:
+        SphereEditError: it is not there, cut short, or one of these tensors is not what was written.
+    """
+    with plain_errors(path, "read"), safe_open(path, "pt") as file:
+        sums: dict[str, str] = json.loads((file.metadata() or {}).get(_SUMS, "{}"))
+        found: dict[str, Tensor] = {
+            name: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+            if wanted is None or wanted(name)
+        }
+    for name, tensor in found.items():
+        if sums and sums.get(name) != _tensor_digest(tensor):
+            raise SphereEditError(
+                f"{path} is damaged: '{name}' in it is not what was written; put the file back from a backup"
+            )
+    return found
+
+
+def content_digest(path: Path) -> str | None:
+    """A SHA-256 over the names and hashes in a safetensors file's header; None where it has none. Reads no tensor."""
+    with plain_errors(path, "read"), safe_open(path, "pt") as file:
+        sums = (file.metadata() or {}).get(_SUMS)
+        return None if sums is None else _digest_of_sums(json.loads(sums))
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(memoryview(tensor.contiguous().flatten().view(uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _digest_of_sums(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there and not cut short; a damaged one is removed."""
+    """Whether a safetensors file is there and its tensors are what was written; one that is read and found damaged is removed.
+
+    Raises:
+        SphereEditError: it is there and cannot be read for another reason.
+    """
     if not path.is_file():
         return False
     try:
         with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        path.unlink(missing_ok=True)
-        return False
+            pass
+        read_tensors(path)
+    except SafetensorError:
+        pass
+    except OSError as error:
+        with plain_errors(path, "read"):
+            raise error
+    except SphereEditError:
+        pass
+    else:
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
 def refuse_existing(path: Path) -> None:
@@ -128,15 +214,10 @@ def folder_in_place(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """``target`` as another name of ``source`` where the file system allows it, else a copy."""
+def copied(source: Path, target: Path) -> None:
+    """``target`` as a copy of ``source``, atomically: what becomes of one is nothing to the other."""
     with plain_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            write_atomically(target, lambda file: shutil.copyfile(source, file))
+        write_atomically(target, lambda file: shutil.copyfile(source, file))
 
 
 def remove_stale_temporaries(folder: Path) -> None:

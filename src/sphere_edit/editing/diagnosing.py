@@ -123,7 +123,7 @@ class BatchDiagnosis:
         return {
             "sha256": self._weights.digest(name),
             "update_norm": update.norm(),
-            "relative_norm": update.norm() / float(written.before[name].norm()),
+            "relative_norm": _share(update.norm(), written.before[name]),
             "principal_norm_before": float(solved_along.norm()),
             "principal_norm": float(update_along.norm()),
             "principal_rank": directions.shape[1],
@@ -141,7 +141,7 @@ class BatchDiagnosis:
             "least_forgetting": bounds.least_forgetting,
             "least_response": bounds.least_response,
             "response": bounds.response,
-            "relative_drift": float((now - original).double().norm() / original.double().norm()),
+            "relative_drift": _share(float((now - original).double().norm()), original),
             "collateral_ratio": None if moment is None else collateral_ratio(now - original, original, moment),
         }
 
@@ -154,6 +154,12 @@ class BatchDiagnosis:
         if name not in self._unedited:
             self._unedited[name] = hyperspherical_energy(self._weights.original(name)).total
         return self._unedited[name]
+
+
+def _share(length: float, weight: Tensor) -> float:
+    """A length relative to ``‖weight‖``; 0 of a matrix that is nothing but zeros."""
+    whole = float(weight.double().norm())
+    return length / whole if whole else 0.0
 
 
 # --- any two checkpoints ------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def compared(
         after=afterwards,
         energy_change=change.change,
         remainder=change.change - change.bounds.first_order,
-        relative_norm=size / float(weight.double().norm()),
+        relative_norm=_share(size, weight),
         update_spectral_norm=float(spectrum[-1].sqrt()),
         update_effective_rank=effective_rank(spectrum) if size else 0.0,
         principal_share=float((delta @ directions).square().sum()) / size**2 if size else 0.0,

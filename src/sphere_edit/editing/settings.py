@@ -15,6 +15,7 @@ from sphere_edit.editing.moments import MomentSettings
 from sphere_edit.editing.presets import preset_of, read_tuned
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import short
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.numerics.projection import Sphere
 
@@ -269,5 +270,6 @@ def first_error(what: str, error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"{what}: there is no setting '{name}'"
-    return f"{what}: '{name}': {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"
+        return f"{what}: there is no setting '{short(name)}'"
+    given = repr(first["input"])
+    return f"{what}: '{name}': {first['msg'].removeprefix('Value error, ')}, not {short(given)}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sphere_edit.editing.methods.base import Method, Statistics
 from sphere_edit.editing.moments import Corpus, second_moments
-from sphere_edit.files import cache_dir, is_whole, link_or_copy, read_tensors, write_tensors
+from sphere_edit.errors import SphereEditError
+from sphere_edit.files import cache_dir, copied, is_whole, read_tensors, write_tensors
 from sphere_edit.models.loading import LoadedModel, fingerprints
 from sphere_edit.numerics.linalg import null_space
 from sphere_edit.progress import Reporter
@@ -49,10 +50,10 @@ def prepare_statistics(
         for name, moment in moments.items():
             write_tensors(files[name], {"second_moment": moment})
     for name, file in files.items():
-        link_or_copy(file, folder / "second_moment" / f"{name}.safetensors")
+        copied(file, folder / "second_moment" / f"{name}.safetensors")
     if method.needs.statistics == "null_space":
         for name, file in _null_spaces(loaded, files, method, reporter).items():
-            link_or_copy(file, folder / "null_space" / f"{name}.safetensors")
+            copied(file, folder / "null_space" / f"{name}.safetensors")
 
 
 def load_statistics(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Statistics]:
@@ -60,9 +61,17 @@ def load_statistics(folder: Path, names: Sequence[str], device: torch.device) ->
     found = {}
     for name in names:
         files = [folder / kind / f"{name}.safetensors" for kind in ("second_moment", "null_space", "anchor")]
-        parts = [read_tensors(file) for file in files if file.is_file()]
+        parts = [_checked(read_tensors(file), file) for file in files if file.is_file()]
         found[name] = Statistics(**{key: value.to(device) for part in parts for key, value in part.items()})
     return found
+
+
+def _checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Statistics as they were read, if they are what their file is for: one float tensor by its name."""
+    kind = file.parent.name
+    if list(tensors) == [kind] and tensors[kind].is_floating_point() and bool(tensors[kind].isfinite().all()):
+        return tensors
+    raise SphereEditError(f"{file} is damaged: expected a finite float tensor '{kind}'; put it back from a backup")
 
 
 def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, reporter: Reporter) -> dict[str, Path]:

@@ -40,7 +40,7 @@ class TargetSettings(BaseModel):
         description="Adam's learning rate (v_lr; 1 unless given), else the longest step as a share of ‖h‖ (normalised "
         "0.1, polyak 0.35)",
     )
-    steps: int = Field(13, ge=1, description="loss evaluations; one update fewer (v_num_grad_steps)")
+    steps: int = Field(13, ge=2, description="loss evaluations; one update fewer (v_num_grad_steps), so two at least")
     weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
     clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")

@@ -129,10 +129,12 @@ def energy_bounds(gradient: Tensor, delta: Tensor, keys: KeyMetric | None = None
 def collateral_ratio(delta: Tensor, weight: Tensor, second_moment: Tensor) -> float:
     """``tr(ΔW C0 ΔWᵀ) / tr(W C0 Wᵀ)``: the mean squared change of a matrix's outputs over ordinary keys, relative to them.
 
-    ``delta`` and ``weight`` are ``[d_out, d_in]``, ``second_moment`` is C0 ``[d_in, d_in]``; in the dtype of C0.
+    ``delta`` and ``weight`` are ``[d_out, d_in]``, ``second_moment`` is C0 ``[d_in, d_in]``; in the dtype of C0. Of a weight without
+    any output it is 0.
     """
     moved, whole = (matrix.to(second_moment.dtype) for matrix in (delta, weight))
-    return float(((moved @ second_moment) * moved).sum().double() / ((whole @ second_moment) * whole).sum().double())
+    outputs = float(((whole @ second_moment) * whole).sum().double())
+    return float(((moved @ second_moment) * moved).sum().double()) / outputs if outputs else 0.0
 
 
 def effective_rank(values: Tensor) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Committer:
         batch = self.run.history.head + 1
         clock = clock or Clock()
         self.at = None
-        self._forget({*superseded, *rewritten}, batch)
+        with self._fitting(batch - 1):
+            self._forget({*superseded, *rewritten}, batch)
         deployed = self._deployed()
         written = self.solver.write(facts, self.states, clock)
         self._check_finite(batch)
@@ -123,11 +125,11 @@ class Committer:
             self.run.append(stop)
             self.settle()
             return stop
-        self.run.write_update(batch, written.updates, seen)
+        update = self.run.write_update(batch, written.updates, seen)
         if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
             self._checkpoint(batch)
         clock.lap("storing")
-        record = Batch(**done, seconds=clock.seconds, peak_memory=peak_memory(self.source.loaded.device))
+        record = Batch(**done, update=update, seconds=clock.seconds, peak_memory=peak_memory(self.source.loaded.device))
         self.run.append(record)
         self.at = batch
         self.run.thin(batch)
@@ -167,25 +169,64 @@ class Committer:
             SphereEditError: the replayed weights are not those the journal recorded.
         """
         self.at = None
-        start, weights, states = self.run.last_checkpoint(batch)
-        self.states = {name: {} for name in self.weights.names}
-        if start == 0:
-            self.weights.reset()
-        else:
-            self.weights.restore(weights)
-            for name, state in states.items():
-                device = self.weights.working[name].device
-                self.states[name] = {part: value.to(device) for part, value in state.items()}
-        for number, updates, seen in self.run.updates(start + 1, batch):
-            record = self.run.history.batches[number - 1]
-            self._forget({*record.superseded, *record.rewritten}, number)
-            for name, update in updates.items():
-                self.weights.add(name, update)
-            self._remember(seen)
+        with self._fitting(batch):
+            start = self._take_checkpoint(batch)
+            if start < batch and self.method.needs.remembers is not None:
+                self.check_statistics()
+            for number, updates, seen in self.run.updates(start + 1, batch):
+                record = self.run.history.batches[number - 1]
+                self._forget({*record.superseded, *record.rewritten}, number)
+                for name in self.weights.names:
+                    self.weights.add(name, updates[name])
+                self._remember(seen)
         if batch > 0:
             self._check_digests(batch)
             self.solver.deploy()
         self.at = batch
+
+    def _take_checkpoint(self, batch: int) -> int:
+        """Take up weights and states of the last checkpoint up to ``batch``. Returns its number, 0 for the unedited model."""
+        start, weights, states = self.run.last_checkpoint(batch)
+        self.states = {name: {} for name in self.weights.names}
+        if start == 0:
+            self.weights.reset()
+            return 0
+        self.weights.restore(weights)
+        for name, state in states.items():
+            device = self.weights.working[name].device
+            self.states[name] = {part: value.to(device) for part, value in state.items()}
+        return start
+
+    @contextmanager
+    def _fitting(self, batch: int) -> Iterator[None]:
+        """Files whose tensors are not what this model's matrices need are told as damage, whatever tripped over them."""
+        try:
+            yield
+        except (KeyError, IndexError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            raise SphereEditError(
+                f"the files of {self.run.path} up to batch {batch} do not fit this model's matrices "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); put them back from a backup"
+            ) from None
+
+    def check_statistics(self) -> None:
+        """Refuse to solve, or to learn of a batch again, without what the run measured before its first batch.
+
+        Raises:
+            SphereEditError: naming what is missing.
+        """
+        needed = self.method.needs.statistics
+        missing = [
+            name
+            for name in self.weights.names
+            if needed is not None and getattr(self.statistics[name], needed) is None
+        ]
+        if missing:
+            raise SphereEditError(
+                f"{self.run.path / 'statistics'} lacks what {self.method.name} needs of {missing[0]}, so this run cannot edit on; "
+                "put the folder back, or start a new run"
+            )
 
     # --- what the method remembers --------------------------------------------------------------------------------
 

@@ -31,15 +31,19 @@ from sphere_edit.editing.methods.base import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import (
+    check_digest,
+    content_digest,
     plain_errors,
+    read_json,
     read_tensors,
     remove_stale_temporaries,
+    write_atomically,
     write_json,
     write_tensors,
     write_text,
 )
 from sphere_edit.numerics.update import PARTS, Update, update_from
-from sphere_edit.runs.history import History
+from sphere_edit.runs.history import History, Inconsistent
 from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
 
 METRICS = "metrics.json"
@@ -53,6 +57,8 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig | None, records: list[Record]):
         self.path, self._config = path, config
         self.records, self._history = records, History.of(records)
+        self._inputs: dict[str, str] = {}
+        self.writable = False  # whether the lock is held
         self._lock = FileLock(str(path / ".lock"))
 
     @property
@@ -106,10 +112,37 @@ class RunFolder:
         run.lock()
         return run
 
-    def decide(self, config: RunConfig) -> None:
-        """Write down everything that affects results, before the first batch."""
+    def decide(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
+        """Write down everything that affects results, before the first batch, with the hashes of the files that do."""
         self._config = config
         write_json(self.path / RunConfig.NAME, config.as_content())
+        self._inputs = {RunConfig.NAME: config.digest, **inputs}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the run was started with, by file; empty for runs that kept none."""
+        first = next((record for record in self.records if isinstance(record, FactsAccepted)), None)
+        return (first.inputs or {}) if first is not None else self._inputs
+
+    def check_inputs(self) -> None:
+        """Compare what the run was started with, as far as it is still there, with what the journal says of it.
+
+        Tensors are compared where they are read (`files.read_tensors`); here it is made sure that the files are those of this run.
+
+        Raises:
+            SphereEditError: naming what was changed.
+        """
+        for name, digest in self.inputs.items():
+            path = self.path / name
+            if name == RunConfig.NAME:  # compared when the run was opened
+                continue
+            if path.suffix == ".safetensors":
+                same = not path.is_file() or content_digest(path) == digest
+            else:
+                with plain_errors(path, "read"):
+                    same = hashlib.sha256(path.read_bytes()).hexdigest() == digest
+            if not same:
+                raise _not_as_started(path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -121,26 +154,38 @@ class RunFolder:
         path = Path(path)
         if not cls.exists(path):
             raise SphereEditError(f"{path} is not a run folder (it has no journal)")
+        _refuse_links(path)
         with plain_errors(path / RunConfig.NAME, "read"):
             content = json.loads((path / RunConfig.NAME).read_text("utf-8"))
         config = parse_config(content, str(path))
         with plain_errors(path / _JOURNAL, "read"):
             journal = (path / _JOURNAL).read_bytes()
-        return cls(path, config, _parsed(journal, path))
+        run = cls(path, config, _parsed(journal, path))
+        if run.inputs.get(RunConfig.NAME, config.digest) != config.digest:
+            raise _not_as_started(path / RunConfig.NAME)
+        return run
 
-    def lock(self) -> None:
+    def lock(self, only_to_read: bool = False) -> None:
         """Keep every other process off this run until this one ends or calls `unlock`.
+
+        Args:
+            only_to_read: nothing will be written, so that a folder that cannot be written is no obstacle.
 
         Raises:
             SphereEditError: another process is at work in it.
         """
-        with plain_errors(self.path):
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise SphereEditError(
-                    f"another process is working in {self.path}; wait for it, or stop it first"
-                ) from None
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise SphereEditError(
+                f"another process is working in {self.path}; wait for it, or stop it first"
+            ) from None
+        except OSError as error:
+            if only_to_read:
+                return
+            with plain_errors(self.path):
+                raise error
+        self.writable = True
         try:
             self.records = self._whole_records()
         except BaseException:
@@ -155,12 +200,15 @@ class RunFolder:
         with plain_errors(journal):
             content = journal.read_bytes()
             whole = content.rfind(b"\n") + 1
-            if whole < len(content):
+            if journal.stat().st_nlink > 1:  # a copy by hard links: what is appended here must not stand there
+                write_atomically(journal, lambda file: file.write_bytes(content[:whole]))
+            elif whole < len(content):
                 os.truncate(journal, whole)
         return _parsed(content, self.path)
 
     def unlock(self) -> None:
         """Let others in."""
+        self.writable = False
         self._lock.release()
 
     @property
@@ -192,46 +240,51 @@ class RunFolder:
         """Accept the facts of one call of edit."""
         session = len(self.history.sessions) + 1
         text = "".join(json.dumps(fact.as_dict(), ensure_ascii=False) + "\n" for fact in facts)
-        write_text(self.path / "facts" / f"{session:04d}.jsonl", text)
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        sha256 = write_text(self.path / "facts" / f"{session:04d}.jsonl", text)
         about: dict[str, Any] = {"source": source, "protocol": protocol, "left_out": list(left_out)}
+        about |= {"inputs": self.inputs} if session == 1 else {}
         self.append(FactsAccepted(session=session, count=len(facts), sha256=sha256, **about))
 
     def facts(self) -> list[Fact]:
         """All facts accepted so far, by index."""
         facts: list[Fact] = []
-        for session in range(1, len(self.history.sessions) + 1):
-            path = self.path / "facts" / f"{session:04d}.jsonl"
-            with plain_errors(path, "read"):
-                facts += [Fact.from_dict(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
+        for record in self.records:
+            if isinstance(record, FactsAccepted):
+                path = self.path / "facts" / f"{record.session:04d}.jsonl"
+                with plain_errors(path, "read"):
+                    data = path.read_bytes()
+                    check_digest(path, data, record.sha256)
+                    lines = [json.loads(line) for line in data.decode().split("\n") if line]
+                    facts += _facts_of(lines, record.count, path)
         return facts
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
-        path = self.path / METRICS
-        with plain_errors(path, "read"):
-            content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content: dict[str, Any] = read_json(self.path / METRICS)
         return content
 
     def current_metrics(self) -> dict[str, Any] | None:
         """The same, if it is there and of where the run stands."""
-        content = self.metrics() if (self.path / METRICS).is_file() else None
-        return content if content is not None and content["after"] == self.history.head else None
+        try:
+            content = self.metrics()
+        except SphereEditError:  # not there, or damaged: it can be made again
+            return None
+        return content if isinstance(content, dict) and content.get("after") == self.history.head else None
 
     # --- updates and checkpoints ----------------------------------------------------------------------------------
 
-    def write_update(self, batch: int, updates: Mapping[str, Update], seen: Mapping[str, Seen]) -> None:
-        """Store a batch's ΔW and what the method's state learns from the batch."""
+    def write_update(self, batch: int, updates: Mapping[str, Update], seen: Mapping[str, Seen]) -> str:
+        """Store a batch's ΔW and what the method's state learns from the batch. Returns the file's digest."""
         tensors = {
             f"{name}/{part}": value for name, update in updates.items() for part, value in update.tensors().items()
         }
         tensors |= {f"{name}/{part}": value for name, parts in seen.items() for part, value in parts.items()}
-        write_tensors(self._update(batch), tensors)
+        return write_tensors(self._update(batch), tensors)
 
     def read_update(self, batch: int, matrix: str | None = None) -> tuple[dict[str, Update], dict[str, Seen]]:
         """A batch's ΔW by matrix, and what the method's state learnt from it; of one ``matrix`` or of all."""
         parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in read_tensors(self._update(batch), _of(matrix)).items():
+        for name, value in self._tensors_of(batch, _of(matrix)).items():
             owner, part = name.rsplit("/", 1)
             parts.setdefault(owner, {})[part] = value
         seen = {
@@ -242,8 +295,21 @@ class RunFolder:
 
     def read_keys(self, batch: int) -> dict[str, Tensor]:
         """The keys that the method remembers of a batch, by matrix, without its ΔW."""
-        found = read_tensors(self._update(batch), lambda name: name.endswith("/keys"))
+        found = self._tensors_of(batch, lambda name: name.endswith("/keys"))
         return {name.removesuffix("/keys"): keys for name, keys in found.items()}
+
+    def _tensors_of(self, batch: int, wanted: Callable[[str], bool] | None) -> dict[str, Tensor]:
+        """Tensors of a batch's file of updates, which must be the one it wrote."""
+        path = self._update(batch)
+        written = self.history.batches[batch - 1].update if batch <= self.history.head else None
+        if written is not None and content_digest(path) != written:
+            raise SphereEditError(f"{path} is not what batch {batch} wrote; put it back from a backup")
+        found = read_tensors(path, wanted)
+        if strange := [name for name, value in found.items() if not value.is_floating_point()]:
+            raise SphereEditError(
+                f"{path} is damaged: '{strange[0]}' in it is no float tensor; put it back from a backup"
+            )
+        return found
 
     def write_checkpoint(self, batch: int, weights: Mapping[str, Tensor], states: Mapping[str, State]) -> None:
         """Store working weights and method state after a batch, together."""
@@ -305,12 +371,45 @@ class RunFolder:
         return self.path / "checkpoints" / f"batch-{batch:04d}.safetensors"
 
 
+def _facts_of(lines: list[Any], count: int, path: Path) -> list[Fact]:
+    try:
+        facts = [Fact.from_dict(line) for line in lines]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SphereEditError(f"{path} is damaged ({type(error).__name__}: {error}); put it back from a backup") from None
+    if len(facts) != count:
+        raise SphereEditError(f"{path} holds {len(facts)} facts, not {count}; put it back from a backup")
+    return facts
+
+
+def _not_as_started(path: Path) -> SphereEditError:
+    return SphereEditError(
+        f"{path} is not what this run was started with; put it back from a backup, or start a new run"
+    )
+
+
+def _refuse_links(path: Path) -> None:
+    """A run folder holds its own files; through a link, others would be read, removed or overwritten."""
+    with plain_errors(path, "read"):
+        link = next((item for item in sorted(path.rglob("*")) if item.is_symlink()), None)
+    if link is not None:
+        raise SphereEditError(
+            f"{link.relative_to(path)} is a link in {path}; a run holds its own files: put what it points to in its place"
+        )
+
+
 def _of(matrix: str | None) -> Callable[[str], bool] | None:
     """Which tensors of an update belong to a matrix."""
     return None if matrix is None else lambda name: name.rsplit("/", 1)[0] == matrix
 
 
 def _parsed(journal: bytes, path: Path) -> list[Record]:
-    """The records of a journal's whole lines."""
-    lines = journal.split(b"\n")[:-1]
-    return [parse_record(line, f"{path / _JOURNAL}, line {number}") for number, line in enumerate(lines, 1)]
+    """The records of a journal's whole lines, each of which must follow from those before it."""
+    history, records = History(), []
+    for number, line in enumerate(journal.split(b"\n")[:-1], 1):
+        where = f"{path / _JOURNAL}, line {number}"
+        records.append(parse_record(line, where))
+        try:
+            history.take(records[-1])
+        except Inconsistent as error:
+            raise SphereEditError(f"{where} is damaged ({error}); restore it from a backup") from None
+    return records

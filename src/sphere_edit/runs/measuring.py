@@ -22,7 +22,7 @@ from sphere_edit.evaluation.generation import check_chat, score_texts, with_answ
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
-from sphere_edit.files import cache_dir, plain_errors, write_json
+from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
 from sphere_edit.models.loading import LoadedModel, config_values, device_name
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
@@ -30,6 +30,7 @@ from sphere_edit.progress import Reporter
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import Ability, Evaluation, Unedited
+from sphere_edit.runs.trust import refuse_untrusted
 
 METRICS_SCHEMA = 2
 _SCORING = 1  # to be raised whenever the same model and facts would get other scores
@@ -65,14 +66,18 @@ class Evaluator:
         self.settings, self.seed, self.max_tokens = settings.evaluation, settings.seed, settings.tokens_per_batch
         self._unedited_hidden: list[Tensor] | None = None
         self._tasks: AbilityTasks | None = None
+        self.trusted = True  # whether what the settings name outside the run may be used
 
     def check(self) -> None:
         """Refuse what could not be measured, before anything is computed.
 
         Raises:
-            SphereEditError: no chat template where answers are asked for in a chat, or reference texts or tasks that cannot be read.
+            SphereEditError: no chat template where answers are asked for in a chat; reference texts or tasks that cannot be read, or
+                that a run from elsewhere names.
         """
         settings = self.settings
+        if not self.trusted:
+            refuse_untrusted(settings)
         if settings.generation == "chat":
             check_chat(self.loaded)
         if settings.references is not None:
@@ -105,19 +110,19 @@ class Evaluator:
 
     def measure_unedited(self, run: RunFolder) -> None:
         """The unedited model on each session's facts, once; with the first, it as a whole (`_whole_model`)."""
-        done = {record.session for record in run.records if isinstance(record, Unedited)}
+        done = {record.session: record for record in run.records if isinstance(record, Unedited)}
         facts, first = run.facts(), 0
         for session, count in enumerate(run.history.sessions, 1):
             part, first = facts[first : first + count], first + count
-            path = run.path / "evaluations" / f"unedited-{session:04d}.json"
-            if session in done and path.is_file():
+            path = _unedited_file(run, session)
+            if session in done and _is_as_written(path, done[session].sha256):
                 continue
             content = self._unedited_content(part, whole=session == 1)
-            write_json(path, content)
-            if session not in done:
+            sha256 = write_json(path, content)
+            if session not in done or done[session].sha256 not in (None, sha256):
                 scores = [FactScores.from_dict(score) for score in content["scores"]]
                 whole = {name: content[name] for name in _WHOLE if name in content}
-                run.append(Unedited(session=session, summary=summarise(scores), **whole))
+                run.append(Unedited(session=session, summary=summarise(scores), sha256=sha256, **whole))
         if self.settings.tasks:
             self.check()
             with self.weights.unedited():
@@ -126,17 +131,15 @@ class Evaluator:
     def _unedited_content(self, facts: Sequence[Fact], whole: bool) -> dict[str, Any]:
         """What the unedited model makes of some facts, and it as a whole. Runs that ask the same of the same model share it."""
         path = cache_dir() / "unedited" / f"{self._unedited_key(facts, whole)}.json"
-        if path.is_file():
-            with plain_errors(path, "read"):
-                found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        else:
+        found: dict[str, Any] | None = read_cache(path)
+        if found is None:
             with self.weights.unedited():
                 complete = complete_answers(self.loaded, facts)
                 scores = self.score(complete, "unedited model", say=True)
                 found = {"facts": [f.as_dict() for f in complete], "scores": [s.as_dict() for s in scores]}
                 if whole:
                     found |= self._text_on_unedited()
-            write_json(path, found)
+            write_cache(path, found)
         return {**found, "energy": self._energies(self.weights.original)} if whole else found
 
     def _unedited_key(self, facts: Sequence[Fact], whole: bool) -> str:
@@ -168,29 +171,30 @@ class Evaluator:
     def refresh_metrics(self, run: RunFolder) -> None:
         """Write ``metrics.json`` for where the run stands, if its last evaluation asked all that the model should know here."""
         evaluation = run.history.evaluation_at_head(final=True)
-        if evaluation is not None and _results(run).is_file():
+        if evaluation is not None and _is_as_written(_results(run), evaluation.sha256):
             self._write_metrics(run, evaluation)
 
     def _write_metrics(self, run: RunFolder, evaluation: Evaluation) -> None:
-        path = _results(run)
-        with plain_errors(path, "read"):
-            scores = [FactScores.from_dict(s) for s in json.loads(path.read_text("utf-8"))["scores"]]
+        content = read_json(_results(run), evaluation.sha256)
+        scores = [FactScores.from_dict(score) for score in content["scores"]]
         write_json(run.path / METRICS, _metrics(run, evaluation, scores))
 
     def _evaluate(self, run: RunFolder, asked: Sequence[int], final: bool) -> Evaluation:
         """Evaluate some facts after the batch that the run stands at; what the journal and the folder have is not done again."""
         head, path = run.history.head, _results(run)
         known = run.history.evaluation_at_head(final)
-        if known is not None and path.is_file():
+        if known is not None and _is_as_written(path, known.sha256):
             return known
         complete, _, _ = read_unedited(run)
         facts = [complete[index] for index in asked]
         scores = self.score(facts, f"evaluation after {head}", say=final)
-        write_json(path, {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]})
-        if known is not None:
+        content = {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]}
+        sha256 = write_json(path, content)
+        if known is not None and known.sha256 in (None, sha256):
             return known
         whole = {**self._whole_model(), **(self._texts(asked, facts) if final else {})}
-        found = Evaluation(after=head, facts=len(asked), final=final, summary=summarise(scores), **whole)
+        summary = summarise(scores)
+        found = Evaluation(after=head, facts=len(asked), final=final, summary=summary, sha256=sha256, **whole)
         run.append(found)
         return found
 
@@ -268,6 +272,18 @@ class Evaluator:
         return {"unedited_texts": asdict(before), "texts": asdict(write())}
 
 
+def _unedited_file(run: RunFolder, session: int) -> Path:
+    return run.path / "evaluations" / f"unedited-{session:04d}.json"
+
+
+def _is_as_written(path: Path, sha256: str | None) -> bool:
+    """Whether scores are there, and those that the journal speaks of; others are measured again."""
+    if not path.is_file():
+        return False
+    with plain_errors(path, "read"):
+        return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
 def _results(run: RunFolder) -> Path:
     return run.path / "evaluations" / f"batch-{run.history.head:04d}.json"
 
@@ -277,10 +293,9 @@ def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[st
     facts: list[Fact] = []
     scores: list[FactScores] = []
     whole: dict[str, Any] = {}
+    hashes = {record.session: record.sha256 for record in run.records if isinstance(record, Unedited)}
     for session in range(1, len(run.history.sessions) + 1):
-        path = run.path / "evaluations" / f"unedited-{session:04d}.json"
-        with plain_errors(path, "read"):
-            content = json.loads(path.read_text("utf-8"))
+        content = read_json(_unedited_file(run, session), hashes.get(session))
         facts += [Fact.from_dict(record) for record in content["facts"]]
         scores += [FactScores.from_dict(record) for record in content["scores"]]
         whole = whole or {name: content[name] for name in _WHOLE if name in content}
