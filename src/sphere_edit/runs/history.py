@@ -1,0 +1,189 @@
+"""What a run's journal says, folded: which batches stand, which facts wait, which are out. Pure: reads and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.runs.records import (
+    Ability,
+    Batch,
+    Evaluation,
+    FactsAccepted,
+    FinalRecheck,
+    Finished,
+    GuardStop,
+    Record,
+    Rollback,
+)
+
+
+class Inconsistent(SphereEditError):
+    """A record that cannot follow those before it."""
+
+
+@dataclass
+class History:
+    """The records of a journal, folded one by one."""
+
+    total: int = 0  # facts accepted so far
+    sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
+    sources: list[str] = field(default_factory=list)  # and where they came from
+    batches: list[Batch] = field(default_factory=list)  # those that stand, first to last
+    final_rechecks: list[FinalRecheck] = field(default_factory=list)
+    recheck_done: bool = False  # the final one, since the last facts came
+    withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
+    evaluations: list[Evaluation] = field(default_factory=list)
+    abilities: list[Ability] = field(default_factory=list)
+    finished: bool = False
+    guard: GuardStop | None = None  # why the run stopped before its last facts
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> History:
+        """The fold of all of them."""
+        history = cls()
+        for record in records:
+            history.take(record)
+        return history
+
+    @property
+    def head(self) -> int:
+        """Number of the last batch that stands; 0 is the unedited model."""
+        return len(self.batches)
+
+    @property
+    def edited(self) -> list[int]:
+        """Indices of the facts that were edited and stand, in order."""
+        return [index for batch in self.batches for index in batch.facts]
+
+    @property
+    def superseded(self) -> set[int]:
+        """Facts that a later one contradicted; they leave retention."""
+        return {index for batch in self.batches for index in batch.superseded}
+
+    @property
+    def retained(self) -> list[int]:
+        """Facts the model should know now."""
+        gone = self.superseded
+        return [index for index in self.edited if index not in gone]
+
+    @property
+    def due(self) -> list[int]:
+        """Retained facts in the order of the next recheck: those never asked yet, then those asked longest ago."""
+        asked: dict[int, float] = dict.fromkeys(self.edited, 0)
+        for batch in self.batches:
+            asked.update(dict.fromkeys(batch.rechecked, batch.number))
+        for recheck in self.final_rechecks:
+            asked.update({index: max(asked[index], recheck.after + 0.5) for index in recheck.rechecked})
+        return sorted(self.retained, key=lambda index: (asked[index], index))
+
+    @property
+    def pending(self) -> list[int]:
+        """Facts accepted and not yet edited."""
+        gone = set(self.edited) | self.withdrawn
+        return [index for index in range(self.total) if index not in gone]
+
+    @property
+    def unrepaired(self) -> int:
+        """How many facts were edited since ordinary text was last repaired."""
+        count = 0
+        for batch in reversed(self.batches):
+            if batch.kind == "repair":
+                break
+            count += len(batch.facts)
+        return count
+
+    @property
+    def closing(self) -> bool:
+        """Whether the last new facts of a stream were edited, so that what ends it is to be done: repair, and the final recheck."""
+        return bool(self.batches) and not self.finished and self.guard is None and not self.pending
+
+    @property
+    def forgotten(self) -> list[int]:
+        """What the final recheck found forgotten and no batch has written again since."""
+        if not self.recheck_done:
+            return []
+        last = self.final_rechecks[-1]
+        written = {index for batch in self.batches[last.after :] for index in batch.rewritten}
+        return [index for index in last.forgotten if index not in written]
+
+    @property
+    def batch_of(self) -> dict[int, int]:
+        """The number of the batch that first wrote each fact that stands."""
+        return {index: batch.number for batch in self.batches for index in batch.facts}
+
+    def evaluation_at_head(self, final: bool) -> Evaluation | None:
+        """The evaluation of where the run stands; with ``final``, one that asked for all facts."""
+        found = (e for e in self.evaluations if e.after == self.head and (e.final or not final))
+        return next(found, None)
+
+    def ability_series(self) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+        """Scores of general ability by task, each with its batch, in order.
+
+        What was asked with another definition, other data or another limit than last time does not compare, and is left out.
+        """
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        last: dict[str, tuple[Any, Any]] = {}
+        for ability in reversed(self.abilities):
+            for task, score in ability.scores.items():
+                kind = ability.limit, ability.tasks.get(task, ability.tasks)  # of a group, all its tasks
+                if last.setdefault(task, kind) == kind:
+                    found.setdefault(task, {}).setdefault(ability.after, score)
+        return {task: sorted(scores.items()) for task, scores in found.items()}
+
+    def take(self, record: Record) -> None:
+        """Fold in one more.
+
+        Raises:
+            Inconsistent: it cannot follow those before it.
+        """
+        self._check(record)
+        match record:
+            case FactsAccepted():
+                self.sessions.append(record.count)
+                self.sources.append(record.source)
+                self.total += record.count
+                self.finished, self.guard, self.recheck_done = False, None, False
+            case Batch():
+                self.batches.append(record)
+            case FinalRecheck():
+                self.final_rechecks.append(record)
+                self.recheck_done = True
+            case Evaluation():
+                self.evaluations = [e for e in self.evaluations if e.after != record.after] + [record]
+            case Ability():
+                self.abilities.append(record)
+            case GuardStop():
+                self.withdrawn |= set(self.pending)
+                self.guard = record
+            case Rollback():
+                self._back_to(record.to)
+            case Finished():
+                self.finished = True
+
+    def _check(self, record: Record) -> None:
+        match record:
+            case FactsAccepted() if record.count < 1 or record.session != len(self.sessions) + 1:
+                raise Inconsistent(f"session {record.session} with {record.count} facts follows {len(self.sessions)} sessions")
+            case Batch() | GuardStop():
+                if record.number != self.head + 1:
+                    raise Inconsistent(f"batch {record.number} follows batch {self.head}")
+                known = range(self.total)
+                if strange := [i for i in (*record.members, *record.superseded, *record.rechecked) if i not in known]:
+                    raise Inconsistent(f"batch {record.number} is about fact {strange[0]} of {self.total}")
+            case FinalRecheck() | Evaluation() | Ability() | Finished() if not 0 <= record.after <= self.head:
+                raise Inconsistent(f"'{record.event}' after batch {record.after} of {self.head}")
+            case Rollback() if not 0 <= record.to <= self.head:
+                raise Inconsistent(f"a rollback to batch {record.to} of {self.head}")
+
+    def _back_to(self, batch: int) -> None:
+        """Nothing after the batch stands, and facts that were still waiting are out."""
+        self.batches = self.batches[:batch]
+        self.final_rechecks = [recheck for recheck in self.final_rechecks if recheck.after <= batch]
+        self.recheck_done = False
+        self.withdrawn = set(range(self.total)) - set(self.edited)
+        self.evaluations = [evaluation for evaluation in self.evaluations if evaluation.after <= batch]
+        self.abilities = [ability for ability in self.abilities if ability.after <= batch]
+        self.finished, self.guard = True, None

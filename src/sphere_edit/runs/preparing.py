@@ -1,0 +1,195 @@
+"""Before a run's first batch: everything that affects its results is decided, measured and written down."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from sphere_edit._version import __version__
+from sphere_edit.editing.methods.base import Statistics
+from sphere_edit.editing.moments import Corpus, load_corpus
+from sphere_edit.editing.repair import readable_passages
+from sphere_edit.editing.settings import make_settings
+from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.statistics import load_statistics
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.prompts import sample_context_templates
+from sphere_edit.facts.readers import read_facts
+from sphere_edit.files import content_digest, read_json, write_json, write_tensors
+from sphere_edit.models.loading import load_model
+from sphere_edit.progress import Reporter
+from sphere_edit.runs.commit import Committer
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.records import CorpusIdentity, ModelIdentity, RunConfig
+from sphere_edit.runs.selection import readable
+from sphere_edit.runs.session import Session
+from sphere_edit.runs.trust import remember
+
+_HELDOUT = "heldout.json"  # of a run: token ids of the text that perplexity is measured on
+_PASSAGES = "passages.json"  # and of the ordinary text that its repair reads
+
+
+def create_run(session: Session, folder: Path) -> RunFolder:
+    """Create a run folder, with the lock taken, and all that the run needs from the unedited model."""
+    run = RunFolder.create(folder)
+    try:
+        settings = session.settings
+        with session.weights.unedited():
+            session.reporter.say("Preparing", "bold")
+            count = settings.templates if session.method.needs.source == "targets" else 0
+            templates = sample_context_templates(session.loaded, settings.seed, count)
+            corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
+            if session.measures_moments:
+                session.measure_statistics(corpus, folder / "statistics")
+            if session.method.needs.anchored:
+                _measure_anchor(session, templates, folder)
+        inputs = {_HELDOUT: write_json(folder / _HELDOUT, corpus.heldout)}
+        if settings.repair:
+            inputs[_PASSAGES] = write_json(folder / _PASSAGES, readable_passages(corpus.passages))
+        for file in sorted((folder / "statistics").rglob("*.safetensors")):
+            inputs[file.relative_to(folder).as_posix()] = content_digest(file) or ""
+        run.decide(_config(session, templates, corpus), inputs)
+        remember(run.config)
+    except BaseException:
+        run.unlock()
+        raise
+    return run
+
+
+def session_of(
+    run: RunFolder, reporter: Reporter, device: str | None, trust_remote_code: bool, model: str | Path | None
+) -> Session:
+    """The model that a run edits, as it was before its first batch, and the run's settings.
+
+    Args:
+        device: to use in place of the run's.
+        model: where the original model is now, if it has moved.
+
+    Raises:
+        SphereEditError: it cannot be loaded, or its weights are not what they were.
+    """
+    config = run.config
+    settings = make_settings(config.settings)
+    source = str(model or config.model.source)
+    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
+    if loaded.fingerprint != config.model.fingerprint:
+        raise SphereEditError(
+            f"the model at '{source}' is not the one this run edited (its weights have another hash); "
+            "put the original back, or start a new run"
+        )
+    if changed := _other_surroundings(config, loaded.device):
+        reporter.say(f"Other surroundings than when this run began, so last bits may differ: {', '.join(changed)}")
+    return Session(loaded, settings, config.preset, reporter)
+
+
+def committer_of(session: Session, run: RunFolder) -> Committer:
+    """What writes the run's batches, with the weights and the state of its last one in memory."""
+    run.check_inputs()
+    statistics = load_statistics(run.path / "statistics", session.weights.names, session.loaded.device)
+    _check_shapes(session, statistics, run.path / "statistics")
+    source = session.make_source(run.config.templates, session.settings.targets)
+    anchor = statistics[session.weights.names[-1]].anchor
+    if session.method.needs.anchored and anchor is not None and isinstance(source, OptimisedTargets):
+        source.anchor = float(anchor)
+    committer = Committer(run, session.make_solver(source, statistics), session.settings.guard)
+    committer.go_to(run.history.head)
+    return committer
+
+
+def _check_shapes(session: Session, statistics: Mapping[str, Statistics], folder: Path) -> None:
+    for name, known in statistics.items():
+        width = session.weights.working[name].shape[1]
+        wrong = known.second_moment is not None and known.second_moment.shape != (width, width)
+        if wrong or (known.null_space is not None and len(known.null_space) != width):
+            raise SphereEditError(
+                f"{folder} is damaged: what it has of {name} is not that of {width} inputs; put it back from a backup"
+            )
+
+
+def heldout_text(run: RunFolder, vocabulary: int) -> list[list[int]]:
+    """Token ids of the text that the run's perplexity is measured on, all below ``vocabulary``."""
+    return _token_ids(run.path / _HELDOUT, vocabulary)
+
+
+def repair_text(run: RunFolder, vocabulary: int) -> list[list[int]]:
+    """Token ids of the ordinary text that the run's repairs read, all below ``vocabulary``."""
+    return _token_ids(run.path / _PASSAGES, vocabulary)
+
+
+def _token_ids(path: Path, vocabulary: int) -> list[list[int]]:
+    rows = read_json(path)
+    plain = isinstance(rows, list) and all(
+        isinstance(row, list) and all(type(token) is int and 0 <= token < vocabulary for token in row) for row in rows
+    )
+    if not plain:
+        raise SphereEditError(
+            f"{path} is damaged: expected lists of token ids below {vocabulary}; put it back from a backup"
+        )
+    return rows
+
+
+def _measure_anchor(session: Session, templates: Sequence[str], folder: Path) -> None:
+    """Put the typical length of targets on the unedited model, those of the demo facts, with the run's statistics."""
+    facts, _ = readable(session, read_facts("demo").facts, skip_bad=True)
+    if not facts:
+        raise SphereEditError(
+            f"{session.method.name} measures the demo facts first, and this tokenizer places none of their subjects"
+        )
+    source = session.make_source(templates, session.settings.targets)
+    assert isinstance(source, OptimisedTargets)
+    with session.reporter.bar("targets of the demo facts", len(facts), "facts") as advance:
+        length = source.typical_length(facts, advance)
+    file = folder / "statistics" / "anchor" / f"{session.weights.names[-1]}.safetensors"
+    write_tensors(file, {"anchor": torch.tensor([length])})
+
+
+def _config(session: Session, templates: Sequence[str], corpus: Corpus) -> RunConfig:
+    loaded = session.loaded
+    return RunConfig(
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        model=ModelIdentity(
+            source=loaded.source,
+            fingerprint=loaded.fingerprint,
+            family=loaded.model.config.model_type,
+            parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+        ),
+        preset=session.preset,
+        settings=session.settings.model_dump(mode="json"),
+        method_options=session.method.model_dump(mode="json"),
+        sphere=session.sphere,
+        layers=sorted(set(session.layers)),
+        matrices=list(session.weights.names),
+        templates=list(templates),
+        corpus=CorpusIdentity(
+            origin=corpus.origin,
+            sha256=corpus.sha256,
+            passages=len(corpus.passages),
+            tokens=sum(len(passage) for passage in corpus.passages),
+            heldout_passages=len(corpus.heldout),
+        ),
+        versions=_versions(),
+        device=str(loaded.device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _other_surroundings(config: RunConfig, device: torch.device) -> list[str]:
+    """What is not as it was when the run began, so that last bits may differ."""
+    now: Mapping[str, object] = {**_versions(), "device": str(device), "threads": torch.get_num_threads()}
+    then: Mapping[str, object] = {**config.versions, "device": config.device, "threads": config.threads}
+    return [f"{name} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "sphere-edit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,168 @@
+"""Which facts a run takes, and which of them go together in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sphere_edit.errors import SphereEditError, refused_records
+from sphere_edit.facts.fact import Fact, short
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
+from sphere_edit.facts.readers import FactSet
+from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.measuring import Evaluator
+from sphere_edit.runs.session import Session
+
+_TEMPLATE_ROOM = 24  # tokens that a context template may put before a prompt
+
+
+def admit(
+    session: Session, evaluator: Evaluator, given: FactSet, skip_bad: bool, standing: Sequence[Fact] | None = None
+) -> tuple[list[Fact], list[str]]:
+    """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens.
+
+    What the settings ask of the evaluation is checked too.
+
+    Args:
+        skip_bad: leave out what cannot be used, instead of refusing all.
+        standing: leave out what the unedited model knows already, but for what corrects one of these facts.
+
+    Raises:
+        SphereEditError: a fact cannot be used, or none is left.
+    """
+    evaluator.check()
+    usable, unreadable = readable(session, given.facts, skip_bad)
+    usable, known = (usable, []) if standing is None else _unknown(session, evaluator, usable, standing)
+    plan = plan_batches(usable, session.settings.batch_size, skip_bad)
+    left_out = [*given.bad, *unreadable, *known, *plan.bad]
+    say_left_out(session, left_out)
+    if not plan.facts:
+        raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
+    return plan.facts, left_out
+
+
+def say_left_out(session: Session, records: Sequence[str]) -> None:
+    """Tell how many records were left out, and why the first was."""
+    if records:
+        session.reporter.say(f"{len(records)} records left out; the first: {records[0]}")
+
+
+def readable(session: Session, facts: Sequence[Fact], skip_bad: bool) -> tuple[list[Fact], list[str]]:
+    """Facts whose every prompt this model's tokenizer can place and its positions can hold, and what is wrong elsewhere."""
+    encoder = Encoder(session.loaded.tokenizer)
+    limit = getattr(session.loaded.model.config, "max_position_embeddings", float("inf")) - _TEMPLATE_ROOM
+    usable, bad = [], []
+    for fact in facts:
+        try:
+            _check_readable(session, encoder, fact, limit)
+        except SphereEditError as error:
+            bad.append(f"record {fact.record}: {error}")
+        else:
+            usable.append(fact)
+    if bad and not skip_bad:
+        raise refused_records("facts this model cannot read (--skip-bad goes on without)", bad)
+    return usable, bad
+
+
+def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float) -> None:
+    if session.method.needs.source == "targets":
+        encoder.subject_end(*fill("{}", fact))
+        encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+    longest = max((fact.target_new, fact.target_true or ""), key=len)
+    for prompt in (fact.filled_prompt, *fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors)):
+        size = len(encoder.with_target(prompt, longest)[0].ids)
+        if size > limit:
+            raise SphereEditError(
+                f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template"
+            )
+
+
+def _unknown(
+    session: Session, evaluator: Evaluator, facts: Sequence[Fact], standing: Sequence[Fact]
+) -> tuple[list[Fact], list[str]]:
+    """Facts whose new answer the unedited model does not give yet, and the records of the others.
+
+    A fact that corrects an earlier one stays in, whatever the unedited model says.
+    """
+    with session.weights.unedited():
+        given = evaluator.knows(facts, "what is known already")
+    corrected = {fact.key for fact in standing}
+    unknown: list[Fact] = []
+    known: list[str] = []
+    for fact, answered in zip(facts, given, strict=True):
+        if answered and fact.key not in corrected:
+            known.append(
+                f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already"
+            )
+        else:
+            unknown.append(fact)
+        corrected.add(fact.key)
+    return unknown, known
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A stream of facts that can be cut into batches, and the records that had to be left out."""
+
+    facts: list[Fact]
+    bad: list[str]
+
+
+def plan_batches(facts: Sequence[Fact], batch_size: int, skip_bad: bool) -> BatchPlan:
+    """Check that no batch says two things of one subject and prompt (across batches, the later one supersedes).
+
+    Raises:
+        SphereEditError: naming both records, unless ``skip_bad`` leaves the later one out.
+    """
+    kept: list[Fact] = []
+    bad: list[str] = []
+    current: dict[tuple[str, str], Fact] = {}
+    for fact in facts:
+        if len(kept) % batch_size == 0:
+            current = {}
+        twin = current.get(fact.key)
+        if twin is None:
+            current[fact.key] = fact
+            kept.append(fact)
+            continue
+        if twin.target_new == fact.target_new:
+            bad.append(f"record {fact.record}: the same fact as record {twin.record}, in one batch")
+        else:
+            bad.append(
+                f"record {fact.record}: contradicts record {twin.record} in the same batch "
+                f"('{short(fact.filled_prompt)}' → '{short(twin.target_new)}' or '{short(fact.target_new)}'?)"
+            )
+    if bad and not skip_bad:
+        raise refused_records("facts that cannot stand in one batch (--skip-bad keeps the first of each)", bad)
+    return BatchPlan(kept, bad)
+
+
+def next_batch(facts: Sequence[Fact], pending: Sequence[int], size: int) -> list[int]:
+    """The first ``size`` of the facts waiting that are about different subjects; what is left out comes with a later batch.
+
+    Facts of one subject are written at nearly the same key, with targets that know nothing of one another: together, each would
+    get a share of its residual. The target of the second, found when the first is written, holds both.
+    """
+    subjects: set[str] = set()
+    chosen: list[int] = []
+    for index in pending:
+        if len(chosen) == size:
+            break
+        subject, _ = facts[index].key
+        if subject not in subjects:
+            subjects.add(subject)
+            chosen.append(index)
+    return chosen
+
+
+def superseded_by(facts: Sequence[Fact], new: Sequence[int], standing: Sequence[int]) -> list[int]:
+    """Which of the ``standing`` facts are about the same subject and prompt as one of the ``new`` ones."""
+    keys = {facts[index].key for index in new}
+    return [index for index in standing if facts[index].key in keys]
+
+
+def would_supersede(run: RunFolder, facts: Sequence[Fact]) -> int:
+    """How many facts that stand in a run now these would replace."""
+    known = run.facts()
+    new = range(len(known), len(known) + len(facts))
+    return len(superseded_by([*known, *facts], new, run.history.retained))

@@ -1,0 +1,97 @@
+"""A loaded model and how it is edited: what planning, tuning and the editor share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sphere_edit.editing.methods.base import Statistics
+from sphere_edit.editing.moments import Corpus
+from sphere_edit.editing.settings import Settings, with_preset
+from sphere_edit.editing.solving import Solver
+from sphere_edit.editing.sources import SOURCES, Source
+from sphere_edit.editing.statistics import prepare_statistics
+from sphere_edit.editing.targets import TargetSettings
+from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
+from sphere_edit.models.weights import EditedWeights
+from sphere_edit.progress import Reporter
+
+
+class Session:
+    """A model in memory, the settings it is edited with, spelled out, and its edited matrices.
+
+    Attributes:
+        given: the settings as they were given, with a preset's where there is one.
+        settings: these with every default spelled out.
+        preset: where settings that were not given came from, in words; None for the method's defaults.
+        layers: of each edited matrix.
+    """
+
+    def __init__(self, loaded: LoadedModel, given: Settings, preset: str | None, reporter: Reporter):
+        self.loaded, self.given, self.preset, self.reporter = loaded, given, preset, reporter
+        self.method, self.sphere = given.make_method(), given.make_sphere()
+        matrices = given.resolved_matrices(loaded.architecture, self.depth)
+        faster = loaded.dtype == torch.float32 and fast_bfloat16(loaded.device)
+        self.settings = given.with_resolved(matrices, loaded.device, faster)
+        self.layers = [layer for layer, _ in matrices]
+        names = [loaded.architecture.module_name(layer, role) for layer, role in matrices]
+        self.weights = EditedWeights(loaded.model, loaded.architecture, names)
+
+    @classmethod
+    def load(
+        cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False
+    ) -> Session:
+        """Load a model, and take a preset's settings for it where nothing else was given."""
+        loaded = load_model(model, given.device, given.dtype, trust_remote_code)
+        session = cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)
+        if session.preset is not None:
+            reporter.say(f"Settings of {given.method} {session.preset}, but for what you set")
+        return session
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers the model has."""
+        return len(self.loaded.architecture.decoder_layers(self.loaded.model))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.loaded.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def measures_moments(self) -> bool:
+        """Whether a run measures second moments: its method needs them, or the guard does."""
+        return self.method.needs.statistics is not None or self.settings.guard
+
+    @property
+    def would_calibrate(self) -> bool:
+        """Whether nothing is known of this model, nor said, so that a calibration (`tune`) comes before the first edit."""
+        said = self.given.model_fields_set & {"layers", "options", "targets"}
+        return self.method.calibrated and self.preset is None and not said
+
+    def with_tuned(self) -> Session:
+        """The same by the settings that `tune` has found for this model since it was loaded."""
+        settled = with_preset(self.given, self.loaded.model.config, self.loaded.fingerprint)
+        return Session(self.loaded, *settled, self.reporter)
+
+    def measure_statistics(self, corpus: Corpus, folder: Path) -> None:
+        """Put the method's statistics of every edited matrix into ``folder``, from the cache where they are there."""
+        settings, names = self.settings, self.weights.names
+        size, tolerance = settings.tokens_per_batch, settings.moments.tolerance
+        prepare_statistics(self.loaded, corpus, self.layers, names, self.method, size, tolerance, self.reporter, folder)
+
+    def make_source(
+        self, templates: Sequence[str], targets: TargetSettings, kind: Callable[..., Source] | None = None
+    ) -> Source:
+        """What the method feeds on, or another ``kind`` of it."""
+        needs = self.method.needs
+        return (kind or SOURCES[needs.source])(
+            self.loaded, self.weights, self.layers, templates, needs, targets, self.settings.tokens_per_batch
+        )
+
+    def make_solver(self, source: Source, statistics: Mapping[str, Statistics]) -> Solver:
+        """What writes a batch with these settings."""
+        diagnostic = self.settings.diagnostic_sphere()
+        return Solver(self.weights, source, self.method, self.sphere, diagnostic, statistics, self.reporter)

@@ -1,0 +1,186 @@
+"""What happens to a stream of facts, from top to bottom: accept, recheck, edit, measure, repair, final recheck, finish.
+
+The journal says how far a run is. Each step looks there for what is left to do, so that a run which died anywhere goes on from
+its last line to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from sphere_edit.editing.guard import stopped
+from sphere_edit.editing.repair import repair_steps
+from sphere_edit.editing.solving import Clock
+from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import Fact
+from sphere_edit.runs.commit import Committer
+from sphere_edit.runs.folder import METRICS, RunFolder
+from sphere_edit.runs.measuring import Evaluator
+from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
+from sphere_edit.runs.records import Finished, FinalRecheck, GuardStop
+from sphere_edit.runs.selection import next_batch, superseded_by
+from sphere_edit.runs.session import Session
+
+_LIKELY = 0.5  # mean probability of the answers under the targets alone, below which something is wrong with these
+_SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
+
+
+class Stream:
+    """A run at work: its model in memory, with the weights and the method's state of its last batch."""
+
+    def __init__(self, session: Session, evaluator: Evaluator, run: RunFolder):
+        self.session, self.evaluator, self.run, self.reporter = session, evaluator, run, session.reporter
+        evaluator.heldout = heldout_text(run, session.vocabulary)
+        self.committer: Committer = committer_of(session, run)
+        if run.writable:
+            self._tidy()
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        """Do whatever the journal says is still to be done."""
+        run = self.run
+        try:
+            self.evaluator.check()
+            self.evaluator.measure_unedited(run)
+            facts = run.facts()
+            if run.history.pending:
+                self.committer.check_statistics()
+            while run.history.pending:
+                self.evaluator.checkpoint(run)
+                self._edit_next(facts)
+            if run.history.closing:
+                self._repair(facts)
+                self._final_recheck(facts)
+            self.committer.keep()
+            self.evaluator.finish(run)
+            if not run.history.finished:
+                run.append(Finished(after=run.history.head))
+        except BaseException:  # an interruption too must leave the model in memory as the journal says
+            with suppress(SphereEditError):
+                self.committer.settle()
+            raise
+
+    def _edit_next(self, facts: Sequence[Fact]) -> None:
+        """Edit the next facts waiting, and with them those earlier ones that are found forgotten."""
+        history, clock = self.run.history, Clock()
+        batch = self._together(facts, history.pending, self.session.settings.batch_size)
+        replaced = superseded_by(facts, batch, history.retained)
+        asked = self._due_before(batch, replaced)
+        forgotten = self._forgotten(facts, asked, clock)
+        # a forgotten fact of a subject that the batch is about may have to wait for its next turn
+        rewritten = self._together(facts, [*batch, *forgotten], len(batch) + len(forgotten))[len(batch) :]
+        parts = [f"{len(batch)} facts"]
+        if asked:
+            parts.append(f"{len(forgotten)} of {len(asked)} earlier ones that were forgotten")
+        left = len(history.pending) - len(batch)
+        self.reporter.say(f"Batch {history.head + 1}: {', and '.join(parts)}; {left} after it", "bold")
+        for index in replaced:
+            self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
+        self._write(facts, batch, rewritten, replaced, asked, clock)
+
+    def _repair(self, facts: Sequence[Fact]) -> None:
+        """Take back what the stream did to ordinary text, as far as its facts do not need it."""
+        history, settings = self.run.history, self.session.settings
+        steps = repair_steps(settings.repair or 0, history.unrepaired)
+        if not steps:
+            return
+        self.reporter.say(f"Batch {history.head + 1}: repair, {steps} steps", "bold")
+        retained = [facts[index] for index in history.retained]
+        share = history.unrepaired / len(history.edited)
+        self.committer.repair(retained, repair_text(self.run, self.session.vocabulary), steps, share, settings.seed)
+
+    def _final_recheck(self, facts: Sequence[Fact]) -> None:
+        """Ask all facts, once, and rewrite those that are forgotten, in batches without new ones."""
+        run, history = self.run, self.run.history
+        if not self.session.settings.recheck:
+            return
+        if not history.recheck_done:
+            clock, asked = Clock(), history.due
+            forgotten = self._forgotten(facts, asked, clock)
+            run.append(
+                FinalRecheck(after=history.head, rechecked=asked, forgotten=forgotten, seconds=clock.seconds)
+            )
+        while (waiting := history.forgotten) and history.guard is None:
+            rewritten = self._together(facts, waiting, self.session.settings.batch_size)
+            asked = history.final_rechecks[-1].rechecked
+            self.reporter.say(
+                f"Batch {history.head + 1}: {len(rewritten)} forgotten of {len(asked)} facts asked", "bold"
+            )
+            self._write(facts, [], rewritten, [], [], Clock())
+
+    # --- back -----------------------------------------------------------------------------------------------------
+
+    def roll_back(self, to: int) -> None:
+        """Put the weights back to what they were after a batch; later batches, and facts still waiting, are withdrawn."""
+        head = self.run.history.head
+        if not 0 <= to <= head:
+            raise SphereEditError(
+                f"cannot roll back to batch {to}: this run stands at batch {head}, so 0 to {head} exist"
+            )
+        try:
+            self.committer.roll_back(to)
+        except BaseException:
+            with suppress(SphereEditError):
+                self.committer.settle()
+            raise
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what belongs to a state that was withdrawn. Done at every opening, should the rollback itself have died here."""
+        run = self.run
+        run.thin(run.history.head)
+        if run.history.finished and run.current_metrics() is None:
+            for name in ("report.html", METRICS):
+                (run.path / name).unlink(missing_ok=True)
+            self.evaluator.refresh_metrics(run)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _due_before(self, batch: Sequence[int], replaced: Sequence[int]) -> list[int]:
+        """The earlier facts that are rechecked before a batch: so many for each of its own, those asked longest ago first."""
+        gone = set(replaced)
+        due = [index for index in self.run.history.due if index not in gone]
+        return due[: (self.session.settings.recheck or 0) * len(batch)]
+
+    def _forgotten(self, facts: Sequence[Fact], asked: Sequence[int], clock: Clock) -> list[int]:
+        """Which of the facts ``asked`` the model does not give the new answer of any more (strict)."""
+        if not asked:
+            return []
+        self.committer.settle()
+        given = self.evaluator.knows([facts[index] for index in asked], "earlier facts")
+        clock.lap("asking earlier facts")
+        forgotten = [index for index, answered in zip(asked, given, strict=True) if not answered]
+        if len(forgotten) > _SATURATED * len(asked):
+            self.reporter.say(
+                f"{len(forgotten)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, and writing them again "
+                "soon harms it more than it helps; stop here, or go back to an earlier batch (rollback)",
+                "bold red",
+            )
+        return forgotten
+
+    def _write(
+        self,
+        facts: Sequence[Fact],
+        batch: Sequence[int],
+        rewritten: Sequence[int],
+        replaced: Sequence[int],
+        asked: Sequence[int],
+        clock: Clock,
+    ) -> None:
+        """Write the facts of a ``batch`` and earlier ones that were forgotten, and say what came of it."""
+        chosen = [facts[index] for index in (*batch, *rewritten)]
+        record = self.committer.edit(batch, chosen, replaced, asked, rewritten, clock)
+        likely = record.targets["probability_after"]
+        if likely is not None and likely < _LIKELY:
+            self.reporter.say(
+                f"The targets of this batch make their answers only {likely:.0%} likely: this model does not read these facts "
+                f"in layer {self.session.layers[-1]}. `sphere-edit tune` finds layers and a step for a model"
+            )
+        if isinstance(record, GuardStop):
+            self.reporter.say(f"Guard: {stopped(record)}", "bold red")
+
+    def _together(self, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
+        """The first of those waiting that the method takes in one batch of ``size`` at most."""
+        return next_batch(facts, waiting, size) if self.session.method.apart else list(waiting[:size])
