@@ -159,7 +159,7 @@ def _digest_of_sums(sums: Mapping[str, str]) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there and its tensors are what was written; one that is read and found damaged is removed.
+    """Whether a safetensors file is there and its tensors are what was written; one that is read and found otherwise is removed.
 
     Raises:
         SphereEditError: it is there and cannot be read for another reason.
@@ -167,18 +167,16 @@ def is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, "pt"):
-            pass
-        read_tensors(path)
-    except SafetensorError:
-        pass
-    except OSError as error:
+        with safe_open(path, "pt") as file:
+            hashed = _SUMS in (file.metadata() or {})
+        if hashed:
+            read_tensors(path)
+            return True
+    except OSError:
         with plain_errors(path, "read"):
-            raise error
-    except SphereEditError:
+            raise
+    except (SafetensorError, SphereEditError):
         pass
-    else:
-        return True
     path.unlink(missing_ok=True)
     return False
 
