@@ -62,13 +62,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> str:
-    """Write JSON atomically. Returns the SHA-256 of the file."""
+    """Write JSON atomically; a file's name that is no UTF-8 is read back as it was. Returns the SHA-256 of the file."""
     return write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write text atomically. Returns the SHA-256 of the file."""
-    data = text.encode()
+    """Write text atomically; bytes of a file's name that are no UTF-8 as their code. Returns the SHA-256 of the file."""
+    data = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
 

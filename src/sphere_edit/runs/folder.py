@@ -218,7 +218,7 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Commit one record: written and flushed to disk before this returns."""
-        line = json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
         journal = self.path / _JOURNAL
         with plain_errors(journal):
             size = journal.stat().st_size
