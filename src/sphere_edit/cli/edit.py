@@ -94,7 +94,6 @@ def edit(
         "evaluation": {"every": eval_every, "sample": eval_sample},
         "guard": guard,
     }
-    chosen = {"limit": limit, "skip": skip, "shuffle": shuffle, "skip_bad": skip_bad}
     from sphere_edit.editor import Editor
     from sphere_edit.facts.readers import read_facts
     from sphere_edit.runs.admission import Act, admit
@@ -105,7 +104,9 @@ def edit(
     if decision.act is Act.NOTHING:
         out.print(f"{decision.folder} is finished: {decision.batches} batches, nothing to resume.")
         return
-    more = None if facts is None or decision.act is Act.RESUME else read_facts(facts, **chosen)
+    more = None
+    if facts is not None and decision.act is not Act.RESUME:
+        more = read_facts(facts, limit=limit, skip_bad=skip_bad, skip=skip, shuffle=shuffle)
     if decision.act is Act.START:
         editor = _begun(model, decision.folder, over, trust_remote_code)
     else:
