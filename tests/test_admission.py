@@ -8,11 +8,22 @@ from pathlib import Path
 import pytest
 
 from sphere_edit import SphereEditError
-from sphere_edit.editing.journal import SCHEMA
 from sphere_edit.runs.admission import Act, Decision, admit
+from sphere_edit.runs.records import SCHEMA
 
-FACTS = {"event": "facts", "session": 1, "count": 2, "source": "/home/ada/facts.json"}
-BATCH = {"event": "batch", "batch": 1, "facts": [0, 1], "superseded": []}
+FACTS = {
+    "event": "facts", "session": 1, "count": 2, "source": "/home/ada/facts.json", "sha256": "", "protocol": "", "left_out": [],
+}  # fmt: skip
+BATCH = {
+    "event": "batch", "batch": 1, "facts": [0, 1], "superseded": [], "asked": [], "again": [], "matrices": {}, "seconds": {},
+    "targets": {"loss_before": None, "loss_after": None, "probability_after": None, "evaluations": []}, "peak_memory": None,
+}  # fmt: skip
+CONFIG = {
+    "schema": SCHEMA, "created": "", "settings": {"method": "memit", "seed": 3}, "method_options": {}, "sphere": None, "layers": [],
+    "model": {"source": "owner/model", "fingerprint": "", "family": "llama", "parameters": 1, "dtype": "float32"},
+    "matrices": [], "templates": [], "versions": {}, "device": "cpu", "threads": 1,
+    "corpus": {"origin": "", "sha256": "", "passages": 0, "tokens": 0, "heldout_passages": 0},
+}  # fmt: skip
 FINISHED = [FACTS, BATCH, {"event": "finished"}]
 
 
@@ -24,8 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def written(folder: Path, *entries: dict) -> Path:
     """A run of the model 'owner/model' with this journal."""
     folder.mkdir()
-    config = {"schema": SCHEMA, "model": {"source": "owner/model"}, "settings": {"method": "memit", "seed": 3}}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 

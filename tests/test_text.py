@@ -21,7 +21,10 @@ from sphere_edit.progress import RichReporter
 from sphere_edit.reporting.comparison import Row, as_csv, columns_of
 from sphere_edit.reporting.comparison import latex as latex_table
 from sphere_edit.reporting.comparison import markdown as markdown_table
+from sphere_edit.runs.history import History
+from sphere_edit.runs.records import RunConfig
 from sphere_edit.text import Screen, code, csv_cell, label, latex, markdown, public_name, terminal, visible
+from test_admission import CONFIG
 
 HOSTILE = [
     "[/x]",
@@ -178,16 +181,16 @@ def test_a_model_card_is_inert_and_tells_no_path():
         for text in HOSTILE
         if text.strip()
     ]
-    config = {
+    content = {
+        **CONFIG,
         "settings": {"method": "<b>", "seed": 0},
-        "sphere": None,
-        "model": {"source": "/home/ada/# [x](y)", "fingerprint": "`f`"},
+        "model": {**CONFIG["model"], "source": "/home/ada/# [x](y)", "fingerprint": "`f`"},
         "method_options": {"a": "`<script>`"},
         "matrices": ["m`\n# x"],
-        "corpus": {"origin": "<i>corpus</i>"},
+        "corpus": {**CONFIG["corpus"], "origin": "<i>corpus</i>"},
         "versions": {"torch": "<2>"},
     }
-    card = model_card(config, 1, facts, None)
+    card = model_card(RunConfig.model_validate(content), History(), facts, None)
     assert "/home" not in card
     body = card.split("---\n", 2)[2]
     tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(body)

@@ -46,9 +46,7 @@ def show(
     )
     ended = "finished" if history.guard is None else stopped(history.guard)
     state = ended if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
-    out.print(
-        terminal(str(run), "bold"), f": {config.model.source}, {config.method}, {projection}", sep=""
-    )
+    out.print(terminal(str(run), "bold"), f": {config.model.source}, {config.method}, {projection}", sep="")
     out.print(
         f"started {config.created}, layers {config.layers}, {config.corpus.origin}; "
         f"{history.head} batches, {len(history.edited)} facts edited, {len(history.superseded)} superseded, "

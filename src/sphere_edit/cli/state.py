@@ -32,8 +32,8 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
 ) -> None:
     """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
-    from sphere_edit.runs.folder import RunFolder
     from sphere_edit.files import refuse_existing
+    from sphere_edit.runs.folder import RunFolder
 
     RunFolder.open(run)
     refuse_existing(output)

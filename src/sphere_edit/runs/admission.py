@@ -12,6 +12,7 @@ from sphere_edit.editing.settings import make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.loading import full_name
 from sphere_edit.runs.folder import RunFolder
+from sphere_edit.text import visible
 
 
 class Act(str, Enum):
@@ -72,6 +73,8 @@ def admit(
     if facts is None:
         raise SphereEditError("which facts? Give a file, a data set, or 'demo'")
     make_settings(*settings)  # impossible ones are told here
+    if any("\udc80" <= sign <= "\udcff" for sign in full_name(model)):  # a byte that is no UTF-8
+        raise SphereEditError(f"the path of a model must be UTF-8, which {model} is not; rename the folder")
     RunFolder.refuse_taken(output)
     return Decision(Act.START, output)
 
@@ -111,7 +114,7 @@ def _check_facts(run: RunFolder, model: str | None, facts: str) -> None:
             f"--resume goes on with the facts {run.path} already has; give it more once it is finished"
         )
     sources = run.history.sources
-    if sources and Path(facts).name not in {Path(source).name for source in sources}:
+    if sources and Path(visible(facts)).name not in {Path(source).name for source in sources}:
         raise SphereEditError(
             f"{run.path} has the facts of {sources[-1]}, not those of {facts}; --resume goes on with what it has. "
             f"To edit more facts: sphere-edit edit {run.path} {facts}"
