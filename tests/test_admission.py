@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_what_cannot_be_done_is_refused(folder, entries, arguments, message):
     defaults = {"model": str(folder), "output": folder if new else None, "facts": "more.json"}
     with pytest.raises(SphereEditError, match=message):
         admit(**{**defaults, **arguments})
+
+
+def test_paths_that_are_no_utf8_are_refused_before_safetensors_meets_them(folder):
+    odd = os.fsdecode(b"odd-\xff")
+    for model, output in ((odd, folder), ("owner/model", folder / odd)):
+        with pytest.raises(SphereEditError, match="must be UTF-8"):
+            admit(model, output, "facts.json")
 
 
 def test_a_folder_with_something_else_is_no_place_for_a_run(folder):

@@ -13,6 +13,7 @@ import yaml
 
 from conftest import SHARED, fact_records
 from families import save_tiny
+from sphere_edit import SphereEditError
 from sphere_edit.cli import main
 from test_cli import run
 from test_runs import METHODS, QUICK
@@ -33,7 +34,7 @@ def place(tmp_path_factory) -> Path:
 def records() -> list[dict]:
     shared = SHARED / "cases" / "hostile.jsonl"
     rows = [json.loads(line) for line in shared.read_text("utf-8").splitlines()] if shared.is_file() else []
-    spelt = [text for text in HOSTILE if text.strip() and text.isprintable() | ("\x1b" in text)]
+    spelt = [text for text in HOSTILE if text.strip() and text.isprintable()]
     own = [{**record, "target_new": text} for record, text in zip(fact_records(len(spelt)), spelt, strict=True)]
     return [*rows, *own, {"subject": "[/b]", "prompt": "{} [/i] \u202e is", "target_new": "[link=file:///]x[/link]"}]
 
@@ -48,14 +49,14 @@ def shows(*args: object) -> str:
 def test_every_command_on_a_folder_and_facts_that_would_act(place):
     model, folder, facts = place / "model[/x]", place / "run[/x]", place / "facts[b].jsonl"
     facts.write_text("".join(json.dumps(record) + "\n" for record in records()))
-    common = (model, facts, "-o", folder, "--config", place / "settings.yaml", "--batch-size", 100)
+    common = (model, facts, "-o", folder, "--config", place / "settings.yaml", "--batch-size", 100, "--skip-bad")
     assert "Nothing was edited" in shows("edit", *common, "--dry-run")
     assert "Run folder" in shows("edit", *common)
     shown = shows("show", folder, "--facts", 100)
     assert r"\x1b[31m" in shown
     assert "[link=file:///]x[/link]" in shown
     shows("report", folder, "-o", place / "page.html")
-    shows("eval", folder, facts, "--json", place / "scores.json")
+    shows("eval", folder, facts, "--skip-bad", "--json", place / "scores.json")
     shows("energy", folder, "--json", place / "e.json", "--csv", place / "e.csv")
     assert "nothing to resume" in shows("edit", folder, "--resume")
     shows("export", folder, "-o", place / "exported[/x]")
@@ -106,15 +107,14 @@ def test_names_that_are_no_utf8(place, tmp_path):
         odd.mkdir()
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
-    facts, folder = odd / os.fsdecode(b"facts-\xff.json"), odd / "run"
+    model, facts, folder = place / "model[/x]", odd / os.fsdecode(b"facts-\xff.json"), tmp_path / "run"
     facts.write_text(json.dumps(fact_records(2)))
-    model = place / "model[/x]"
-    assert r"\xff" in shows("edit", model, facts, "-o", folder, "--config", place / "settings.yaml")
-    more = odd / "more.json"
-    more.write_text(json.dumps(fact_records(1, start=5)))
-    shows("edit", folder, more)
-    assert r"odd-\xff" in shows("show", folder)
-    shows("report", folder, folder)
-    shows("export", folder, "-o", odd / "exported")
-    shows("rollback", folder, "--to", 1)
-    assert json.loads((folder / "journal.jsonl").read_text("utf-8").split("\n")[0])["source"] == str(facts)
+    settings = odd / "settings.yaml"
+    settings.write_text((place / "settings.yaml").read_text())
+    shows("edit", model, facts, "-o", folder, "--config", settings)
+    assert "nothing to resume" in shows("edit", model, facts, "-o", folder, "--resume")
+    shows("report", folder, "-o", odd / "page.html")
+    shows("eval", folder, facts, "--json", odd / "scores.json")
+    for command in (("edit", model, facts, "-o", odd / "run"), ("export", folder, "-o", odd / "exported")):
+        with pytest.raises(SphereEditError, match="must be UTF-8"):
+            run(*command)

@@ -183,6 +183,16 @@ def is_whole(path: Path) -> bool:
     return False
 
 
+def require_utf8(path: str | Path, what: str) -> None:
+    """Refuse a path with bytes that are no UTF-8, which safetensors and tokenizers cannot open.
+
+    Raises:
+        SphereEditError: it has such bytes; ``what`` says what it leads to.
+    """
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise SphereEditError(f"the path of {what} must be UTF-8, which {path} is not; choose another name")
+
+
 def refuse_existing(path: Path) -> None:
     """Refuse to write a folder over something.
 

@@ -32,10 +32,11 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
 ) -> None:
     """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
-    from sphere_edit.files import refuse_existing
+    from sphere_edit.files import refuse_existing, require_utf8
     from sphere_edit.runs.folder import RunFolder
 
     RunFolder.open(run)
+    require_utf8(output, "a model")
     refuse_existing(output)
     from sphere_edit.editor import opened
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.errors import SphereEditError
+from sphere_edit.files import require_utf8
 from sphere_edit.models.loading import full_name
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.text import visible
@@ -73,8 +74,8 @@ def admit(
     if facts is None:
         raise SphereEditError("which facts? Give a file, a data set, or 'demo'")
     make_settings(*settings)  # impossible ones are told here
-    if any("\udc80" <= sign <= "\udcff" for sign in full_name(model)):  # a byte that is no UTF-8
-        raise SphereEditError(f"the path of a model must be UTF-8, which {model} is not; rename the folder")
+    require_utf8(full_name(model), "a model")
+    require_utf8(output, "a run")
     RunFolder.refuse_taken(output)
     return Decision(Act.START, output)
 
