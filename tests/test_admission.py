@@ -25,7 +25,7 @@ CONFIG = {
     "matrices": [], "templates": [], "versions": {}, "device": "cpu", "threads": 1,
     "corpus": {"origin": "", "sha256": "", "passages": 0, "tokens": 0, "heldout_passages": 0},
 }  # fmt: skip
-FINISHED = [FACTS, BATCH, {"event": "finished"}]
+FINISHED = [FACTS, BATCH, {"event": "finished", "after": 1}]
 
 
 @pytest.fixture
