@@ -115,7 +115,7 @@ def _check_facts(run: RunFolder, model: str | None, facts: str) -> None:
             f"--resume goes on with the facts {run.path} already has; give it more once it is finished"
         )
     sources = run.history.sources
-    if sources and Path(visible(facts)).name not in {Path(source).name for source in sources}:
+    if sources and Path(visible(facts)).name not in {Path(visible(source)).name for source in sources}:
         raise SphereEditError(
             f"{run.path} has the facts of {sources[-1]}, not those of {facts}; --resume goes on with what it has. "
             f"To edit more facts: sphere-edit edit {run.path} {facts}"
