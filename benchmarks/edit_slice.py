@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from sphere_edit import Editor, read_facts
 from sphere_edit.editing.settings import make_settings, read_settings_file
 from sphere_edit.progress import RichReporter
 from sphere_edit.reporting.results import batches_table, metrics_table
+from sphere_edit.text import Screen
 
 
 def main(model: str, source: str, start: str, count: str, run: str, *config: str) -> None:
@@ -22,7 +21,7 @@ def main(model: str, source: str, start: str, count: str, run: str, *config: str
     facts = read_facts(source, limit=int(start) + int(count)).facts[int(start) :]
     editor = Editor.from_pretrained(model, run, settings, RichReporter())
     metrics = editor.edit(facts)
-    console = Console()
+    console = Screen()
     console.print(metrics_table(metrics["unedited"], metrics["edited"], f"{source}, records {start} on"))
     console.print(batches_table(editor.run.history.batches if editor.run else []))
 

@@ -11,13 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sphere_edit import Editor, read_facts
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.settings import make_settings, read_settings_file
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
+from sphere_edit.text import Screen
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
             seconds = sum(sum(batch.seconds.values()) for batch in run.history.batches) / len(facts)
             unedited = unedited or metrics["unedited"]
             rows.append((method + (" + SPHERE" if sphere else ""), metrics["edited"], seconds))
-            Console(stderr=True).print(line(*rows[-1], unedited))
+            Screen(stderr=True).print(line(*rows[-1], unedited))
     assert unedited is not None
     print("| | efficacy | strict | generalization | strict | specificity | perplexity | seconds a fact |")
     print("|---|---|---|---|---|---|---|---|")

@@ -25,8 +25,9 @@ FLOORS = [
     "bench",
     "planning",
     "cli",
+    "__main__",
 ]
-GROUND = ["_version", "errors", "progress", "files"]  # what every floor stands on
+GROUND = ["_version", "errors", "text", "progress", "files"]  # what every floor stands on
 
 
 def imports() -> dict[str, set[str]]:
@@ -78,10 +79,28 @@ def test_families_are_named_in_one_place_and_cuda_in_none():
                 path
             )
             assert "gpt2" not in text.lower().replace("gpt-2", ""), path
-        if path.name not in ("loading.py", "cli.py"):
+        if path.name not in ("loading.py", "options.py"):
             assert "cuda" not in text.lower(), path
 
 
 def test_help_needs_no_torch():
     code = "import sys, sphere_edit.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "sphere_edit", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"sphere-edit {sphere_edit.__version__}\n")
+
+
+def test_foreign_text_reaches_a_terminal_in_one_way_only():
+    """Rich's own Text and Console, and markup, are left to `sphere_edit.text`."""
+    for path in ROOT.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+        asks = {key.arg for node in calls for key in node.keywords if isinstance(key.value, ast.Constant) and key.value.value is True}  # fmt: skip
+        if path.name != "text.py":
+            assert not names & {"Text", "Console"}, path
+        assert "markup" not in asks, path

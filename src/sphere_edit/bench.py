@@ -200,7 +200,7 @@ class Bench:
                     spent.append(time.monotonic() - began)
                 except Exception as error:  # a night of runs must not end with one of them
                     self.failures[cell.name] = " ".join(str(error).split())
-                    reporter.say(f"failed, and passed over: {error}", "red")
+                    reporter.say(f"failed, and passed over: {self.failures[cell.name]}", "red")
                 gc.collect()
                 self._record_failure(cell)
         if elsewhere:

@@ -13,6 +13,7 @@ from sphere_edit.models.loading import LoadedModel, quiet
 from sphere_edit.reporting.results import LABELS, number, percent
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
+from sphere_edit.text import code, markdown, public_name
 
 
 def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
@@ -35,23 +36,25 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
         if sphere
         else "none"
     )
+    source = public_name(config.model.source)
+    versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     lines = [
         "---",
         "library_name: transformers",
         "tags: [model-editing, sphere-edit]",
         "---",
         "",
-        f"# {Path(config.model.source).name}, edited",
+        f"# {markdown(source.rsplit('/', 1)[-1])}, edited",
         "",
-        f"{len(facts)} facts of `{config.model.source}` were changed in {history.head} sequential batches with "
+        f"{len(facts)} facts of {code(source)} were changed in {history.head} sequential batches with "
         f"sphere-edit {__version__}. Everything else is the original model; it keeps the original's licence.",
         "",
-        f"- Method: `{config.method}`, options `{config.method_options}`",
-        f"- Projection: {projection}",
-        f"- Edited matrices: {', '.join(f'`{name}`' for name in config.matrices)}",
-        f"- Original weights: SHA-256 `{config.model.fingerprint}`",
-        f"- Statistics: {config.corpus.origin}",
-        f"- Seed {settings['seed']}; {', '.join(f'{name} {version}' for name, version in config.versions.items())}",
+        f"- Method: {code(config.method)}, options {code(str(config.method_options))}",
+        f"- Projection: {markdown(projection)}",
+        f"- Edited matrices: {', '.join(map(code, config.matrices))}",
+        f"- Original weights: SHA-256 {code(config.model.fingerprint)}",
+        f"- Statistics: {markdown(config.corpus.origin)}",
+        f"- Seed {settings['seed']}; {markdown(versions)}",
         "",
     ]
     if metrics is not None:
@@ -75,7 +78,7 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
     else:
         lines += ["Not evaluated at this point.", ""]
     lines += ["## Edited facts", ""]
-    lines += [f"- {fact.filled_prompt} → **{fact.target_new.strip()}**" for fact in facts[:100]]
+    lines += [f"- {markdown(fact.filled_prompt)} → **{markdown(fact.target_new.strip())}**" for fact in facts[:100]]
     if len(facts) > 100:
         lines.append(f"- … and {len(facts) - 100} more")
     return "\n".join(lines) + "\n"

@@ -62,13 +62,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> str:
-    """Write JSON atomically. Returns the SHA-256 of the file."""
+    """Write JSON atomically; a file's name that is no UTF-8 is read back as it was. Returns the SHA-256 of the file."""
     return write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write text atomically. Returns the SHA-256 of the file."""
-    data = text.encode()
+    """Write text atomically; bytes of a file's name that are no UTF-8 as their code. Returns the SHA-256 of the file."""
+    data = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write_bytes(data))
     return hashlib.sha256(data).hexdigest()
 
@@ -179,6 +179,16 @@ def is_whole(path: Path) -> bool:
         pass
     path.unlink(missing_ok=True)
     return False
+
+
+def require_utf8(path: str | Path, what: str) -> None:
+    """Refuse a path with bytes that are no UTF-8, which safetensors and tokenizers cannot open.
+
+    Raises:
+        SphereEditError: it has such bytes; ``what`` says what it leads to.
+    """
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise SphereEditError(f"the path of {what} must be UTF-8, which {path} is not; choose another name")
 
 
 def refuse_existing(path: Path) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sphere_edit.text import Screen, terminal, visible
+
 Advance = Callable[[float], None]
 
 
@@ -46,36 +48,35 @@ def duration(seconds: float) -> str:
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="dim")
+        return terminal(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", "dim")
 
 
 class RichReporter:
     """Bars with rate and time left on a terminal; one line a finished task everywhere."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+        self.console = console or Screen(stderr=True)
 
     def say(self, text: str, style: str = "") -> None:
         """Print one line."""
-        self.console.print(Text(text, style=style))
+        self.console.print(terminal(text, style))
 
     @contextmanager
     def bar(self, title: str, total: float, unit: str) -> Iterator[Advance]:
         """Draw a bar while the work runs, and leave a line with amount, time and rate."""
         started = time.monotonic()
         columns = (
-            TextColumn("  {task.description:<28}"),
+            TextColumn("  {task.description:<28}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=total, unit=unit)
+            task = progress.add_task(visible(title), total=total, unit=unit)
             yield lambda amount: progress.advance(task, amount)
             done = progress.tasks[0].completed
         seconds = time.monotonic() - started
         rate = f"{done / seconds:,.1f} {unit}/s" if seconds > 0.05 else ""
-        self.console.print(
-            f"  {title:<28} {done:>9,.0f} {unit:<7} {seconds:6.1f} s  [dim]{rate}[/dim]", highlight=False
-        )
+        line = terminal(f"  {title:<28} {done:>9,.0f} {unit:<7} {seconds:6.1f} s  ")
+        self.console.print(line.append(rate, "dim"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -273,3 +274,19 @@ def first_error(what: str, error: ValidationError) -> str:
         return f"{what}: there is no setting '{short(name)}'"
     given = repr(first["input"])
     return f"{what}: '{name}': {first['msg'].removeprefix('Value error, ')}, not {short(given)}"
+
+
+def read_layers(text: str) -> list[int] | dict[str, list[int]]:
+    """The layers of a command line: '4-8', '4,6', or by role, each of which holds until the next one: 'gate:11-15,up:18-24,30'."""
+    layers: dict[str, list[int]] = {}
+    role = ""
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:([a-z_]+)\s*:)?\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise SphereEditError(f"--layers takes numbers such as 4-8, 4,6,8 or gate:11-15,up:18-24, not '{text}'")
+        role = match[1] or role
+        first, last = int(match[2]), int(match[3] or match[2])
+        layers.setdefault(role, []).extend(range(first, last + 1))
+    if "" in layers and len(layers) > 1:
+        raise SphereEditError(f"--layers '{text}': name the role of the first layers too, as in gate:11-15,up:18-24")
+    return layers.get("", layers)

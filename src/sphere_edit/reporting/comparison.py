@@ -13,6 +13,9 @@ from typing import Any
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import PARTS, FactScores, difference_intervals, intervals, summarise
 from sphere_edit.files import plain_errors
+from sphere_edit.text import csv_cell, visible
+from sphere_edit.text import latex as in_latex
+from sphere_edit.text import markdown as in_markdown
 
 Key = tuple[int, tuple[str, str, str]]  # a seed, and a fact: its subject, prompt and new answer
 
@@ -120,11 +123,12 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for group, members in _grouped(rows):
         columns = columns_of(members)
-        lines = [f"**{group}**", "", "| | facts | " + " | ".join(column.label for column in columns) + " |"]
+        heads = " | ".join(in_markdown(column.label) for column in columns)
+        lines = [f"**{in_markdown(group)}**", "", f"| | facts | {heads} |"]
         lines.append("|---|" + "---|" * (len(columns) + 1))
         for row in members:
             cells = [_cell(row, column, members, "**{}**".format, "{} ± {}".format) for column in columns]
-            lines.append(f"| {row.label} | {row.facts} | {' | '.join(cells)} |")
+            lines.append(f"| {in_markdown(row.label)} | {row.facts} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, *([comparison] if (comparison := _improvements(rows)) else [])]) + "\n"
 
@@ -135,15 +139,15 @@ def latex(rows: Sequence[Row]) -> str:
     for group, members in _grouped(rows):
         columns = columns_of(members)
         lines = [
-            f"% {group}",
+            f"% {visible(group)}",
             rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
             r"\toprule",
-            " & ".join(["", "Facts", *(_tex(column.label) for column in columns)]) + r" \\",
+            " & ".join(["", "Facts", *(in_latex(column.label) for column in columns)]) + r" \\",
             r"\midrule",
         ]
         for row in members:
             cells = [_cell(row, column, members, r"\textbf{{{}}}".format, r"{} $\pm$ {}".format) for column in columns]
-            lines.append(" & ".join([_tex(row.label), str(row.facts), *cells]) + r" \\")
+            lines.append(" & ".join([in_latex(row.label), str(row.facts), *cells]) + r" \\")
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(parts) + "\n"
 
@@ -153,13 +157,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", "method", "variant", "facts", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))])  # fmt: skip
+    writer.writerow(["group", "method", "variant", "facts", *(csv_cell(f"{name}{end}") for name in names for end in ("", "_low", "_high"))])  # fmt: skip
     for row in rows:
         cells: list[Any] = []
         for name in names:
             span = row.spans.get(name)
             cells += [row.values.get(name), *(span or (None, None))]
-        writer.writerow([row.group, row.method, row.variant, row.facts, *("" if c is None else c for c in cells)])
+        words = map(csv_cell, (row.group, row.method, row.variant))
+        writer.writerow([*words, row.facts, *("" if c is None else c for c in cells)])
     return text.getvalue()
 
 
@@ -208,7 +213,7 @@ def _improvements(rows: Sequence[Row]) -> str:
                 )
             ratio = [r.values["perplexity"] for r in (base, row)]
             cells.append("–" if None in ratio else f"{ratio[0]:.3f} → {ratio[1]:.3f}")
-            lines.append(f"| {group} | {row.label} | {' | '.join(cells)} |")
+            lines.append(f"| {in_markdown(group)} | {in_markdown(row.label)} | {' | '.join(cells)} |")
     if not lines:
         return ""
     head = (
@@ -231,16 +236,10 @@ def _over_the_best(rows: Sequence[Row]) -> str:
                 gains[name] = 100 * (best - base) / base
         if gains:
             said = ", ".join(f"{name} {gain:+.2f} %" for name, gain in gains.items())
-            lines.append(f"- {group}: {said}; mean {sum(gains.values()) / len(gains):+.2f} %")
+            lines.append(f"- {in_markdown(group)}: {said}; mean {sum(gains.values()) / len(gains):+.2f} %")
     if not lines:
         return ""
     return (
         "\n\nThe best variant over the best plain method, metric by metric (each may be another row), relative, in the likelihood protocol:\n\n"
         + "\n".join(lines)
     )
-
-
-def _tex(text: str) -> str:
-    for sign in "&%_#$":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("×", r"$\times$").replace("η", r"$\eta$").replace("α", r"$\alpha$")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.table import Table
-from rich.text import Text
 
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.methods.base import Method, Needs
@@ -22,7 +21,7 @@ def method_tables() -> list[Table]:
         listed.add_row(name, _summary(kind), _needs(method.needs), _edits(kind), _sphere(kind))
         for field, about in kind.model_fields.items():
             default = getattr(method, field)
-            options.add_row(name, field, _plain(getattr(default, "value", default)), Text(about.description or ""))
+            options.add_row(name, field, _plain(getattr(default, "value", default)), about.description or "")
         papers.add_row(name, kind.paper)
     for preset in presets():
         shape = ", ".join(f"{key} {value}" for key, value in preset.model.items())
@@ -34,10 +33,10 @@ def _left(title: str, *columns: str) -> Table:
     return make_table(title, *columns, left=columns)
 
 
-def _summary(kind: type[Method]) -> Text:
+def _summary(kind: type[Method]) -> str:
     """The first sentence of the docstring, which is the method's equation or its idea."""
     first = (kind.__doc__ or "").split("\n\n")[0].split("\n    Source")[0]
-    return Text(" ".join(first.replace("``", "").split()))
+    return " ".join(first.replace("``", "").split())
 
 
 def _needs(needs: Needs) -> str:

@@ -21,6 +21,7 @@ from sphere_edit.numerics.linalg import principal_rank, right_eigenbasis, square
 from sphere_edit.numerics.projection import unit_rows
 from sphere_edit.reporting.results import short_name
 from sphere_edit.reporting.series import METRICS, Series
+from sphere_edit.text import label as plain
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; a method has one for good
 _COLOURS = (
@@ -105,7 +106,7 @@ def differences(runs: Sequence[Series]) -> Figure:
                     s=16,
                     marker=style["marker"],
                     edgecolors=style["color"],
-                    label=run.label,
+                    label=plain(run.label),
                     **filled,
                 )
                 _ellipse(axis, steps, style["color"])
@@ -159,7 +160,7 @@ def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
             label=name,
             density=True,
         )
-    axis.set_xlabel(f"Cosine of two neurons of {title} ({len(shown)} of {len(order)} neurons)", fontsize=9)
+    axis.set_xlabel(f"Cosine of two neurons of {plain(title)} ({len(shown)} of {len(order)} neurons)", fontsize=9)
     axis.set_ylabel("Density", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=9, frameon=False)
@@ -196,7 +197,7 @@ def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> 
         density.set_axis_off()
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_xlabel(f"t-SNE of {count} of {len(before)} neurons of {title}", fontsize=9)
+    axis.set_xlabel(f"t-SNE of {count} of {len(before)} neurons of {plain(title)}", fontsize=9)
     axis.legend(fontsize=9, frameon=False, loc="upper right")
     return figure
 
@@ -212,7 +213,7 @@ def spectrum(before: Tensor, after: Tensor, title: str, eta: float = 0.5) -> Fig
         left.plot(range(1, len(sigma) + 1), sigma.tolist(), color=colour, label=name)
     left.set_yscale("log")
     left.set_xlabel("Rank", fontsize=9)
-    left.set_ylabel(f"Singular values of {title}", fontsize=9)
+    left.set_ylabel(f"Singular values of {plain(title)}", fontsize=9)
     left.legend(fontsize=9, frameon=False)
     values, vectors = right_eigenbasis(unit_rows(before))
     share = (delta @ vectors).square().sum(0).cumsum(0) / delta.square().sum()
@@ -241,7 +242,9 @@ def heat(run: Series) -> Figure:
     limit = float(table.abs().max()) or 1.0
     edges = [0, *run.batch_edits]
     image = axis.pcolormesh(edges, range(len(names) + 1), table, cmap="PuOr_r", vmin=-limit, vmax=limit)
-    axis.set_yticks([index + 0.5 for index in range(len(names))], [short_name(name) for name in names], fontsize=8)
+    axis.set_yticks(
+        [index + 0.5 for index in range(len(names))], [plain(short_name(name)) for name in names], fontsize=8
+    )
     axis.invert_yaxis()
     axis.set_xlabel("Facts edited", fontsize=9)
     _ticks(axis)
@@ -266,7 +269,7 @@ def abilities(runs: Sequence[Series], columns: int = 2) -> Figure:
                 axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
                 if points[0][1]["chance"] is not None:
                     axis.axhline(100 * points[0][1]["chance"], color=_GREY, linewidth=0.8, linestyle=":")
-                axis.set_ylabel(f"{task}, {points[0][1]['metric']}{unit}", fontsize=9)
+                axis.set_ylabel(plain(f"{task}, {points[0][1]['metric']}{unit}"), fontsize=9)
         axis.set_xlabel("Facts edited", fontsize=9)
         _ticks(axis)
     for axis in axes[len(tasks) :]:
@@ -309,7 +312,7 @@ def _line(run: Series) -> dict[str, Any]:
         "linewidth": 1.4,
         "marker": _MARKERS[run.kin % len(_MARKERS)],
         "markersize": 3 if run.kin == 0 else 4,
-        "label": run.label,
+        "label": plain(run.label),
     }
 
 
@@ -419,5 +422,5 @@ def idea(weight: Tensor, solved: Tensor, written: Tensor, title: str, eta: float
         axis.set_axis_off()
         axis.set_box_aspect((1, 1, 1), zoom=1.6)
         axis.view_init(elev=25, azim=35)
-    figure.suptitle(f"Neurons of {title}; the {_ARROWS} that the last batch moves most", fontsize=9)
+    figure.suptitle(f"Neurons of {plain(title)}; the {_ARROWS} that the last batch moves most", fontsize=9)
     return figure

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from sphere_edit.evaluation.metrics import PROTOCOLS, PromptScore
 from sphere_edit.runs.records import Batch, FinalRecheck
+from sphere_edit.text import terminal
 
 LABELS = {
     "efficacy": "Efficacy",
@@ -153,8 +153,8 @@ def facts_table(per_fact: Sequence[Mapping[str, Any]], count: int) -> Table:
     for row in sorted(per_fact, key=lambda row: (*verdicts(row), row["index"]))[:count]:
         marks = ["yes" if verdict else "no" for verdict in verdicts(row)]
         prompt = row["prompt"].replace("{}", row["subject"])
-        said = Text(one_line(row["edited"]["rewrite"]["said"]))
-        table.add_row(Text(prompt), Text(row["target_new"].strip()), said, str(row["batch"]), *marks)
+        said = terminal(one_line(row["edited"]["rewrite"]["said"]))
+        table.add_row(terminal(prompt), terminal(row["target_new"].strip()), said, str(row["batch"]), *marks)
     return table
 
 

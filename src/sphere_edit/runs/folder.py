@@ -45,6 +45,7 @@ from sphere_edit.files import (
 from sphere_edit.numerics.update import PARTS, Update, update_from
 from sphere_edit.runs.history import History, Inconsistent
 from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
+from sphere_edit.text import visible
 
 METRICS = "metrics.json"
 _JOURNAL = "journal.jsonl"
@@ -218,7 +219,10 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Commit one record: written and flushed to disk before this returns."""
-        line = json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = (
+            json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+            + b"\n"
+        )
         journal = self.path / _JOURNAL
         with plain_errors(journal):
             size = journal.stat().st_size
@@ -241,7 +245,7 @@ class RunFolder:
         session = len(self.history.sessions) + 1
         text = "".join(json.dumps(fact.as_dict(), ensure_ascii=False) + "\n" for fact in facts)
         sha256 = write_text(self.path / "facts" / f"{session:04d}.jsonl", text)
-        about: dict[str, Any] = {"source": source, "protocol": protocol, "left_out": list(left_out)}
+        about: dict[str, Any] = {"source": visible(source), "protocol": protocol, "left_out": list(left_out)}
         about |= {"inputs": self.inputs} if session == 1 else {}
         self.append(FactsAccepted(session=session, count=len(facts), sha256=sha256, **about))
 
@@ -335,9 +339,7 @@ class RunFolder:
         """The last batch up to ``batch`` whose checkpoint is there; 0 where only the original weights remain."""
         return next((number for number in range(batch, 0, -1) if self._checkpoint(number).is_file()), 0)
 
-    def last_checkpoint(
-        self, batch: int, matrix: str | None = None
-    ) -> tuple[int, dict[str, Tensor], dict[str, State]]:
+    def last_checkpoint(self, batch: int, matrix: str | None = None) -> tuple[int, dict[str, Tensor], dict[str, State]]:
         """The number of the last checkpoint up to ``batch``, and what `read_checkpoint` says of it; 0 and nothing where there is none."""
         start = self.nearest_checkpoint(batch)
         return start, *(self.read_checkpoint(start, matrix) if start else ({}, {}))

@@ -1,0 +1,76 @@
+"""The command line. Every mistake of a user ends in one sentence and status 2, never in a traceback."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from sphere_edit._version import __version__
+from sphere_edit.cli.bench import bench
+from sphere_edit.cli.demo import demo
+from sphere_edit.cli.edit import edit
+from sphere_edit.cli.look import methods, report, show
+from sphere_edit.cli.measure import ability, energy, evaluate
+from sphere_edit.cli.screen import fail, out
+from sphere_edit.cli.state import export, rollback
+from sphere_edit.cli.tune import tune
+from sphere_edit.errors import SphereEditError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Change facts inside an open-weight language model, batch after batch, and keep the model.\n\n"
+    "A first look: [bold]sphere-edit demo[/bold]. Your own facts: a JSONL file with one object a line,\n\n"
+    '[dim]{"subject": "Big Ben", "prompt": "{} stands in the city of", "target_new": "Vienna"}[/dim]\n\n'
+    "then: check what would happen, edit, look, and ship or go back:\n\n"
+    "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first --dry-run[/bold]\n\n"
+    "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first[/bold]\n\n"
+    "  [bold]sphere-edit show runs/first[/bold]\n\n"
+    "  [bold]sphere-edit export runs/first -o edited-model[/bold]\n\n"
+    "  [bold]sphere-edit rollback runs/first --to 0[/bold]",
+)
+for _command in (demo, edit, methods, evaluate, ability, show, report, energy, rollback, export, tune, bench):
+    app.command("eval" if _command is evaluate else None)(_command)
+
+
+def main() -> None:
+    """Run the command line; turn mistakes into sentences."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot spell is told by its code
+    try:
+        app()
+    except SphereEditError as error:
+        fail(str(error))
+    except UnicodeEncodeError as error:
+        if not any("\udc80" <= sign <= "\udcff" for sign in error.object):
+            raise
+        fail(f"a name that is not UTF-8 cannot be used here: {error.object}; rename the file or folder")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fail(
+            "the device ran out of memory. What was committed is kept; a new run with smaller targets.tokens or "
+            "tokens_per_batch (in --config) or --dtype bfloat16 needs less"
+        )
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"sphere-edit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,151 @@
+"""Commands that measure a model or a run: eval, ability, energy."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sphere_edit.cli.layout import write_report
+from sphere_edit.cli.options import Device, Dtype, Json, Limit, ModelDtype, ModelOrRun, SkipBad, TrustRemoteCode, given
+from sphere_edit.cli.screen import out, reporter
+from sphere_edit.errors import SphereEditError
+from sphere_edit.text import csv_cell
+
+if TYPE_CHECKING:
+    from sphere_edit.editor import Editor
+
+
+def evaluate(
+    model: ModelOrRun,
+    facts: Annotated[str, typer.Argument(help="Facts to ask for, as for edit.")],
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    dtype: ModelDtype = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores of every fact to this file.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Score facts on a model, or on the edited model of a run beside the unedited one."""
+    from sphere_edit.facts.readers import read_facts
+    from sphere_edit.files import write_json
+    from sphere_edit.planning import check_room
+    from sphere_edit.reporting.results import metrics_table, single_table
+
+    asked = read_facts(facts, limit=limit, skip_bad=skip_bad)
+    if json_file is not None:
+        check_room(json_file.absolute().parent, 0)
+    editor = _opened(model, device, dtype, trust_remote_code)
+    is_run = editor.run is not None
+    result = editor.evaluate(asked, skip_bad)
+    summary = result.summary()
+    title = f"{model}, {len(result.facts)} facts"
+    out.print(
+        metrics_table(summary["unedited"], summary["edited"], title)
+        if is_run
+        else single_table(summary["edited"], title)
+    )
+    if json_file is not None:
+        scores = zip(result.facts, result.unedited, result.edited, strict=True)
+        rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
+        write_json(json_file, {**summary, "facts": rows} if is_run else {"model": summary["edited"], "facts": rows})
+
+
+def ability(
+    model: ModelOrRun,
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-evaluation-harness: boolq,rte,…")],
+    task_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with task definitions (lm-eval YAML), or with data of the tasks that ship."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many documents of each task.")] = None,
+    device: Device = None,
+    dtype: ModelDtype = None,
+    json_file: Json = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """General ability of a model; or of a run's model before and after its edits, kept in the run."""
+    from sphere_edit.files import write_json
+    from sphere_edit.planning import check_room
+
+    if json_file is not None:
+        check_room(json_file.absolute().parent, 0)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise SphereEditError("which tasks? Give their names: --tasks boolq,rte")
+    from sphere_edit.evaluation.ability import AbilityTasks
+    from sphere_edit.reporting.results import ability_table
+
+    chosen = AbilityTasks(names, task_dir, limit)
+    editor = _opened(model, device, dtype, trust_remote_code)
+    scores = editor.ability(chosen)
+    editor.close()
+    out.print(ability_table(scores, model))
+    if json_file is not None:
+        write_json(json_file, scores)
+    if editor.run is not None:
+        write_report(editor.folder)
+
+
+def energy(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit; or a run, compared with its original.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL_OR_RUN", help="What became of the model: another model, or a run.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as 4-8 or 4,6. \\[default: all, or those that the run edited]")
+    ] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Matrices by role (down,up) or by their own name. \\[default: down]")
+    ] = None,
+    power: Annotated[int, typer.Option(min=0, max=2, help="s of the energy HE_s.")] = 1,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="Share of the neurons' spectrum that is principal.")] = 0.5,
+    json_file: Json = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Hyperspherical energy of each weight matrix, and what an edit did to it; reads one matrix at a time."""
+    from sphere_edit.diagnosis import diagnose
+    from sphere_edit.editing.settings import read_layers
+    from sphere_edit.files import write_json, write_text
+    from sphere_edit.planning import check_room
+    from sphere_edit.reporting.energy import energy_tables
+
+    for file in (json_file, csv_file):
+        if file is not None:
+            check_room(file.absolute().parent, 0)
+    numbers = None if layers is None else read_layers(layers)
+    if isinstance(numbers, dict):
+        raise SphereEditError(f"--layers takes numbers such as 4-8 here, not '{layers}'; name matrices with --modules")
+    roles = None if modules is None else [name.strip() for name in modules.split(",")]
+    reports = list(diagnose(model, against, numbers, roles, power, eta, reporter()))
+    for table in energy_tables([report.as_dict() for report in reports], power, eta):
+        out.print(table)
+    if json_file is not None:
+        write_json(json_file, [report.as_dict() for report in reports])
+    if csv_file is not None:
+        text = io.StringIO()
+        rows = [{name: csv_cell(value) for name, value in report.as_row().items()} for report in reports]
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(csv_file, text.getvalue())
+
+
+def _opened(model: str, device: str | None, dtype: Dtype | None, trust_remote_code: bool) -> Editor:
+    """A model, or a run's model before and after its edits."""
+    from sphere_edit.editor import Editor
+    from sphere_edit.runs.folder import RunFolder
+
+    if not RunFolder.exists(model):
+        options = given({"device": device, "dtype": dtype and dtype.value})
+        return Editor.from_pretrained(model, None, None, reporter(), trust_remote_code, **options)
+    if dtype is not None:
+        raise SphereEditError(f"{model} is a run, which keeps its dtype; leave out --dtype")
+    return Editor.open(model, reporter(), device, trust_remote_code)

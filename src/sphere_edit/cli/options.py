@@ -1,0 +1,55 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Basis(str, Enum):
+    """Which weights SPHERE takes its directions from."""
+
+    current = "current"
+    pretrained = "pretrained"
+
+
+class Project(str, Enum):
+    """When SPHERE is applied."""
+
+    per_layer = "per_layer"
+    after_all = "after_all"
+    deployed = "deployed"
+
+
+class Dtype(str, Enum):
+    """Numbers the model computes with; edits are made on float32 masters in any case."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. \\[default: the model's own]"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … \\[default: what is there]")]
+ModelDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Numbers the model computes with. \\[default: its own]")
+]
+Limit = Annotated[int | None, typer.Option(help="Take only the first N facts.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """What the user said; the rest is left to the settings' own defaults."""
+    said = {name: given(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return {name: value for name, value in said.items() if value is not None and value != {}}
