@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.editing.keys import SubjectPrompts
-from sphere_edit.models.forward import TokenBatch, activations, at, batches_by_length
+from sphere_edit.models.forward import activations, at
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, batches_by_length
 
 
 def subject_keys(

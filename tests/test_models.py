@@ -29,16 +29,11 @@ from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models.architecture import architecture_of
 from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.checkpoint import Checkpoint
-from sphere_edit.models.forward import (
-    TokenBatch,
-    UpperLayers,
-    activations,
-    at,
-    batches_by_length,
-    generate,
-    last_hidden,
-)
+from sphere_edit.models.forward import activations, at, last_hidden
+from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import fingerprints, load_model, prepare
+from sphere_edit.models.replay import UpperLayers
+from sphere_edit.models.tokens import TokenBatch, batches_by_length, over_batches, same_length_batches
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import DenseUpdate
 from sphere_edit.progress import Quiet
@@ -351,6 +346,25 @@ def test_batches_by_length_hold_every_index_once_within_the_limit():
     batches = batches_by_length(lengths, 12)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 12 or len(batch) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize("cut", [batches_by_length, same_length_batches])
+def test_results_over_batches_come_in_the_order_of_the_rows(cut):
+    rows = ["moment", "a", "statistics", "abc", "xyz", "a passage of text", "weights"]
+    seen = []
+
+    def work(chunk):
+        seen.append(chunk)
+        return (row.upper() for row in chunk)
+
+    assert over_batches(rows, 12, work, cut=cut) == [row.upper() for row in rows]
+    assert seen == [[rows[index] for index in chunk] for chunk in cut([len(row) for row in rows], 12)]
+    assert over_batches([(row, 1) for row in rows], 12, lambda chunk: chunk, lambda pair: len(pair[0]), cut) == [
+        (row, 1) for row in rows
+    ]
+    assert over_batches([], 12, work, cut=cut) == []
+    with pytest.raises(ValueError, match="zip"):
+        over_batches(rows, 12, lambda chunk: chunk[1:], cut=cut)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

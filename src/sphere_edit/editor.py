@@ -17,7 +17,7 @@ from sphere_edit.export import export_model, model_card
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
-from sphere_edit.models.forward import generate
+from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.projection import Sphere

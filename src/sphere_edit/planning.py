@@ -22,7 +22,8 @@ from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder, joined
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import plain_errors
-from sphere_edit.models.forward import TokenBatch, last_hidden
+from sphere_edit.models.forward import last_hidden
+from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.session import Session

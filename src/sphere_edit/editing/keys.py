@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder, fill
-from sphere_edit.models.forward import LayerWalk, TokenBatch, activations, batches_by_length
+from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, over_batches
+from sphere_edit.models.walk import LayerWalk
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,15 @@ def bystander_keys(
     modules = [loaded.model.get_submodule(name) for name in names]
     rows = [encoder.encode(fact.filled_prompt).ids for fact in facts]
     subjects = [encoder.subject_end(*fill("{}", fact))[1] for fact in facts]
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in modules]
-    for chunk in batches_by_length([len(row) for row in rows], max_tokens):
-        inputs, _ = activations(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device), modules)
-        for kept, seen in zip(found, inputs, strict=True):
-            for number, index in enumerate(chunk):
-                subject, length = subjects[index], len(rows[index])
-                kept[index] = torch.cat([seen[number, :subject], seen[number, subject + 1 : length]]).float()
-    return [_columns(torch.cat(vectors)) for vectors in found]
+
+    def read(chunk: list[tuple[list[int], int]]) -> Iterator[list[Tensor]]:
+        inputs, _ = activations(loaded, TokenBatch.of([row for row, _ in chunk], loaded.device), modules)
+        for number, (row, subject) in enumerate(chunk):
+            yield [torch.cat([seen[number, :subject], seen[number, subject + 1 : len(row)]]).float() for seen in inputs]
+
+    asked = list(zip(rows, subjects, strict=True))
+    found = over_batches(asked, max_tokens, read, lambda pair: len(pair[0]))
+    return [_columns(torch.cat(vectors)) for vectors in zip(*found, strict=True)]
 
 
 def _averaged(clean: Tensor, others: Tensor | None = None) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, is_whole, read_tensors, write_json, write_tensors
-from sphere_edit.models.forward import TokenBatch, activations, batches_by_length, generate, seeded
+from sphere_edit.models.forward import activations
+from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
 
 _MAX_PASSAGES = 20_000
@@ -225,8 +227,8 @@ def second_moments(
     with reporter.bar("second moments", total, "tokens") as advance:
         advance(sum(sums.tokens))
         for window in windows[sums.windows :]:
-            for chunk in batches_by_length([len(passage) for passage in window], max_tokens):
-                batch = TokenBatch.of([window[index] for index in chunk], loaded.device)
+            for rows in batches_of(window, max_tokens):
+                batch = TokenBatch.of(rows, loaded.device)
                 inputs, _ = activations(loaded, batch, inputs_of=modules)
                 real = batch.mask.bool()
                 sums.add({name: hidden[real].float() for name, hidden in zip(names, inputs, strict=True)})

@@ -21,8 +21,9 @@ from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import Graph, TokenBatch, batches_by_length, deterministic
+from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter
 
@@ -97,8 +98,7 @@ class Repair:
         self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
         self.random = random.Random(seed)
         rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
-        chunks = batches_by_length([len(row) for row in rows], min(_TEXT_TOKENS, max_tokens))
-        batches = [[rows[index] for index in chunk] for chunk in chunks]
+        batches = batches_of(rows, min(_TEXT_TOKENS, max_tokens))
         self.batches = cycle(self.random.sample(batches, len(batches)))
 
     def run(self, steps: int, share: float, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:

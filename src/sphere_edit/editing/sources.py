@@ -25,8 +25,9 @@ from sphere_edit.editing.targets import (
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import Graph, Predictions, TokenBatch, batches_by_length, deterministic
+from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
+from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
 
@@ -260,7 +261,7 @@ class TargetGradients(Source):
         """One forward and one backward pass."""
         modules = [self.loaded.model.get_submodule(name) for name in self.weights.names]
         found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
-        self._losses: list[float] = [0.0] * len(facts)
+        told: list[tuple[list[int], list[float]]] = []
         with deterministic(self.loaded.device):
             for chunk, rows in target_rows(self.loaded, self.encoder, facts, self.max_tokens):
                 graph = Graph(self.loaded, rows.batch, outputs_of=modules)
@@ -270,9 +271,9 @@ class TargetGradients(Source):
                 for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
                     keys.append(inputs[where].float())
                     residuals.append(-gradient[where].float() / GRADIENT_SCALE)
-                for index, loss in zip(chunk, losses.tolist(), strict=True):
-                    self._losses[index] = loss
+                told.append((chunk, losses.tolist()))
                 advance(len(chunk))
+        self._losses = in_order(told)
         self._problems = [
             (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
         ]

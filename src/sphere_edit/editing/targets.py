@@ -15,8 +15,10 @@ from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
-from sphere_edit.models.forward import Predictions, UpperLayers, batches_by_length, deterministic
+from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.replay import UpperLayers
+from sphere_edit.models.tokens import Predictions, over_batches
 from sphere_edit.progress import Advance
 
 GRADIENT_SCALE = 1024.0  # a power of two: changes no bits but those that float16 would lose
@@ -117,14 +119,12 @@ def optimise_targets(
     """
     encoder = Encoder(loaded.tokenizer)
     prompts = [FactPrompts.of(fact, templates, encoder) for fact in facts]
-    sizes = [fact.replayed_tokens for fact in prompts]
-    done: dict[int, _Found] = {}
+
+    def descend(chunk: list[FactPrompts]) -> list[_Found]:
+        return _Descent(loaded, chunk, layer, settings, inside).run(advance)
+
     with deterministic(loaded.device):
-        for chunk in batches_by_length(sizes, settings.tokens_on(loaded.device)):
-            descent = _Descent(loaded, [prompts[index] for index in chunk], layer, settings, inside)
-            for index, result in zip(chunk, descent.run(advance), strict=True):
-                done[index] = result
-    order = [done[index] for index in range(len(facts))]
+        order = over_batches(prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens)
     for fact, found in zip(facts, order, strict=True):
         if not all(loss < float("inf") for loss in found.losses):
             raise SphereEditError(

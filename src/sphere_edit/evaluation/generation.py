@@ -15,8 +15,9 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.metrics import Answer, FactScores, grouped, questions
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import generate, same_length_batches, seeded
+from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import over_batches, same_length_batches
 from sphere_edit.progress import Reporter
 
 _ANSWER_TOKENS = 12
@@ -81,14 +82,15 @@ def continuations(
     **options: Any,
 ) -> list[list[int]]:
     """What the model says after each prompt, all token ids, at most so many; greedily unless ``options`` say otherwise."""
-    said: list[list[int]] = [[] for _ in prompts]
+    asked = list(zip(prompts, lengths, strict=True))
     with reporter.bar(title, len(prompts), "prompts") as advance:
-        for chunk in same_length_batches([len(prompt) for prompt in prompts], max_tokens):
-            rows = generate(loaded, [prompts[i] for i in chunk], max(lengths[i] for i in chunk), **options)
-            for index, row in zip(chunk, rows, strict=True):
-                said[index] = row[len(prompts[index]) :][: lengths[index]]
+
+        def go_on(chunk: list[tuple[list[int], int]]) -> Iterator[list[int]]:
+            rows = generate(loaded, [prompt for prompt, _ in chunk], max(length for _, length in chunk), **options)
             advance(len(chunk))
-    return said
+            return (row[len(prompt) :][:length] for row, (prompt, length) in zip(rows, chunk, strict=True))
+
+        return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), same_length_batches)
 
 
 def _coded(loaded: LoadedModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:

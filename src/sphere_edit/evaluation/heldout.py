@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_edit.models.forward import TokenBatch, batches_by_length, last_hidden, next_token_scores
+from sphere_edit.models.forward import last_hidden, next_token_scores
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
 
 _HEAD_ROWS = 512  # positions whose two distributions exist at one time; changes memory, not results
@@ -49,8 +50,8 @@ def score_heldout(
     loss, divergence, count = 0.0, 0.0, 0
     kept: list[Tensor] = []
     with reporter.bar(title, sum(len(passage) for passage in passages), "tokens") as advance:
-        for number, chunk in enumerate(batches_by_length([len(passage) for passage in passages], max_tokens)):
-            batch = TokenBatch.of([passages[index] for index in chunk], loaded.device)
+        for number, rows in enumerate(batches_of(passages, max_tokens)):
+            batch = TokenBatch.of(rows, loaded.device)
             predicted = batch.mask[:, 1:].bool()
             hidden = last_hidden(loaded, batch)[:, :-1][predicted]
             losses, _ = next_token_scores(loaded, hidden, batch.ids[:, 1:][predicted])

@@ -12,7 +12,7 @@ Every prompt has a right answer (target_new; for a neighbour its own) and a riva
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,15 +21,10 @@ from torch import Tensor
 
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import (
-    Predictions,
-    TokenBatch,
-    batches_by_length,
-    greedy_continuations,
-    last_hidden,
-    next_token_scores,
-)
+from sphere_edit.models.forward import last_hidden, next_token_scores
+from sphere_edit.models.generation import greedy_continuations
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import Predictions, TokenBatch, over_batches
 from sphere_edit.progress import Reporter
 
 PARTS = ("efficacy", "generalization", "specificity")
@@ -201,21 +196,29 @@ def _answer_scores(
     encoder = Encoder(loaded.tokenizer)
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
     hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
-    rows = list(hosts)
-    found: dict[tuple[str, Answer], tuple[float, float]] = {}
     with reporter.bar(title, len(pairs), "answers") as advance:
-        for chunk in batches_by_length([len(row) for row in rows], max_tokens):
-            hidden = last_hidden(loaded, TokenBatch.of([rows[index] for index in chunk], loaded.device))
-            guests = [(row, index) for row, host in enumerate(chunk) for index in hosts[rows[host]]]
+
+        def read(chunk: list[tuple[int, ...]]) -> Iterator[list[tuple[float, float]]]:
+            hidden = last_hidden(loaded, TokenBatch.of(chunk, loaded.device))
+            guests = [(row, index) for row, host in enumerate(chunk) for index in hosts[host]]
             answers = [(at, row, len(coded[index][0]) - 1, coded[index][1]) for at, (row, index) in enumerate(guests)]
             where = Predictions.of(answers, len(guests), hidden.device)
             losses, likeliest = next_token_scores(loaded, hidden[where.rows, where.columns], where.tokens)
             sizes = [len(answer) for *_, answer in answers]
             right = (likeliest == where.tokens).split(sizes)
-            for (_, index), loss, hits in zip(guests, losses.split(sizes), right, strict=True):
-                found[pairs[index]] = (float(loss.double().mean()), float(hits.double().mean()))
+            scores = iter(
+                (float(loss.double().mean()), float(hits.double().mean()))
+                for loss, hits in zip(losses.split(sizes), right, strict=True)
+            )
             advance(len(guests))
-    return found
+            return ([next(scores) for _ in hosts[host]] for host in chunk)
+
+        scored = over_batches(list(hosts), max_tokens, read)
+    return {
+        pairs[index]: score
+        for guests, scores in zip(hosts.values(), scored, strict=True)
+        for index, score in zip(guests, scores, strict=True)
+    }
 
 
 def _hosts(rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.models.forward import generate, seeded
+from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"

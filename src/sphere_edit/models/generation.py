@@ -1,0 +1,79 @@
+"""What a model goes on to say: greedily or sampled, token by token or by transformers' ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.models.forward import at, last_hidden, next_token_scores
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, over_batches
+
+_GREEDY_TOKENS = 4096  # in one batch of `greedy_continuations`
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, and the outer ones as if nothing had happened."""
+    options: dict[str, Any] = (
+        {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    )
+    with torch.random.fork_rng(**options):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def greedy_continuations(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[list[int]]:
+    """The ``lengths[i]`` likeliest next tokens of each prompt (token ids), one after another."""
+    rows = [list(prompt) for prompt in prompts]
+
+    def likeliest(chunk: list[list[int]]) -> list[int]:
+        batch = TokenBatch.of(chunk, loaded.device)
+        hidden = at(last_hidden(loaded, batch), batch.mask.sum(1) - 1)
+        _, tokens = next_token_scores(loaded, hidden, torch.zeros(len(chunk), dtype=torch.long, device=hidden.device))
+        return tokens.tolist()
+
+    for step in range(max(lengths, default=0)):
+        pending = [row for row, length in zip(rows, lengths, strict=True) if step < length]
+        for row, token in zip(pending, over_batches(pending, _GREEDY_TOKENS, likeliest), strict=True):
+            row.append(token)
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    new_tokens: int,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    **options: Any,
+) -> list[list[int]]:
+    """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
+
+    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    own = loaded.model.generation_config
+    ids = torch.tensor(rows, device=loaded.device)
+    # transformers fills whatever is not set from the model's generation_config, so that one has to step aside
+    loaded.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
+    try:
+        said = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
+            logits_processor=LogitsProcessorList(processors),
+        ).tolist()
+    finally:
+        loaded.model.generation_config = own
+    ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+    given = len(rows[0])
+    return [row[: next((i for i in range(given, len(row)) if row[i] in ends), len(row))] for row in said]

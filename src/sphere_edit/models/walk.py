@@ -1,0 +1,101 @@
+"""Hidden states carried from layer to layer, so that edited layers are read one after another in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere_edit.models.forward import at
+from sphere_edit.models.hooks import Call, Stop, first_output, hidden_first, watched
+from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.tokens import TokenBatch, batches_by_length, in_order
+
+
+@dataclass
+class _WalkedChunk:
+    """Some rows of a walk: what each layer is called with beside the hidden states, and those at the standing point."""
+
+    rows: list[int]
+    last: Tensor  # each row's last token
+    calls: list[Call]  # of the layers from the first on
+    entering: Tensor  # hidden states before the first layer
+    hidden: Tensor  # and before the layer the walk stands at
+
+
+class LayerWalk:
+    """Hidden states of some rows, carried from layer to layer while the weights of those behind are final.
+
+    One forward pass records, by hook, what the layers from ``first`` to ``last`` are called with (masks, rotary tables, …,
+    whatever the family passes). After that only layers from the standing point on are run, so that reading n edited layers one
+    after another costs one pass over them and not n passes from the embedding on.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: Sequence[list[int]], first: int, last: int, max_tokens: int):
+        self._layers = list(loaded.architecture.decoder_layers(loaded.model))
+        self._first, self._at = first, first
+        self._chunks = [
+            self._record(loaded, [rows[index] for index in chunk], chunk, last)
+            for chunk in batches_by_length([len(row) for row in rows], max_tokens)
+        ]
+
+    @torch.no_grad()
+    def _record(self, loaded: LoadedModel, rows: list[list[int]], indices: list[int], last: int) -> _WalkedChunk:
+        batch = TokenBatch.of(rows, loaded.device)
+        calls: list[Call] = []
+
+        def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(hidden_first(args, kwargs))
+            if module is self._layers[last]:
+                raise Stop
+
+        with ExitStack() as hooks:
+            for layer in self._layers[self._first : last + 1]:
+                hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
+            with suppress(Stop):
+                loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        entering = calls[0][0][0]
+        rest = [(args[1:], kwargs) for args, kwargs in calls]
+        return _WalkedChunk(indices, batch.mask.sum(1) - 1, rest, entering, entering)
+
+    @torch.no_grad()
+    def stand_at(self, layer: int) -> None:
+        """Run the layers up to ``layer``, whose weights must be final; backwards, start again from the first."""
+        if layer < self._at:
+            self._at = self._first
+            for chunk in self._chunks:
+                chunk.hidden = chunk.entering
+        for chunk in self._chunks:
+            for number in range(self._at, layer):
+                chunk.hidden = self._run(chunk, number, chunk.hidden)
+        self._at = layer
+
+    @torch.no_grad()
+    def read(
+        self, last: int, inputs_of: Sequence[nn.Module] = (), output_of: nn.Module | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Inputs of some modules and the output of one at each row's last token, ``[rows, d]`` each, float32.
+
+        The modules stand in the layers from the standing point to ``last``; nothing after the last of them is computed.
+        """
+        vectors = in_order((chunk.rows, self._read(chunk, last, inputs_of, output_of)) for chunk in self._chunks)
+        stacked = [torch.stack(several) for several in zip(*vectors, strict=True)]
+        return (stacked, None) if output_of is None else (stacked[:-1], stacked[-1])
+
+    def _read(
+        self, chunk: _WalkedChunk, last: int, inputs_of: Sequence[nn.Module], output_of: nn.Module | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """For each row of the chunk what `read` is asked for, the output last."""
+        hidden = chunk.hidden
+        with watched(inputs_of, output_of) as (inputs, outputs):
+            for number in range(self._at, last + 1):
+                hidden = self._run(chunk, number, hidden)
+        return zip(*(at(seen, chunk.last).float() for seen in (*inputs, *outputs)), strict=True)
+
+    def _run(self, chunk: _WalkedChunk, number: int, hidden: Tensor) -> Tensor:
+        args, kwargs = chunk.calls[number - self._first]
+        return first_output(self._layers[number](hidden, *args, **kwargs))
