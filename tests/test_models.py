@@ -31,7 +31,8 @@ from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.forward import activations, at, last_hidden
 from sphere_edit.models.generation import generate
-from sphere_edit.models.loading import fingerprints, load_model, prepare
+from sphere_edit.models.identity import fingerprints
+from sphere_edit.models.loading import load_model, prepare
 from sphere_edit.models.replay import UpperLayers
 from sphere_edit.models.tokens import TokenBatch, batches_by_length, over_batches, same_length_batches
 from sphere_edit.models.weights import EditedWeights

@@ -13,7 +13,8 @@ from sphere_edit.editing.methods.base import Method, Statistics
 from sphere_edit.editing.moments import Corpus, second_moments
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, copied, is_whole, read_tensors, write_tensors
-from sphere_edit.models.loading import LoadedModel, fingerprints
+from sphere_edit.models.identity import fingerprints
+from sphere_edit.models.loading import LoadedModel
 from sphere_edit.numerics.linalg import null_space
 from sphere_edit.progress import Reporter
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
-from sphere_edit.models.loading import tensor_bytes
+from sphere_edit.models.identity import tensor_bytes
 from sphere_edit.numerics.update import Update
 
 

@@ -23,7 +23,8 @@ from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
-from sphere_edit.models.loading import LoadedModel, config_values, device_name
+from sphere_edit.models.identity import config_values, device_name
+from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter

@@ -1,0 +1,76 @@
+"""transformers' own loader, with its errors in plain words and its remarks off the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from sphere_edit.errors import SphereEditError
+
+
+def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bool, **kwargs: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer from a folder or hub id ``where``; ``source`` is what the user called it.
+
+    Raises:
+        SphereEditError: it cannot be loaded, or its files lack weights that its configuration describes.
+    """
+    # transformers is imported here and not above, so that `sphere-edit --help` answers at once
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **kwargs)
+            causal: Any = AutoModelForCausalLM
+            model, found = causal.from_pretrained(
+                where,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=None if kwargs else True,
+                output_loading_info=True,
+                **kwargs,
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        raise SphereEditError(f"model '{source}' cannot be loaded: {first_lines(error)}") from None
+    lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
+    if lacking:  # transformers would put random numbers in their place
+        raise SphereEditError(
+            f"model '{source}' lacks {len(lacking)} of the weights that its config.json describes, or has them in another shape; the "
+            f"first: {lacking[0]}. Is it a whole checkpoint of a causal language model?"
+        )
+    return tokenizer, model
+
+
+def first_lines(error: Exception) -> str:
+    """What an error of a library says, in one line of 400 characters at most."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " …"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' remarks about a model's metadata, and the bars it cannot turn off, off the user's screen."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
