@@ -22,6 +22,10 @@ from sphere_edit.errors import SphereEditError
 _SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
 
 
+class _Damaged(SphereEditError):
+    """A file was read, and is not what was written."""
+
+
 def cache_dir() -> Path:
     """Where statistics and converted models are kept: ``SPHERE_EDIT_CACHE``, else ``~/.cache/sphere-edit``."""
     return Path(os.environ.get("SPHERE_EDIT_CACHE") or Path.home() / ".cache" / "sphere-edit")
@@ -41,9 +45,10 @@ def plain_errors(path: Path, doing: str = "written") -> Iterator[None]:
                 "free some space and go on with --resume"
             ) from None
         reason = os.strerror(number) if number else text
-        raise SphereEditError(f"{path} could not be {doing}: {reason}") from None
+        kind = SphereEditError if isinstance(error, OSError) else _Damaged
+        raise kind(f"{path} could not be {doing}: {reason}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SphereEditError(f"{path} is damaged ({error}); put it back from a backup") from None
+        raise _Damaged(f"{path} is damaged ({error}); put it back from a backup") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -92,12 +97,20 @@ def write_cache(path: Path, content: Any) -> None:
 
 
 def read_cache(path: Path) -> Any | None:
-    """What `write_cache` put there; None where there is nothing, or something that was damaged since."""
+    """What `write_cache` put there; None where there is nothing, or something that was damaged since.
+
+    Raises:
+        SphereEditError: it is there and cannot be read, which says nothing about what it holds.
+    """
+    with plain_errors(path, "read"):
+        if not path.exists():
+            return None
+        data = path.read_bytes()
     try:
-        kept = json.loads(path.read_text("utf-8"))
+        kept = json.loads(data.decode())
         text = json.dumps(kept["content"], ensure_ascii=False)
         return kept["content"] if kept[_SUMS] == hashlib.sha256(text.encode()).hexdigest() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -134,7 +147,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
         }
     for name, tensor in found.items():
         if sums and sums.get(name) != _tensor_digest(tensor):
-            raise SphereEditError(
+            raise _Damaged(
                 f"{path} is damaged: '{name}' in it is not what was written; put the file back from a backup"
             )
     return found
@@ -162,23 +175,34 @@ def is_whole(path: Path) -> bool:
     """Whether a safetensors file is there and its tensors are what was written; one that is read and found otherwise is removed.
 
     Raises:
-        SphereEditError: it is there and cannot be read for another reason.
+        SphereEditError: it is there and cannot be read (too many open files, no permission, …), which says nothing about it.
     """
-    if not path.is_file():
-        return False
+    with plain_errors(path, "read"):
+        if not path.is_file():
+            return False
+        path.open("rb").close()  # safetensors would call any file that it cannot open one that is not there
     try:
-        with safe_open(path, "pt") as file:
-            hashed = _SUMS in (file.metadata() or {})
-        if hashed:
+        if content_digest(path) is not None:  # one without hashes is of an earlier version
             read_tensors(path)
             return True
-    except OSError:
-        with plain_errors(path, "read"):
-            raise
-    except (SafetensorError, SphereEditError):
+    except _Damaged:
         pass
     path.unlink(missing_ok=True)
     return False
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a run whose folder cannot be written or whose disk is too small for it.
+
+    Raises:
+        SphereEditError: saying which.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with plain_errors(folder), tempfile.TemporaryFile(prefix=".sphere-edit-", dir=existing):
+        pass
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise SphereEditError(f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there")
 
 
 def require_utf8(path: str | Path, what: str) -> None:

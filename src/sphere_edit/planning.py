@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -15,13 +13,11 @@ from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import OptimisedTargets
-from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.metrics import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder, joined
 from sphere_edit.facts.readers import read_facts
-from sphere_edit.files import plain_errors
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.progress import Quiet
@@ -127,22 +123,6 @@ def _source_times(session: Session, trial: Sequence[Fact]) -> dict[str, float]:
         return {source.stage: begin}
     keys = _timed(lambda: [*map(source.layer, range(len(session.layers))), source.all_keys(trial)])
     return {source.stage: begin * settings.targets.steps / _TRIAL_STEPS, "keys": keys}
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Refuse a run whose folder cannot be written or whose disk is too small for it.
-
-    Raises:
-        SphereEditError: saying which.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with plain_errors(folder):
-        probe = existing / ".sphere-edit-probe"
-        probe.touch()
-        probe.unlink()
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise SphereEditError(f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there")
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -126,8 +126,7 @@ def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remot
     from sphere_edit.editing.moments import read_passages
     from sphere_edit.editing.settings import make_settings
     from sphere_edit.editor import Editor
-    from sphere_edit.files import cache_dir
-    from sphere_edit.planning import check_room
+    from sphere_edit.files import cache_dir, check_room
 
     chosen = make_settings(*settings)
     if chosen.moments.corpus is not None:

@@ -42,7 +42,8 @@ def say_metrics(metrics: dict[str, Any], batch: str) -> None:
 
 def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -> None:
     """Check everything, show what would be done and what it would cost, and do nothing."""
-    from sphere_edit.planning import check_room, estimate
+    from sphere_edit.files import check_room
+    from sphere_edit.planning import estimate
 
     planned, _ = editor.check(facts, skip_bad, skip_known)
     cost = estimate(editor.session, planned, editor.run)

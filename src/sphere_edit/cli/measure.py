@@ -33,8 +33,7 @@ def evaluate(
 ) -> None:
     """Score facts on a model, or on the edited model of a run beside the unedited one."""
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.files import write_json
-    from sphere_edit.planning import check_room
+    from sphere_edit.files import check_room, write_json
     from sphere_edit.reporting.results import metrics_table, single_table
 
     asked = read_facts(facts, limit=limit, skip_bad=skip_bad)
@@ -70,8 +69,7 @@ def ability(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """General ability of a model; or of a run's model before and after its edits, kept in the run."""
-    from sphere_edit.files import write_json
-    from sphere_edit.planning import check_room
+    from sphere_edit.files import check_room, write_json
 
     if json_file is not None:
         check_room(json_file.absolute().parent, 0)
@@ -113,8 +111,7 @@ def energy(
     """Hyperspherical energy of each weight matrix, and what an edit did to it; reads one matrix at a time."""
     from sphere_edit.diagnosis import diagnose
     from sphere_edit.editing.settings import read_layers
-    from sphere_edit.files import write_json, write_text
-    from sphere_edit.planning import check_room
+    from sphere_edit.files import check_room, write_json, write_text
     from sphere_edit.reporting.energy import energy_tables
 
     for file in (json_file, csv_file):

@@ -33,9 +33,8 @@ def tune(
 
     from sphere_edit.editing.settings import make_settings, read_settings_file
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.files import write_text
+    from sphere_edit.files import check_room, write_text
     from sphere_edit.models.loading import load_model
-    from sphere_edit.planning import check_room
     from sphere_edit.reporting.results import trials_table
     from sphere_edit.tuning import check_tunable
     from sphere_edit.tuning import tune as find
