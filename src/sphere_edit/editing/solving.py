@@ -179,7 +179,9 @@ class Solver:
             keys, residual = self.source.layer(index)
             clock.lap("keys")
             dominant = self._dominant_vectors(name)
-            problem = LayerProblem(self.weights.working[name], keys, residual, self.statistics[name], beside, dominant)
+            problem = LayerProblem(
+                self.weights.working[name].clone(), keys, residual, self.statistics[name], beside, dominant
+            )
             update = method.solve(problem, states[name]).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)
@@ -200,7 +202,7 @@ class Solver:
 
     def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
         group = _Group()
-        updates = method.descend(self.source.objective, self.weights.snapshot())
+        updates = method.descend(self.source.objective, {name: w.clone() for name, w in self.weights.working.items()})
         clock.lap(self.source.stage)
         for name in self.weights.names:
             self._write(group, name, updates[name].to(torch.float32))
@@ -222,7 +224,7 @@ class Solver:
         updates: dict[str, Update] = {}
         solved: dict[str, Update] = {}
         for name in self.weights.names:
-            update = self.method.finish(joined([group.written[name] for group in groups]), before[name])
+            update = self.method.finish(joined([group.written[name] for group in groups]), before[name].clone())
             solved[name] = joined([group.solved[name] for group in groups])
             if self.sphere is not None and self.sphere.project == "after_all":
                 solved[name] = update
@@ -235,7 +237,7 @@ def deployed_weight(
     method: Method, sphere: Sphere | None, original: Tensor, working: Tensor, directions: Callable[[], Tensor]
 ) -> Tensor:
     """What the model runs with ``[d_out, d_in]``, from W0 and the working weight, and SPHERE's directions if they are asked for."""
-    deployed = method.deploy(original, working)
+    deployed = method.deploy(original.clone(), working.clone())  # a method may write into what it is given
     if sphere is not None and sphere.project == "deployed":
         change = sphere.suppress(deployed.double() - original.double(), directions())
         deployed = (original.double() + change).float()

@@ -23,6 +23,11 @@ class EditedWeights:
 
     The next batch starts from the working weights; evaluation, energy and export look at the deployed ones. They
     differ only for a method whose ``deploy`` is not the identity (PRUNE), and by the cast into the model's dtype.
+
+    Whose tensors are whose, for every family and dtype: what the model runs with, and W0, are never handed out. `original` and
+    `deployed` make copies, which are the caller's to change, and `set` keeps a copy of what it is given. ``working`` and
+    `snapshot` hold the masters themselves, so that reading one costs nothing: a new weight takes the place of the old tensor
+    and is never written into it. Read them; what might write into one (a method) is given a clone.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
@@ -32,21 +37,22 @@ class EditedWeights:
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
                 raise SphereEditError(f"{name} is stored as {parameter.dtype}; editing needs float weights")
-        self._stored = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._stored = {
+            name: parameter.detach().clone() for name, parameter in self._parameters.items()
+        }  # W0 as it came
         self.working = {name: self.original(name) for name in self.names}
 
     def original(self, name: str) -> Tensor:
-        """W0 as float32 ``[d_out, d_in]``."""
-        return self._oriented(self._stored[name]).float().contiguous()
+        """A copy of W0 as float32 ``[d_out, d_in]``."""
+        return _master(self._oriented(self._stored[name]))
 
     def deployed(self, name: str) -> Tensor:
-        """The matrix the model runs with, as float32 ``[d_out, d_in]``."""
-        return self._oriented(self._parameters[name].detach()).float().contiguous()
+        """A copy of the matrix the model runs with, as float32 ``[d_out, d_in]``."""
+        return _master(self._oriented(self._parameters[name].detach()))
 
     def set(self, name: str, weight: Tensor) -> None:
-        """Make ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
-        self.working[name] = weight.to(self._parameters[name].device, torch.float32)
-        self._write(name, self.working[name])
+        """Make a copy of ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
+        self._take(name, _master(weight, self._parameters[name].device))
 
     def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
@@ -57,7 +63,7 @@ class EditedWeights:
 
     def add(self, name: str, update: Update) -> None:
         """Add an update to the working weight, and run the model with the sum."""
-        self.set(name, update.added_to(self.working[name]))
+        self._take(name, update.added_to(self.working[name]))
 
     def deploy(self, name: str, weight: Tensor) -> None:
         """Run the model with ``weight [d_out, d_in]`` in place of the working weight, which stays as it is."""
@@ -69,13 +75,13 @@ class EditedWeights:
             self._write(name, self.working[name])
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The working weights by name, for a later `restore`."""
+        """The working weights by name, for a later `restore`; they stay as they are when new ones take their place."""
         return dict(self.working)
 
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Put working weights back, and run the model with them."""
+        """Put working weights back, and run the model with them; the tensors, of a `snapshot` or fresh, are taken over."""
         for name in self.names:
-            self.set(name, weights[name])
+            self._take(name, weights[name].to(self._parameters[name].device, torch.float32))
 
     def reset(self) -> None:
         """Back to the unedited model, bit for bit."""
@@ -102,6 +108,11 @@ class EditedWeights:
     def _oriented(self, stored: Tensor) -> Tensor:
         return stored.T if self._transposed else stored
 
+    def _take(self, name: str, weight: Tensor) -> None:
+        """As `set`, of a float32 tensor that nobody else holds."""
+        self.working[name] = weight
+        self._write(name, weight)
+
     def _write(self, name: str, weight: Tensor) -> None:
         self._copy(name, self._oriented(weight))
 
@@ -113,6 +124,11 @@ class EditedWeights:
             )
         with torch.no_grad():
             parameter.copy_(stored)
+
+
+def _master(weight: Tensor, device: torch.device | None = None) -> Tensor:
+    """One copy of ``weight``, row-major and in float32."""
+    return weight.to(device or weight.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _weight_of(module: nn.Module) -> Tensor:

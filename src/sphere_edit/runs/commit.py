@@ -97,8 +97,8 @@ class Committer:
         return self._commit(batch, written, {}, deployed, {**about, "repair": descent.as_dict()}, clock)
 
     def _deployed(self) -> dict[str, Tensor]:
-        """Copies of what the model runs with: of a float32 model the deployed matrices are the parameters themselves."""
-        return {name: self.weights.deployed(name).clone() for name in self.weights.names}
+        """Copies of what the model runs with."""
+        return {name: self.weights.deployed(name) for name in self.weights.names}
 
     def _commit(
         self,
