@@ -50,19 +50,16 @@ class UpperLayers:
     def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
         from transformers import DynamicCache
 
-        device = self._loaded.device
-        # one column of padding at least: without any, the model would pass no mask, and a slice of none is wrong
-        column = max(pivots) + 1
-        width = column + max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
-            start = column - pivot
-            ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[index, start : start + len(row)] = 1
-        mask = mask.to(device)
+        # lay the rows out so that all pivots stand in one column
+        ids, mask = (part.to(self._loaded.device) for part in _aligned(rows, pivots))
+        column, width = max(pivots) + 1, ids.shape[1]
+
+        # hooks: the value at the site, what each upper layer is called with, and what the last one returns
         values: list[Tensor] = []
         clean: list[Tensor] = []
+
+        def take_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            values.append(first_output(output))
 
         def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._calls.append(hidden_first(args, kwargs))
@@ -71,23 +68,25 @@ class UpperLayers:
             clean.append(first_output(output))
             raise Stop
 
+        # one clean pass: with a cache, for it is the cache that receives every layer's keys and values; each row counts its
+        # positions from its own first token, as it would without the padding on the left
         cache: Any = DynamicCache()
         with ExitStack() as hooks:
-            hooks.callback(
-                self._site.register_forward_hook(lambda m, a, output: values.append(first_output(output))).remove
-            )
+            hooks.callback(self._site.register_forward_hook(take_value).remove)
             for layer in self._layers:
                 hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
             last = self._loaded.architecture.decoder_layers(self._loaded.model)[-1]
             hooks.callback(last.register_forward_hook(take_last).remove)
             with suppress(Stop):
                 self._loaded.model(
-                    input_ids=ids.to(device),
+                    input_ids=ids,
                     attention_mask=mask,
                     position_ids=(mask.cumsum(1) - 1).clamp_min(0),
                     past_key_values=cache,
                     use_cache=True,
                 )
+
+        # before the pivot, keys and values are all that a replay needs: they take the cache's place in every call
         self._keys_values = _Prefix(
             [(layer.keys[:, :, :column], layer.values[:, :, :column]) for layer in cache.layers]
         )
@@ -97,15 +96,21 @@ class UpperLayers:
             if item is cache:
                 return self._keys_values
             if isinstance(item, Tensor):
+                # where the columns are: [S], [B, S] or [B, S, d], and the rows of a mask [B, 1, S, S], which sees all columns
                 dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(item.dim())
                 if dim is not None and item.shape[dim] == width:
                     return item.narrow(dim, column, width - column)
             return item
 
+        # from the pivot on, each call is cut to the columns that are run again
         self._calls = [_mapped(suffix, call) for call in self._calls]
+
+        # a replay starts from the site's own output, or, δ lying inside a layer, from what that layer was given
         site = values[0][:, column:]
         self.value = site[:, 0]  # [B, d]: what stands at the pivots
         self._start = self._calls[0][0][0] if self._inside else site
+
+        # `check` compares a replay with the clean pass, at the columns that hold a token
         self._clean, self._real = clean[0][:, column:], mask[:, column:].bool()
 
     def keep(self, rows: Tensor) -> None:
@@ -160,6 +165,22 @@ class UpperLayers:
             yield
         finally:
             handle.remove()
+
+
+def _aligned(rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``[B, S]``, padded on both sides so that every row's pivot stands in column max(pivots) + 1.
+
+    So there is one column of padding at least: without any, the model would pass no mask, and a slice of none is wrong.
+    """
+    column = max(pivots) + 1
+    width = column + max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
+        start = column - pivot
+        ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, start : start + len(row)] = 1
+    return ids, mask
 
 
 def _add_first(hidden: Tensor, delta: Tensor) -> Tensor:
