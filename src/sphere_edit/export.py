@@ -10,7 +10,7 @@ from sphere_edit._version import __version__
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.models.pretrained import quiet
+from sphere_edit.models.quiet import quiet
 from sphere_edit.reporting.results import LABELS, number, percent
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig

