@@ -18,6 +18,7 @@ from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.pretrained import first_lines, from_pretrained
+from sphere_edit.models.probe import check_head
 
 EMBEDDED = "smollm2"
 
@@ -169,10 +170,16 @@ def full_name(source: str | os.PathLike[str]) -> str:
 
 
 def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
-    """Wrap a model that is already in memory: evaluation mode, no weight gradients, identity hashed."""
+    """Wrap a model that is already in memory: evaluation mode, no weight gradients, identity hashed.
+
+    Raises:
+        SphereEditError: its family is not supported, tokenizer and model do not belong together, its weights are broken, or its
+            logits are not what its family's row makes of its last layer.
+    """
     architecture = architecture_of(model)
     rows = model.get_input_embeddings().weight.shape[0]
-    if max(tokenizer("The capital of France is Paris.")["input_ids"], default=0) >= rows:
+    ids = tokenizer("The capital of France is Paris.")["input_ids"]
+    if max(ids, default=0) >= rows:
         raise SphereEditError(
             f"the tokenizer of '{source}' gives token ids that its model, with {rows} tokens, does not have"
         )
@@ -182,6 +189,7 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
             raise SphereEditError(
                 f"the weights of '{source}' are broken: {name} holds numbers that are infinite or undefined; get the model again"
             )
+    check_head(model, architecture, ids, source)
     return LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
 
 
