@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.files import cache_dir, is_whole, read_tensors, write_json, write_tensors
+from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
 from sphere_edit.models.forward import activations
 from sphere_edit.models.generation import generate, seeded
+from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
@@ -158,14 +159,21 @@ def _hub_passages(name: str) -> list[str]:
 
 
 def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
-    """Sampled text, from the cache where this very model sampled it before."""
-    file = cache_dir() / "samples" / f"{loaded.fingerprint[:32]}-{tokens}-seed-{seed}-sampler-{_SAMPLER}.json"
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged
-        sampled = sample_text(loaded, tokens, seed, reporter)
-        write_json(file, sampled)
-        return sampled
+    """Sampled text, from the cache where this very model sampled it before, on a device and with libraries as these (`cache_key`)."""
+    parts = (
+        _SAMPLER,
+        loaded.fingerprint,
+        config_values(loaded.model),
+        tokenizer_identity(loaded.tokenizer),
+        tokens,
+        seed,
+    )
+    file = cache_dir() / "samples" / f"{cache_key(loaded.device, *parts)}.json"
+    found: list[list[int]] | None = read_cache(file)
+    if found is None:
+        found = sample_text(loaded, tokens, seed, reporter)
+        write_cache(file, found)
+    return found
 
 
 @torch.no_grad()

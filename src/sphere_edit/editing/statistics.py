@@ -13,7 +13,7 @@ from sphere_edit.editing.methods.base import Method, Statistics
 from sphere_edit.editing.moments import Corpus, second_moments
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, copied, is_whole, read_tensors, write_tensors
-from sphere_edit.models.identity import fingerprints
+from sphere_edit.models.identity import cache_key, fingerprints
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.numerics.linalg import null_space
 from sphere_edit.progress import Reporter
@@ -34,14 +34,13 @@ def prepare_statistics(
 
     Second moments are kept with a null space too: they tell what an update does to ordinary keys.
 
-    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and the
-    null-space rule, so that no run ever picks up another model's statistics.
+    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance, the null-space
+    rule and what computes (`cache_key`), so that no run ever picks up another model's statistics, or another machine's.
     """
     hashes = fingerprints(loaded.model, layers)
     files: dict[str, Path] = {}
     for layer, name in zip(layers, names, strict=True):
-        parts = (hashes[layer], name, corpus.sha256, str(max_tokens), repr(tolerance))
-        key = hashlib.sha256("|".join(parts).encode()).hexdigest()
+        key = cache_key(loaded.device, hashes[layer], name, corpus.sha256, max_tokens, tolerance)
         files[name] = cache_dir() / "moments" / f"{key}.safetensors"
     missing = [name for name in names if not is_whole(files[name])]
     if missing:

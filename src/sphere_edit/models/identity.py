@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sphere_edit.models.architecture import architecture_of
+
+# case, spaces, digits, accents and other scripts: what tokenizers differ in
+_SHOWING = " Ada's 1,234 cafés\n\tin  TOKYO (東京) — don’t! ﬁ 🙂"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -41,13 +48,54 @@ def fingerprints(model: Any, layers: Sequence[int]) -> dict[int, str]:
 
 def config_values(model: Any) -> dict[str, str]:
     """What of the configuration changes what the weights compute: all of it but for names and versions."""
-    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
+    ignored = ("_name_or_path", "transformers_version", "dtype")
     return {name: repr(value) for name, value in model.config.to_dict().items() if name not in ignored}
 
 
+def tokenizer_identity(tokenizer: Any) -> str:
+    """SHA-256 over what a tokenizer does to texts and chats, be it fast or slow.
+
+    A fast tokenizer is one pipeline that can be written down whole. A slow one is code: its class, its vocabulary with the
+    files it is kept in (merges, a SentencePiece model), its special tokens, and the ids of a text that shows its settings.
+    """
+    if tokenizer.is_fast:
+        parts = [tokenizer.backend_tokenizer.to_str()]
+    else:
+        kind = type(tokenizer)
+        parts = [f"{kind.__module__}.{kind.__qualname__}", repr(sorted(tokenizer.get_vocab().items()))]
+        parts += [repr(sorted((index, repr(token)) for index, token in tokenizer.added_tokens_decoder.items()))]
+        parts += [
+            repr(tokenizer.all_special_ids),
+            repr(tokenizer(_SHOWING)["input_ids"]),
+            *_vocabulary_files(tokenizer),
+        ]
+    return hashlib.sha256(json.dumps([*parts, tokenizer.chat_template]).encode()).hexdigest()
+
+
+def _vocabulary_files(tokenizer: Any) -> list[str]:
+    """Hashes of the files in which a slow tokenizer keeps its vocabulary; of none, if it has none (ByT5)."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_vocabulary(folder)
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())]
+
+
+def cache_key(device: torch.device, *parts: Any) -> str:
+    """SHA-256 that names a cached result: ``parts`` (JSON values) say what was computed, and of what; the rest is what computed it.
+
+    Weights, text and settings alone do not decide a result's bits. Libraries and the kind of device choose the kernels, and on a
+    CPU the instruction set and the number of threads choose the order in which sums are taken. So all of these are in the key:
+    the same command gives the same numbers, whoever filled the cache. The dtype is that of the weights, and is in their hash.
+    """
+    computing = [device_name(device), *map(version, ("torch", "transformers")), torch.get_float32_matmul_precision()]
+    if device.type == "cpu":
+        computing += [torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+    return hashlib.sha256(json.dumps([computing, *parts]).encode()).hexdigest()
+
+
 def device_name(device: torch.device) -> str:
-    """What computes: results of two devices of one name can be compared bit for bit, those of ``cuda:0`` here and there cannot."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    """What computes: results of two devices of one name can be compared bit for bit, those of device 0 here and there cannot."""
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(device) if named is None else str(named(device))
 
 
 def _hash_into(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:

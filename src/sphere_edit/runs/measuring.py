@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -11,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 
 from sphere_edit.editing.moments import read_passages
@@ -23,7 +20,7 @@ from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
-from sphere_edit.models.identity import config_values, device_name
+from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
@@ -146,13 +143,10 @@ class Evaluator:
     def _unedited_key(self, facts: Sequence[Fact], whole: bool) -> str:
         """A hash of all that `_unedited_content` depends on: weights, numbers they compute with, facts, texts, settings."""
         settings = self.settings
-        tokenizer = self.loaded.tokenizer
-        parts: list[Any] = [_SCORING, self.loaded.fingerprint, config_values(self.loaded.model), str(self.loaded.dtype)]
-        parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, device_name(self.loaded.device)]
-        parts += [torch.__version__, transformers.__version__, torch.get_num_threads(), self.max_tokens]
-        parts += [settings.generation, [fact.as_dict() for fact in facts]]
-        parts += [self.heldout] if whole else []
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        parts: list[Any] = [_SCORING, self.loaded.fingerprint, config_values(self.loaded.model)]
+        parts += [tokenizer_identity(self.loaded.tokenizer), self.max_tokens, settings.generation]
+        parts += [[fact.as_dict() for fact in facts], *([self.heldout] if whole else [])]
+        return cache_key(self.loaded.device, *parts)[:32]
 
     def checkpoint(self, run: RunFolder) -> None:
         """Evaluate where the settings ask for it after the batch that the run stands at."""
