@@ -40,7 +40,7 @@ class _Silence:
         with self._lock:
             if not self._open:
                 self._stand_in = _StandIn(sys.stderr, self)
-                sys.stderr = self._stand_in  # type: ignore[assignment]
+                sys.stderr = self._stand_in
             for handler in _handlers():
                 handler.addFilter(self)  # does nothing where it is one already
             self._open += 1
@@ -56,7 +56,7 @@ class _Silence:
             for handler in _handlers():
                 handler.removeFilter(self)
             # whoever put something else in its place meanwhile puts back what he found, which lets everything through by then
-            if self._stand_in is not None and sys.stderr is self._stand_in:  # type: ignore[comparison-overlap]
+            if self._stand_in is not None and sys.stderr is self._stand_in:
                 sys.stderr = self._stand_in.stream
 
     @property
