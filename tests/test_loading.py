@@ -226,7 +226,7 @@ def test_edit_evaluate_report_and_export_with_a_slow_tokenizer(tmp_path):
     run = tmp_path / "run"
     for command in (
         ["edit", tmp_path / "model", facts, "-o", run, "--config", settings],
-        ["eval", run],
+        ["eval", run, facts],
         ["report", run, "-o", tmp_path / "page.html"],
         ["export", run, "-o", tmp_path / "exported"],
         ["eval", tmp_path / "exported", facts],
