@@ -18,7 +18,7 @@ from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
-from sphere_edit.runs.records import FinalRecheck, Finished, GuardStop
+from sphere_edit.runs.records import Finished, FinalRecheck, GuardStop
 from sphere_edit.runs.selection import next_batch, superseded_by
 from sphere_edit.runs.session import Session
 
