@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import FAMILIES, save_tiny
+from old_runs import FOLDER as OLD_RUNS
 from sphere_edit import SphereEditError, __version__
 from sphere_edit.cli import app
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editor import opened
 from sphere_edit.models.loading import prepare
-from sphere_edit.runs import records
 
 SETTINGS = """
 method: alphaedit
@@ -232,8 +232,10 @@ def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings
 )
 def test_mistakes_are_told_in_a_sentence_before_any_work(model, tmp_path, facts, arguments, message):
     filled = [argument.format(model=model, facts=facts, tmp=tmp_path) for argument in arguments]
-    finished = {"event": "facts", "session": 1, "count": 1, "source": "other.json"}
-    for name, config in (("done", json.dumps({"schema": records.SCHEMA})), ("damaged", '{"schema": ')):
+    finished = {
+        "event": "facts", "session": 1, "count": 1, "source": "other.json", "sha256": "", "protocol": "", "left_out": []
+    }  # fmt: skip
+    for name, config in (("done", (OLD_RUNS / "alphaedit" / "config.json").read_text()), ("damaged", '{"schema": ')):
         if f"{tmp_path}/{name}" in filled:
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -102,9 +102,7 @@ class Evaluator:
         with self.weights.unedited():
             complete = complete_answers(self.loaded, facts)
             before = self.score(complete, "unedited model", say=True)
-        return BeforeAndAfter(
-            complete, before, self.score(complete, "edited model", say=True) if edited else before
-        )
+        return BeforeAndAfter(complete, before, self.score(complete, "edited model", say=True) if edited else before)
 
     # --- of a run -------------------------------------------------------------------------------------------------
 
