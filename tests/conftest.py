@@ -60,6 +60,7 @@ def _is_json(path: Path) -> bool:
 # Files whose tests share what takes long to make, or a large model: each goes to one worker whole (`--dist loadgroup`).
 TOGETHER = {
     "test_ability": "ability",
+    "test_benchmarks": "benchmarks",
     "test_bench": "bench",
     "test_report": "report",
     "test_reference": "smollm2",
