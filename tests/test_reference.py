@@ -61,7 +61,10 @@ def settings_of(hparams: dict) -> TargetSettings:
 
 
 NUMBERS = published("smollm2")
-FEW = 6  # steps of the textbook, whose every step takes whole forward passes
+STEPS, TEXTBOOK_STEPS = (
+    10,
+    3,
+)  # of 25: the loss has fallen from 8.8 to 0.6 by the tenth; the textbook's take whole forward passes
 
 
 def checked_scores(loaded, records) -> None:
@@ -99,16 +102,16 @@ def test_keys_and_hidden_states(as_published):
 
 
 def test_a_target_follows_the_published_loss_step_by_step(as_published):
+    """The engine's, and that of the yardstick of `benchmarks/edit_speed.py`."""
     theirs, settings = NUMBERS["target"], settings_of(NUMBERS["hparams"])
-    facts = facts_from([{name: theirs[name] for name in ("subject", "prompt", "target_new")}]).facts
-    found = optimise_targets(as_published, facts, NUMBERS["templates"], NUMBERS["layer"], settings)
-    assert found.losses[0] == pytest.approx(theirs["loss"], abs=1e-2)
-    assert found.probabilities[0] == pytest.approx(theirs["probability"], abs=1e-2)
-    assert far(found.values.T, theirs["value"]) < 5e-2  # Adam amplifies rounding
-    (begun,) = facts
-    few = settings.model_copy(update={"steps": FEW})
-    _, losses = textbook.target(as_published, begun, NUMBERS["templates"], NUMBERS["layer"], few)
-    assert losses == pytest.approx(theirs["loss"][:FEW], abs=1e-2), "the yardstick of `benchmarks/edit_speed.py` too"
+    assert (settings.steps, len(theirs["loss"])) == (25, 25)
+    first, few = (settings.model_copy(update={"steps": steps}) for steps in (STEPS, TEXTBOOK_STEPS))
+    (fact,) = facts_from([{name: theirs[name] for name in ("subject", "prompt", "target_new")}]).facts
+    found = optimise_targets(as_published, [fact], NUMBERS["templates"], NUMBERS["layer"], first)
+    assert found.losses[0] == pytest.approx(theirs["loss"][:STEPS], abs=1e-2)
+    assert found.probabilities[0] == pytest.approx(theirs["probability"][:STEPS], abs=1e-2)
+    _, losses = textbook.target(as_published, fact, NUMBERS["templates"], NUMBERS["layer"], few)
+    assert losses == pytest.approx(theirs["loss"][:TEXTBOOK_STEPS], abs=1e-2)
 
 
 def test_evaluation(as_published):

@@ -415,7 +415,7 @@ def _work(model: str, run: str) -> None:
         with opened(run) as editor:
             editor.resume()
     else:
-        start(Path(model), Path(run), evaluation={"every": 2, "generation": "plain"}).edit(fact_records(6))
+        start(Path(model), Path(run), evaluation={"every": 2}).edit(fact_records(6))
 
 
 def test_killed_at_twenty_random_instants_and_resumed(model, tmp_path):
