@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/sphere-edit demo
 
+# a process for each core, eight at most; conftest.py says which tests stay together
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 # the checks on SmolLM2-135M that take minutes; they read ../shared
 test-slow: $(VENV)/ready

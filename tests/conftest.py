@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is about one device, wherever it runs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of libraries and processes that a test starts
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where another process is at work
 
@@ -22,13 +27,54 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def sampled_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that tiny models have sampled in earlier tests: it says nothing new a second time, and takes a third of a small run."""
+    return tmp_path_factory.mktemp("samples")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, request):
+def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, sampled_before: Path):
     """Statistics of tests stay out of the user's cache; converted GGUF files are taken from it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo the one it is given
-        if "smollm2" not in request.fixturenames:
-            patch.setenv("SPHERE_EDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda file: None)  # no test pulls the plug
+        if "smollm2" in request.fixturenames:
+            yield
+            return
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("SPHERE_EDIT_CACHE", str(cache))
+        shutil.copytree(sampled_before, cache / "samples")
         yield
+        for path in cache.glob("samples/*.json"):
+            if not (sampled_before / path.name).exists() and _is_json(path):
+                shutil.copy(path, sampled_before)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text("utf-8")))
+    except ValueError:
+        return False
+
+
+# Files whose tests share what takes long to make, or a large model: each goes to one worker whole (`--dist loadgroup`).
+TOGETHER = {
+    "test_ability": "ability",
+    "test_benchmarks": "benchmarks",
+    "test_bench": "bench",
+    "test_report": "report",
+    "test_reference": "smollm2",
+    "test_smollm2_slow": "smollm2",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep on one worker what would otherwise be made, or loaded, on each."""
+    for item in items:
+        group = "smollm2" if "smollm2" in getattr(item, "fixturenames", ()) else TOGETHER.get(item.path.stem)
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +86,25 @@ def _smollm2():
 
 @pytest.fixture
 def smollm2(_smollm2):
-    """The embedded SmolLM2-135M, loaded once; with all cores while a test uses it."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    """The embedded SmolLM2-135M, loaded once; with its share of the cores while a test uses it."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     yield _smollm2
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages get empty figures, for drawing them takes longer than a small run does; `test_report.py` draws them."""
+
+    def savefig(self: Figure, target: Any, format: str, **options: Any) -> None:
+        empty = "<svg></svg>" if format == "svg" else b"PNG"
+        if hasattr(target, "write"):
+            target.write(empty)
+        else:
+            Path(target).write_bytes(empty if isinstance(empty, bytes) else empty.encode())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 FACTS = [

@@ -22,6 +22,8 @@ from sphere_edit.runs.folder import RunFolder
 from test_cli import run
 from test_runs import METHODS, QUICK, without_times
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +18,21 @@ from test_runs import METHODS, QUICK
 ROOT = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.fixture
+def script(monkeypatch, tmp_path, capsys):
+    """Runs one of them in this process, which has imported already what takes longest, from a folder of its own; what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(ROOT))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("command", "found"),
     [
@@ -28,20 +43,24 @@ ROOT = Path(__file__).parents[1] / "benchmarks"
         (["families.py", "--family", "gpt2", "--steps", "3"], "| gpt2 | frugal | "),
     ],
 )
-def test_benchmark(command, found, tmp_path):
-    environment = {**os.environ, "SPHERE_EDIT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, ROOT / command[0], *command[1:]],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert found in done.stdout
+def test_benchmark(command, found, script):
+    out = script(*command)
+    assert found in out
     if "projection.py" in command:
-        assert float(done.stdout.split(found)[1]) < 1e-5
+        assert float(out.split(found)[1]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two runs of MEMIT, with and without SPHERE, and one of AlphaEdit."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = save_tiny("llama", folder / "model")
+    for name, method, sphere in (("False", "memit", False), ("True", "memit", True), ("alphaedit", "alphaedit", True)):
+        options = {**QUICK, **METHODS[method], "evaluation": {"every": 1}, "sphere": {"enabled": sphere}}
+        editor = Editor.from_pretrained(model, folder / name, reporter=Quiet(), **options)
+        editor.edit(fact_records(10))
+        editor.close()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -52,39 +71,25 @@ def test_benchmark(command, found, tmp_path):
         ("compare.py", "paired by fact"),
         ("lifetime.py", "| memit | SPHERE, current | "),
         ("pareto.py", "| memit + SPHERE | 10 | 10 | "),
-        ("other_text.py", "| run-True | Python source | "),
+        ("other_text.py", "| True | Python source | "),
     ],
 )
-def test_benchmarks_that_read_runs(name, found, tmp_path):
-    model = save_tiny("llama", tmp_path / "model")
-    for sphere in (False, True):
-        options = {**QUICK, **METHODS["memit"], "evaluation": {"every": 1}, "sphere": {"enabled": sphere}}
-        editor = Editor.from_pretrained(model, tmp_path / f"run-{sphere}", reporter=Quiet(), **options)
-        editor.edit(fact_records(10))
-        editor.close()
-    command = [sys.executable, ROOT / name, tmp_path / "run-False", tmp_path / "run-True"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert found in done.stdout
-    assert name in ("lifetime.py", "other_text.py") or "memit + SPHERE" in done.stdout
+def test_benchmarks_that_read_runs(name, found, runs, tmp_path, script):
+    folders = [shutil.copytree(runs / folder, tmp_path / folder) for folder in ("False", "True")]
+    out = script(name, *folders)
+    assert found in out
+    assert name in ("lifetime.py", "other_text.py") or "memit + SPHERE" in out
 
 
-def test_a_figure_of_fronts_takes_in_the_rows_of_another(tmp_path):
-    model = save_tiny("llama", tmp_path / "model")
-    for name in ("memit", "alphaedit"):
-        editor = Editor.from_pretrained(model, tmp_path / name, reporter=Quiet(), **{**QUICK, **METHODS[name]})
-        editor.edit(fact_records(10))
-        editor.close()
+def test_a_figure_of_fronts_takes_in_the_rows_of_another(runs, tmp_path, script):
     tables = []
-    for sources in (["memit"], ["memit.csv", "alphaedit"], ["all.csv"]):
-        output = tmp_path / (
-            "memit.png" if sources == ["memit"] else "all.png" if "alphaedit" in sources else "again.png"
-        )
-        command = [sys.executable, ROOT / "pareto.py", *(tmp_path / source for source in sources), "-o", output]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert output.stat().st_size > 10_000
-        tables.append(done.stdout)
+    for output, *sources in (
+        ("memit.png", runs / "True"),
+        ("all.png", tmp_path / "memit.csv", runs / "alphaedit"),
+        ("again.png", tmp_path / "all.csv"),
+    ):
+        tables.append(script("pareto.py", *sources, "-o", tmp_path / output))
+        assert (tmp_path / output).stat().st_size > 10_000
     lines = tables[1].splitlines()
     assert len(lines) == 4
     assert set(tables[0].splitlines()[2:]) < set(lines), "the first run's row comes from its file as it was"

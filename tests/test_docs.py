@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +25,17 @@ def test_readme_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "readme" / "metrics.json").is_file()
 
 
-def test_guide_examples_run_as_written():
-    for example in blocks("docs/guide.md"):
-        exec(example, {})
+def test_guide_examples_run_as_written(capsys):
+    energies, solving = blocks("docs/guide.md")
+    exec(energies, {})
+    before, after = map(float, capsys.readouterr().out.split())
+    assert before == pytest.approx(after, rel=0.01)
+    assert before != after
+    names: dict[str, Any] = {}
+    exec(solving, names)
+    assert capsys.readouterr().out == "torch.Size([64, 256])\n"
+    assert not torch.equal(names["update"].dense(), torch.zeros(64, 256))
+    assert "solve(" not in re.sub(r"```.*?```", "", (ROOT / "docs/guide.md").read_text(), flags=re.DOTALL), "not run"
 
 
 @pytest.mark.parametrize(

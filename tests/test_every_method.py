@@ -1,4 +1,4 @@
-"""One table: every method, plain and with SPHERE, on three families. Two batches; the targets become likelier; resume and
+"""One table: every method on three families, on two of them with SPHERE. Two batches; the targets become likelier; resume and
 rollback are bit for bit. A method that is added to METHODS is in the table by itself."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "targets": {"steps": 12, "lr": 0.5},
     "moments": {"sampled_tokens": 512},
     "tokens_per_batch": 256,
+    "evaluation": {"generation": "off"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {  # what suits random models of width 32
     "alphaedit": {"l2": 0.01, "null_space": "quantile", "null_space_threshold": 0.9},
@@ -61,8 +62,11 @@ def losses(metrics: dict[str, Any], which: str) -> torch.Tensor:
     return torch.tensor([row[which]["rewrite"]["nll_right"] for row in metrics["per_fact"]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sphere", [False, True], ids=["plain", "sphere"])
+@pytest.mark.parametrize(
+    ("family", "sphere"),
+    [("llama", True), ("gpt2", True), ("qwen2", False)],
+    ids=["llama-sphere", "gpt2-sphere", "qwen2-plain"],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method, sphere, family, models, tmp_path, monkeypatch):
     def start(run: str, **more: Any) -> Editor:

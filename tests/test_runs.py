@@ -51,6 +51,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def start(model: Path, run: Path, **options) -> Editor:
+    """A new run of AlphaEdit; what the model says in words is asked only where ``evaluation`` says so, for it takes as long as editing."""
+    options["evaluation"] = {"generation": "off", **options.get("evaluation", {})}
     return Editor.from_pretrained(model, run, **{**QUICK, **METHODS["alphaedit"], **options})
 
 
@@ -267,7 +269,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
         "append": RunFolder.append,
         "thin": RunFolder.thin,
     }
-    options = {"evaluation": {"every": 1}}
+    options = {"evaluation": {"every": 1, "generation": "plain"}}
     counter = crash_at(None)
     whole = start(model, tmp_path / "whole", **options)
     whole.edit(fact_records(4))
@@ -397,7 +399,7 @@ def test_checkpoints_on_a_sample_ask_for_much_the_same_facts_and_the_end_for_all
 
 
 def test_metrics_hold_what_the_model_says_before_and_after(model, tmp_path):
-    editor = start(model, tmp_path / "run")
+    editor = start(model, tmp_path / "run", evaluation={"generation": "plain"})
     records = fact_records(2)
     before = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
     metrics = editor.edit(records)
@@ -413,7 +415,7 @@ def _work(model: str, run: str) -> None:
         with opened(run) as editor:
             editor.resume()
     else:
-        start(Path(model), Path(run), evaluation={"every": 2}).edit(fact_records(10))
+        start(Path(model), Path(run), evaluation={"every": 2}).edit(fact_records(6))
 
 
 def test_killed_at_twenty_random_instants_and_resumed(model, tmp_path):
@@ -721,7 +723,7 @@ def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkey
         return {name: LowRankUpdate(u.left * float("inf"), u.right) for name, u in updates.items()}, reports
 
     monkeypatch.setattr(solving.Solver, "_finished", infinite)
-    with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN|not finite|NaN|overflow"):
+    with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN; nothing of it was kept"):
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)
     json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -65,7 +65,7 @@ def told(*layers: dict) -> str:
             "sphere: 'project': Input should be 'per_layer', 'after_all' or 'deployed', not 'x'",
         ),
         ({"targets": {"lr": 0}}, "settings: 'targets.lr': Input should be greater than 0, not 0"),
-        ({"targets": {"steps": 0}}, "settings: 'targets.steps': Input should be greater than or equal to 1, not 0"),
+        ({"targets": {"steps": 1}}, "settings: 'targets.steps': Input should be greater than or equal to 2, not 1"),
         ({"method": "rome2"}, "there is no method 'rome2'; choose one of alphaedit, "),
         (
             {"method": "memit", "options": {"l2": 5}},

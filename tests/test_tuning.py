@@ -20,12 +20,14 @@ from sphere_edit.bench import Bench, BenchConfig
 from sphere_edit.editing.presets import read_tuned, tuned_file
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
-from sphere_edit.facts.readers import facts_from
+from sphere_edit.facts.readers import facts_from, read_facts
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
 from sphere_edit.tuning import STREAM, Trial, _Bench, calibrate, tune
 from test_cli import run
 from test_runs import Listening
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 QUICK = {
     "method": "frugal",
@@ -135,6 +137,8 @@ def test_spans_follow_the_depth(model, tmp_path):
 
 
 def test_the_command_and_its_mistakes(model, tmp_path, monkeypatch):
+    few = facts_from(fact_records(4))
+    monkeypatch.setattr(tuning_module, "read_facts", lambda name: {"demo": few}.get(name) or read_facts(name))
     config = tmp_path / "quick.yaml"
     config.write_text(yaml.safe_dump({name: value for name, value in QUICK.items() if name != "method"}))
     kept = tuned_file(load_model(str(model)).fingerprint, "frugal")

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sphere_edit.cli.layout import say_metrics, say_plan, say_where, write_report
-from sphere_edit.cli.options import Basis, Corpus, Device, Limit, ModelDtype, Project, SkipBad, TrustRemoteCode, given
+from sphere_edit.cli.options import (
+    Basis,
+    Corpus,
+    Device,
+    Limit,
+    ModelDtype,
+    Project,
+    SkipBad,
+    TrustRemoteCode,
+    TrustRun,
+    given,
+)
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
 
@@ -72,6 +83,7 @@ def edit(
         bool, typer.Option("--dry-run", help="Check everything, show settings and costs, edit nothing.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_run: TrustRun = False,
 ) -> None:
     """Edit MODEL with FACTS into a new run folder; or continue a finished RUN with more FACTS."""
     from sphere_edit.editing.settings import read_layers, read_settings_file
@@ -110,7 +122,7 @@ def edit(
     if decision.act is Act.START:
         editor = _begun(model, decision.folder, over, trust_remote_code)
     else:
-        editor = Editor.open(decision.folder, reporter(), device, trust_remote_code)
+        editor = Editor.open(decision.folder, reporter(), device, trust_remote_code, trust_run=trust_run)
     if more is None:
         _finish(editor, editor.resume)
     elif dry_run:

@@ -39,7 +39,7 @@ def evaluate(
     asked = read_facts(facts, limit=limit, skip_bad=skip_bad)
     if json_file is not None:
         check_room(json_file.absolute().parent, 0)
-    editor = _opened(model, device, dtype, trust_remote_code)
+    editor = _opened(model, device, dtype, trust_remote_code, only_to_read=True)
     is_run = editor.run is not None
     result = editor.evaluate(asked, skip_bad)
     summary = result.summary()
@@ -79,6 +79,8 @@ def ability(
     from sphere_edit.evaluation.ability import AbilityTasks
     from sphere_edit.reporting.results import ability_table
 
+    if task_dir is not None and any(task_dir.glob("*.yaml")):
+        reporter().say(f"Definitions of tasks in {task_dir} can run code on this machine", "yellow")
     chosen = AbilityTasks(names, task_dir, limit)
     editor = _opened(model, device, dtype, trust_remote_code)
     scores = editor.ability(chosen)
@@ -135,7 +137,9 @@ def energy(
         write_text(csv_file, text.getvalue())
 
 
-def _opened(model: str, device: str | None, dtype: Dtype | None, trust_remote_code: bool) -> Editor:
+def _opened(
+    model: str, device: str | None, dtype: Dtype | None, trust_remote_code: bool, only_to_read: bool = False
+) -> Editor:
     """A model, or a run's model before and after its edits."""
     from sphere_edit.editor import Editor
     from sphere_edit.runs.folder import RunFolder
@@ -145,4 +149,4 @@ def _opened(model: str, device: str | None, dtype: Dtype | None, trust_remote_co
         return Editor.from_pretrained(model, None, None, reporter(), trust_remote_code, **options)
     if dtype is not None:
         raise SphereEditError(f"{model} is a run, which keeps its dtype; leave out --dtype")
-    return Editor.open(model, reporter(), device, trust_remote_code)
+    return Editor.open(model, reporter(), device, trust_remote_code, only_to_read=only_to_read)

@@ -46,6 +46,10 @@ ModelDtype = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Take only the first N facts.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+TrustRun = Annotated[
+    bool,
+    typer.Option("--trust-run", help="Use tasks and texts that a run begun elsewhere names; tasks can run code."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 

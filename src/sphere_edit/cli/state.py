@@ -40,6 +40,6 @@ def export(
     refuse_existing(output)
     from sphere_edit.editor import opened
 
-    with opened(run, reporter()) as editor:
+    with opened(run, reporter(), only_to_read=True) as editor:
         editor.save_pretrained(output)
     out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.")

@@ -218,9 +218,7 @@ class Committer:
         """
         needed = self.method.needs.statistics
         missing = [
-            name
-            for name in self.weights.names
-            if needed is not None and getattr(self.statistics[name], needed) is None
+            name for name in self.weights.names if needed is not None and getattr(self.statistics[name], needed) is None
         ]
         if missing:
             raise SphereEditError(

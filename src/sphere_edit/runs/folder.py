@@ -178,9 +178,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise SphereEditError(
-                f"another process is working in {self.path}; wait for it, or stop it first"
-            ) from None
+            raise SphereEditError(f"another process is working in {self.path}; wait for it, or stop it first") from None
         except OSError as error:
             if only_to_read:
                 return
@@ -377,7 +375,9 @@ def _facts_of(lines: list[Any], count: int, path: Path) -> list[Fact]:
     try:
         facts = [Fact.from_dict(line) for line in lines]
     except (KeyError, TypeError, AttributeError) as error:
-        raise SphereEditError(f"{path} is damaged ({type(error).__name__}: {error}); put it back from a backup") from None
+        raise SphereEditError(
+            f"{path} is damaged ({type(error).__name__}: {error}); put it back from a backup"
+        ) from None
     if len(facts) != count:
         raise SphereEditError(f"{path} holds {len(facts)} facts, not {count}; put it back from a backup")
     return facts

@@ -166,7 +166,9 @@ class History:
     def _check(self, record: Record) -> None:
         match record:
             case FactsAccepted() if record.count < 1 or record.session != len(self.sessions) + 1:
-                raise Inconsistent(f"session {record.session} with {record.count} facts follows {len(self.sessions)} sessions")
+                raise Inconsistent(
+                    f"session {record.session} with {record.count} facts follows {len(self.sessions)} sessions"
+                )
             case Batch() | GuardStop():
                 if record.number != self.head + 1:
                     raise Inconsistent(f"batch {record.number} follows batch {self.head}")

@@ -100,9 +100,7 @@ class Evaluator:
         with self.weights.unedited():
             complete = complete_answers(self.loaded, facts)
             before = self.score(complete, "unedited model", say=True)
-        return BeforeAndAfter(
-            complete, before, self.score(complete, "edited model", say=True) if edited else before
-        )
+        return BeforeAndAfter(complete, before, self.score(complete, "edited model", say=True) if edited else before)
 
     # --- of a run -------------------------------------------------------------------------------------------------
 

@@ -72,9 +72,7 @@ def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float
     for prompt in (fact.filled_prompt, *fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors)):
         size = len(encoder.with_target(prompt, longest)[0].ids)
         if size > limit:
-            raise SphereEditError(
-                f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template"
-            )
+            raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
 
 
 def _unknown(
@@ -91,9 +89,7 @@ def _unknown(
     known: list[str] = []
     for fact, answered in zip(facts, given, strict=True):
         if answered and fact.key not in corrected:
-            known.append(
-                f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already"
-            )
+            known.append(f"record {fact.record}: the unedited model says '{short(fact.target_new.strip())}' already")
         else:
             unknown.append(fact)
         corrected.add(fact.key)

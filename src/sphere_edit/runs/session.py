@@ -40,9 +40,7 @@ class Session:
         self.weights = EditedWeights(loaded.model, loaded.architecture, names)
 
     @classmethod
-    def load(
-        cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False
-    ) -> Session:
+    def load(cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False) -> Session:
         """Load a model, and take a preset's settings for it where nothing else was given."""
         loaded = load_model(model, given.device, given.dtype, trust_remote_code)
         session = cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)

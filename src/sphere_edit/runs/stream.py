@@ -18,7 +18,7 @@ from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
-from sphere_edit.runs.records import Finished, FinalRecheck, GuardStop
+from sphere_edit.runs.records import FinalRecheck, Finished, GuardStop
 from sphere_edit.runs.selection import next_batch, superseded_by
 from sphere_edit.runs.session import Session
 
@@ -99,9 +99,7 @@ class Stream:
         if not history.recheck_done:
             clock, asked = Clock(), history.due
             forgotten = self._forgotten(facts, asked, clock)
-            run.append(
-                FinalRecheck(after=history.head, rechecked=asked, forgotten=forgotten, seconds=clock.seconds)
-            )
+            run.append(FinalRecheck(after=history.head, rechecked=asked, forgotten=forgotten, seconds=clock.seconds))
         while (waiting := history.forgotten) and history.guard is None:
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
