@@ -76,7 +76,7 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
     assert (editor.session.layers, editor.method.second_moment_weight) == ([1, 2], 0.07)
     assert editor.preset == "tuned for this model"
     said = Editor.from_pretrained(model, tmp_path / "other", reporter=Quiet(), method="frugal", layers=[0])
-    assert (said.layers, said.method.second_moment_weight) == ([0], 0.07), "what is said wins"
+    assert (said.session.layers, said.method.second_moment_weight) == ([0], 0.07), "what is said wins"
     plain = Editor.from_pretrained(model, tmp_path / "third", reporter=Quiet(), method="memit")
     assert plain.preset is None
 

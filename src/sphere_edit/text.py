@@ -94,9 +94,12 @@ def label(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
+_MARKS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # within a word an underscore is itself
+
+
 def markdown(text: str) -> str:
     """Foreign text within a line of Markdown or a cell of its tables: no HTML, heading, list, link, code or emphasis begins in it."""
-    shown = "".join(_ENTITIES.get(sign, sign) for sign in re.sub(r"[\\`*_\[\]|~$]", r"\\\g<0>", visible(text)))
+    shown = "".join(_ENTITIES.get(sign, sign) for sign in re.sub(_MARKS, r"\\\g<0>", visible(text)))
     shown = re.sub(r"^(\s*)([#+=-]|\d+(?=[.)]))", _not_first, shown)
     return re.sub(r"(?i)(?<=[a-z]):(?=//)|(?<=www)\.", r"\\\g<0>", shown)  # bare addresses would become links
 
