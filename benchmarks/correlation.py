@@ -9,15 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
 from sphere_edit.reporting.correlation import PREDICTORS, Correlation, correlate, predictors
 from sphere_edit.reporting.series import labelled
 
-METRICS = {
-    "efficacy_strict": "strict efficacy",
-    "generalization": "generalization",
-    "specificity": "specificity",
-    "perplexity": "perplexity",
-}
+METRICS = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION), of_part(SPECIFICITY), PERPLEXITY)
 
 
 def main() -> None:
@@ -27,23 +23,24 @@ def main() -> None:
     args = parser.parse_args()
     print("| run | metric | " + " | ".join(PREDICTORS.values()) + " |\n|---|---|" + "---|" * len(PREDICTORS))
     for run in labelled(args.runs):
-        for metric, label in METRICS.items():
+        for metric in METRICS:
             cells = []
             for values in predictors(run).values():
-                levels, steps = (correlate(values, run.judged(metric), differences=kind) for kind in (False, True))
+                levels, steps = (correlate(values, run.judged(metric.name), differences=kind) for kind in (False, True))
                 cells.append(f"{said(levels)}; {said(steps)}")
-            print(f"| {run.label} | {label} | {' | '.join(cells)} |")
+            print(f"| {run.label} | {metric.words} | {' | '.join(cells)} |")
     print("\nIn each cell: Spearman's ρ (p by block permutation) of levels; of differences between checkpoints.")
     print(
-        "| run | facts | perplexity | strict efficacy | energy, change | largest drift | collateral, sum |\n|---|---|---|---|---|---|---|"
+        f"| run | facts | {PERPLEXITY.words} | {METRICS[0].words} | energy, change | largest drift | collateral, sum |\n|---|---|---|---|---|---|---|"
     )
     for run in labelled(args.runs):
         found = predictors(run)
         for index in sorted({0, len(run.edits) // 4, len(run.edits) // 2, 3 * len(run.edits) // 4, len(run.edits) - 1}):
-            ratio = (run.metrics["perplexity"][index] or float("nan")) / (run.metrics["perplexity"][0] or float("nan"))
+            strict, perplexity = (run.metrics[metric.name] for metric in (METRICS[0], PERPLEXITY))
+            ratio = (perplexity[index] or float("nan")) / (perplexity[0] or float("nan"))
             collateral = found["collateral"][index]
             print(
-                f"| {run.label} | {run.edits[index]} | × {ratio:.3f} | {run.metrics['efficacy_strict'][index]:.1f} | {100 * run.energy[index]:+.4f} % "
+                f"| {run.label} | {run.edits[index]} | × {ratio:.3f} | {strict[index]:.1f} | {100 * run.energy[index]:+.4f} % "
                 f"| {found['drift'][index]:.3f} | {'–' if collateral is None else f'{collateral:.3f}'} |"
             )
 

@@ -16,7 +16,9 @@ from typing import Any
 from edit_speed import STEPS, prepared, textbook_of
 
 from sphere_edit import Editor, read_facts
-from sphere_edit.evaluation.metrics import FactScores, intervals, score_facts, summarise
+from sphere_edit.evaluation.catalogue import on_page
+from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.scores import FactScores, score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.progress import Quiet
 
@@ -25,7 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "engine, identical steps": {"targets": STEPS},
     "engine, its own defaults": {},
 }
-METRICS = ("efficacy", "efficacy_strict", "generalization", "generalization_strict", "specificity")
+METRICS = [metric for metric in on_page() if metric.of == "prompts"]
 
 
 def main() -> None:
@@ -52,13 +54,13 @@ def main() -> None:
             editor.close()
             file.write_text(json.dumps([score.as_dict() for score in scores]), "utf-8")
         found[name] = [FactScores.from_dict(record) for record in json.loads(file.read_text("utf-8"))]
-    print("| | efficacy | strict | generalization | strict | specificity |\n|---|---|---|---|---|---|")
+    print(f"| | {' | '.join(metric.words for metric in METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for name, scores in found.items():
         means, spans = dict(summarise(scores)), intervals(scores)
         cells = []
         for metric in METRICS:
-            low, high = spans[metric] or (float("nan"), float("nan"))
-            cells.append(f"{means[metric]:.1f} [{low:.1f}, {high:.1f}]")
+            low, high = spans[metric.name] or (float("nan"), float("nan"))
+            cells.append(f"{means[metric.name]:.1f} [{low:.1f}, {high:.1f}]")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

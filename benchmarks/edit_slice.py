@@ -11,7 +11,8 @@ from pathlib import Path
 from sphere_edit import Editor, read_facts
 from sphere_edit.editing.settings import make_settings, read_settings_file
 from sphere_edit.progress import RichReporter
-from sphere_edit.reporting.results import batches_table, metrics_table
+from sphere_edit.reporting.results import draw
+from sphere_edit.reporting.views import Batches, Metrics
 from sphere_edit.text import Screen
 
 
@@ -22,8 +23,8 @@ def main(model: str, source: str, start: str, count: str, run: str, *config: str
     editor = Editor.from_pretrained(model, run, settings, RichReporter())
     metrics = editor.edit(facts)
     console = Screen()
-    console.print(metrics_table(metrics["unedited"], metrics["edited"], f"{source}, records {start} on"))
-    console.print(batches_table(editor.run.history.batches if editor.run else []))
+    console.print(draw(Metrics.of(metrics, f"{source}, records {start} on")))
+    console.print(draw(Batches.of(editor.run.history.batches if editor.run else [])))
 
 
 if __name__ == "__main__":

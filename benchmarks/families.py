@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
+from sphere_edit.evaluation.catalogue import DIVERGENCE, PARTS, PERPLEXITY, STRICT, of_part
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
@@ -197,7 +198,7 @@ def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[s
             metrics = editor.edit(facts)
             editor.close()
         for name in ("unedited", "edited") if label == "frugal" else ("edited",):
-            ratio = metrics[name]["perplexity"] / metrics["unedited"]["perplexity"]
+            ratio = metrics[name][PERPLEXITY.name] / metrics["unedited"][PERPLEXITY.name]
             yield label if name == "edited" else name, metrics[name], ratio
 
 
@@ -212,15 +213,12 @@ def main() -> None:
         folder = args.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         for family in args.family or FAMILIES:
-            print(
-                "\n| family | method | strict | generalization, strict | specificity, strict | perplexity | KL, nats |"
-            )
-            print("|---|---|---|---|---|---|---|")
+            shown = [of_part(part, STRICT) for part in PARTS]
+            heads = " | ".join([*(metric.words for metric in shown), PERPLEXITY.words, DIVERGENCE.column])
+            print(f"\n| family | method | {heads} |\n|---|---|{'---|' * (len(shown) + 2)}")
             for label, scores, ratio in rows_of(family, folder, args.steps):
-                cells = " | ".join(
-                    f"{scores[f'{part}_strict']:.1f}" for part in ("efficacy", "generalization", "specificity")
-                )
-                kl = f"{scores['divergence']:.3f}" if label != "unedited" else "0"
+                cells = " | ".join(f"{scores[metric.name]:.1f}" for metric in shown)
+                kl = f"{scores[DIVERGENCE.name]:.3f}" if label != "unedited" else "0"
                 print(f"| {family} | {label} | {cells} | × {ratio:.3f} | {kl} |", flush=True)
 
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sphere_edit.editing.guard import LIMITS, Limit
+from sphere_edit.evaluation.catalogue import EFFICACY, PERPLEXITY, STRICT, of_part
 from sphere_edit.reporting.series import Series, labelled
 
 # for comparison, each with the largest value that the first run bore
 DRIFT = Limit("relative drift of a matrix", "relative_drift", 1.65)
 ENERGY = Limit("relative change of a matrix's energy", "energy_drift", 0.0029)
 JUDGED = (*LIMITS, DRIFT, ENERGY)
+TAKEN = of_part(EFFICACY, STRICT)
 KEPT, SOUND = 0.9, 1.3  # of the best strict efficacy so far, and times the unedited perplexity: still good
 LOST, BROKEN = 0.5, 2.0  # and bad
 HARMED = 1.25  # times the unedited perplexity: where the numbers are compared at equal harm
@@ -24,13 +26,13 @@ HARMED = 1.25  # times the unedited perplexity: where the numbers are compared a
 
 def ratio(run: Series, index: int) -> float:
     """Perplexity times the unedited model's."""
-    before, after = run.metrics["perplexity"][0], run.metrics["perplexity"][index]
+    before, after = run.metrics[PERPLEXITY.name][0], run.metrics[PERPLEXITY.name][index]
     return after / before if before and after else float("inf")
 
 
 def kept(run: Series, index: int) -> float:
     """Strict efficacy as a share of the best so far."""
-    values = [value or 0.0 for value in run.metrics["efficacy_strict"][1 : index + 1]]
+    values = [value or 0.0 for value in run.metrics[TAKEN.name][1 : index + 1]]
     return values[-1] / max(values) if max(values) else 0.0
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     )
     for run in runs:
         steps = range(1, len(run.edits))
-        values = [value or 0.0 for value in run.metrics["efficacy_strict"][1:]]
+        values = [value or 0.0 for value in run.metrics[TAKEN.name][1:]]
         halved = first(run, [kept(run, step) < LOST for step in steps])
         doubled = first(run, [ratio(run, step) > BROKEN for step in steps])
         stops = [

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from sphere_edit.evaluation.metrics import FactScores, difference_intervals, summarise
+from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
+from sphere_edit.evaluation.intervals import difference_intervals, summarise
+from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.reporting.series import Series
 from sphere_edit.runs.folder import RunFolder
 
-SHOWN = ("efficacy_strict", "generalization_strict", "specificity")
+SHOWN = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION, STRICT), of_part(SPECIFICITY))
 
 
 def crossing(edits: Sequence[int], values: Sequence[float | None], limit: float, rising: bool) -> str:
@@ -35,7 +37,7 @@ def variant(run: Series) -> str:
 
 def row(run: Series, at: Sequence[int]) -> str:
     """When a run's strict efficacy has halved and its perplexity doubled, and what it has at some checkpoints."""
-    strict, perplexity = run.judged("efficacy_strict"), run.metrics["perplexity"]
+    strict, perplexity = run.judged(SHOWN[0].name), run.metrics[PERPLEXITY.name]
     unedited = perplexity[0] or float("nan")
     best = max(value for value in strict if value is not None)
     cells = [
@@ -46,7 +48,7 @@ def row(run: Series, at: Sequence[int]) -> str:
         crossing(run.edits, perplexity, 2 * unedited, rising=True),
     ]
     for index in (nearest(run, edits) for edits in at):
-        values = [run.metrics[name][index] or 0.0 for name in SHOWN]
+        values = [run.metrics[metric.name][index] or 0.0 for metric in SHOWN]
         cells.append(" / ".join(f"{value:.1f}" for value in values) + f", × {(perplexity[index] or 0) / unedited:.2f}")
     return "| " + " | ".join(cells) + " |"
 
@@ -72,15 +74,14 @@ def changed(plain: Series, other: Series, edits: int) -> str:
     before, after = [theirs[fact] for fact in both], [ours[fact] for fact in both]
     means, spans = (summarise(before), summarise(after)), difference_intervals(before, after)
     cells = [plain.method, variant(other), str(plain.edits[index]), str(len(both))]
-    for name in SHOWN:
-        low, high = means[0][name], means[1][name]
-        span = spans[name]
+    for metric in SHOWN:
+        low, high, span = means[0][metric.name], means[1][metric.name], spans[metric.name]
         assert low is not None
         assert high is not None
         assert span is not None
         cells.append(f"{high - low:+.1f} [{span[0]:+.1f}, {span[1]:+.1f}]")
-    first = plain.metrics["perplexity"][0] or float("nan")
-    cells.append(" → ".join(f"{(run.metrics['perplexity'][index] or 0) / first:.2f}" for run in (plain, other)))
+    first = plain.metrics[PERPLEXITY.name][0] or float("nan")
+    cells.append(" → ".join(f"{(run.metrics[PERPLEXITY.name][index] or 0) / first:.2f}" for run in (plain, other)))
     return "| " + " | ".join(cells) + " |"
 
 
@@ -91,20 +92,17 @@ def main() -> None:
     parser.add_argument("--at", type=int, nargs="+", default=[500, 1000])
     args = parser.parse_args()
     runs = sorted((Series.read(folder) for folder in args.runs), key=lambda run: (run.method, run.sphere))
-    stated = [
-        f"at {edits} facts: strict efficacy / strict generalization / specificity, perplexity" for edits in args.at
-    ]
+    names = [metric.words for metric in SHOWN]
+    stated = [f"at {edits} facts: {' / '.join(names)}, {PERPLEXITY.words}" for edits in args.at]
     print(
         "| "
-        + " | ".join(["method", "variant", "options", "strict efficacy halved", "perplexity doubled", *stated])
+        + " | ".join(["method", "variant", "options", f"{names[0]} halved", f"{PERPLEXITY.words} doubled", *stated])
         + " |"
     )
     print("|" + "---|" * (5 + len(args.at)))
     for run in runs:
         print(row(run, args.at))
-    print(
-        "\n| method | variant | facts edited | facts asked | strict efficacy | strict generalization | specificity | perplexity |"
-    )
+    print(f"\n| method | variant | facts edited | facts asked | {' | '.join(names)} | {PERPLEXITY.words} |")
     print("|" + "---|" * 8)
     for _, group in groupby(runs, key=lambda run: run.method):
         plain, *others = group

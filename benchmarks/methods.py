@@ -14,9 +14,12 @@ from typing import Any
 from sphere_edit import Editor, read_facts
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.settings import make_settings, read_settings_file
+from sphere_edit.evaluation.catalogue import PERPLEXITY, on_page
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.text import Screen
+
+SHOWN = [metric for metric in on_page() if metric.of == "prompts"]
 
 
 def main() -> None:
@@ -52,8 +55,8 @@ def main() -> None:
             rows.append((method + (" + SPHERE" if sphere else ""), metrics["edited"], seconds))
             Screen(stderr=True).print(line(*rows[-1], unedited))
     assert unedited is not None
-    print("| | efficacy | strict | generalization | strict | specificity | perplexity | seconds a fact |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| | {' | '.join(metric.words for metric in (*SHOWN, PERPLEXITY))} | seconds a fact |")
+    print("|---|---|" + "---|" * (len(SHOWN) + 1))
     print(line("unedited", unedited, None, unedited))
     for row in rows:
         print(line(*row, unedited))
@@ -75,9 +78,9 @@ def finished(model: str, folder: Path, settings: Any, facts: list[Any]) -> dict[
 
 def line(name: str, metrics: dict[str, Any], seconds: float | None, unedited: dict[str, Any]) -> str:
     """One row of the table."""
-    columns = ("efficacy", "efficacy_strict", "generalization", "generalization_strict", "specificity")
-    cells = [f"{metrics[column]:.1f}" for column in columns]
-    ratio = metrics["perplexity"] and metrics["perplexity"] / unedited["perplexity"]
+    cells = [f"{metrics[metric.name]:.1f}" for metric in SHOWN]
+    before, after = unedited[PERPLEXITY.name], metrics[PERPLEXITY.name]
+    ratio = after and after / before
     cells.append("not finite" if ratio is None else f"× {ratio:.3f}")
     cells.append("" if seconds is None else f"{seconds:.2f}")
     return f"| {name} | {' | '.join(cells)} |"

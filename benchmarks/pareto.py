@@ -19,11 +19,12 @@ from typing import Any
 from lifetime import SHOWN, nearest, scores
 from matplotlib.figure import Figure
 
-from sphere_edit.evaluation.metrics import intervals, summarise
+from sphere_edit.evaluation.catalogue import DIVERGENCE, PERPLEXITY
+from sphere_edit.evaluation.intervals import intervals, summarise
 from sphere_edit.reporting.plots import COLOURS
 from sphere_edit.reporting.series import Series
 
-KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
+*KNOWN, OTHERS = SHOWN  # how much is known of what was edited, and of what was not
 MARKERS = "osD^vP*X<>hpdH8"
 BROKEN = 5.0  # times the perplexity: in the table, and named above the figure, which they would leave no room in
 TICKS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
@@ -48,7 +49,7 @@ class Row:
         index = nearest(run, edits)
         _, asked = scores(run, index)
         means, spans = dict(summarise(asked)), dict(intervals(asked))
-        perplexity = run.metrics["perplexity"]
+        perplexity = run.metrics[PERPLEXITY.name]
         parts = run.folder.name.split("--")  # a bench's: model, data, method, variant, seed
         return cls(
             (parts[2].replace("-", " ") if len(parts) == 5 else run.method) + (" + SPHERE" if run.sphere else ""),
@@ -56,9 +57,9 @@ class Row:
             run.sphere,
             run.edits[index],
             len(asked),
-            {name: (means[name], *spans[name]) for name in SHOWN},  # type: ignore[misc]
+            {m.name: (means[m.name], *spans[m.name]) for m in SHOWN},  # type: ignore[misc]
             (perplexity[index] or float("nan")) / (perplexity[0] or float("nan")),
-            run.metrics["divergence"][index],
+            run.metrics[DIVERGENCE.name][index],
         )
 
     def cells(self) -> dict[str, Any]:
@@ -74,8 +75,8 @@ class Row:
             "sphere": int(self.sphere),
             "facts": self.facts,
             "asked": self.asked,
-            "perplexity": round(self.perplexity, 4),
-            "divergence": None if self.divergence is None else round(self.divergence, 4),
+            PERPLEXITY.name: round(self.perplexity, 4),
+            DIVERGENCE.name: None if self.divergence is None else round(self.divergence, 4),
             **spread,
         }
 
@@ -88,9 +89,12 @@ class Row:
             cells["sphere"] == "1",
             int(cells["facts"]),
             int(cells["asked"]),
-            {name: (float(cells[name]), float(cells[name + "_low"]), float(cells[name + "_high"])) for name in SHOWN},
-            float(cells["perplexity"]),
-            float(cells["divergence"]) if cells["divergence"] else None,
+            {
+                m.name: (float(cells[m.name]), float(cells[m.name + "_low"]), float(cells[m.name + "_high"]))
+                for m in SHOWN
+            },
+            float(cells[PERPLEXITY.name]),
+            float(cells[DIVERGENCE.name]) if cells[DIVERGENCE.name] else None,
         )
 
     def line(self) -> str:
@@ -114,33 +118,33 @@ def drawn(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(11, 9), layout="constrained")
     broken = [f"{row.label} × {row.perplexity:.3g}" for row in rows if not row.perplexity <= BROKEN]
     rows = [row for row in rows if row.perplexity <= BROKEN] or rows
-    for above, (name, label) in enumerate(KNOWN.items()):
+    for above, metric in enumerate(KNOWN):
         for column in range(2):
             axes = figure.add_subplot(2, 2, 2 * above + column + 1)
             for number, row in enumerate(rows):
-                value, low, high = row.scores[name]
+                value, low, high = row.scores[metric.name]
                 errors: dict[str, Any] = {"yerr": [[value - low], [high - value]]}
                 x = row.perplexity
                 if column == 1:
-                    x, left, right = row.scores["specificity"]
+                    x, left, right = row.scores[OTHERS.name]
                     errors["xerr"] = [[x - left], [right - x]]
                 axes.errorbar(
                     [x], [value], **errors, marker=MARKERS[number % len(MARKERS)],
                     fillstyle="full" if row.sphere else "none", capsize=2, color=COLOURS[row.method], markersize=8,
                     linewidth=1, label=row.label if above + column == 0 else None,
                 )  # fmt: skip
-            axes.set_ylabel(label)
+            axes.set_ylabel(metric.heading)
             if column == 0:
                 axes.set_xscale("log")
-                axes.set_xlabel("Perplexity, times the unedited model's")
+                axes.set_xlabel(f"{PERPLEXITY.label}, times the unedited model's")
                 axes.set_xticks([], minor=True)
                 axes.set_xticks(ticks(*axes.get_xlim()))
                 axes.xaxis.set_major_formatter(lambda value, _: f"× {value:.3g}")
             else:
-                axes.set_xlabel("Specificity, %")
+                axes.set_xlabel(OTHERS.heading)
     edited = {row.facts for row in rows}
     title = f"After {' to '.join(map(str, sorted({min(edited), max(edited)})))} facts"
-    figure.suptitle(f"{title} (not drawn, perplexity: {', '.join(broken)})" if broken else title)
+    figure.suptitle(f"{title} (not drawn, {PERPLEXITY.words}: {', '.join(broken)})" if broken else title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -162,7 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     found = [row for path in args.runs for row in rows_of(path, args.at)]
     rows = sorted({row.label: row for row in found}.values(), key=lambda row: row.perplexity)  # of two, the later given
-    titles = ("run", "facts", "asked", "strict efficacy", "strict generalization", "specificity", "perplexity", "KL")
+    titles = ("run", "facts", "asked", *(metric.words for metric in (*SHOWN, PERPLEXITY, DIVERGENCE)))
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     print("\n".join(row.line() for row in rows))
     if args.output:

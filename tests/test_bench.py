@@ -15,7 +15,8 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
 from sphere_edit.bench import Bench, write_results
-from sphere_edit.evaluation.metrics import FactScores, PromptScore, difference_intervals
+from sphere_edit.evaluation.intervals import difference_intervals
+from sphere_edit.evaluation.scores import FactScores, PromptScore
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting.comparison import Row, as_csv, latex, markdown, read_row
 from sphere_edit.runs.folder import RunFolder

@@ -23,15 +23,8 @@ from sphere_edit.evaluation.generation import (
     with_answers,
 )
 from sphere_edit.evaluation.heldout import score_heldout
-from sphere_edit.evaluation.metrics import (
-    FactScores,
-    PromptScore,
-    complete_answers,
-    intervals,
-    questions,
-    score_facts,
-    summarise,
-)
+from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.scores import FactScores, PromptScore, complete_answers, questions, score_facts
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.progress import Quiet

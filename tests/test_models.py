@@ -23,7 +23,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.sources import OptimisedTargets, TargetGradients, TargetLoss
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
-from sphere_edit.evaluation.metrics import Answer, _answer_scores, _hosts, score_facts
+from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors

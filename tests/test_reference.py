@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from published import far, published
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.targets import TargetSettings, optimise_targets
-from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from

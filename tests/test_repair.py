@@ -14,7 +14,7 @@ from sphere_edit.editing import repair as repair_module
 from sphere_edit.editing.repair import Descent, Repair, readable_passages, repair_steps
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.heldout import score_heldout
-from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.weights import EditedWeights

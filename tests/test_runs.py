@@ -19,7 +19,8 @@ from families import save_tiny
 from sphere_edit import SphereEditError, files, hyperspherical_energy
 from sphere_edit.editing import guard, solving
 from sphere_edit.editor import Editor, opened
-from sphere_edit.evaluation.metrics import FactScores, summarise
+from sphere_edit.evaluation.intervals import summarise
+from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.planning import estimate

@@ -60,7 +60,7 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
     assert len({trial.divergence for trial in trials}) == len(trials), "each setting does something else to the model"
     for trial in trials:
         left = math.exp(-trial.divergence * STREAM / len(facts))
-        parts = [trial.summary[part] / 100 for part in ("strict", "generalization", "specificity")]
+        parts = [trial.summary[part] / 100 for part in ("efficacy_strict", "generalization_strict", "specificity")]
         assert trial.score == pytest.approx(harmonic_mean([*parts, left]))
     assert trials[0].score == 0, "a model of random weights learns no fact in six steps"
     assert read_tuned(loaded.fingerprint, "frugal") is None, "what did not work is not kept"
@@ -94,7 +94,7 @@ def test_a_trial_is_what_a_run_of_one_batch_does(model, tmp_path):
     metrics = editor.edit([fact.as_dict() for fact in facts])
     assert metrics["edited"]["divergence"] == pytest.approx(trial.divergence, rel=1e-3)
     assert metrics["edited"]["specificity"] == pytest.approx(trial.summary["specificity"])
-    assert metrics["edited"]["efficacy_strict"] == pytest.approx(trial.summary["strict"])
+    assert metrics["edited"]["efficacy_strict"] == pytest.approx(trial.summary["efficacy_strict"])
 
 
 def trial_of(strict: list[float], general: list[float], specific: list[float], divergence: float = 0.0) -> Trial:
@@ -119,7 +119,7 @@ def test_a_setting_gives_way_only_to_one_that_is_better_beyond_noise():
 def test_a_score_is_over_what_there_is_to_measure():
     nothing = float("nan")
     bare = trial_of([1.0, 0.0], [nothing] * 2, [1.0, nothing], 0.0)
-    assert bare.summary["generalization"] is None
+    assert bare.summary["generalization_strict"] is None
     assert bare.score == pytest.approx(harmonic_mean([0.5, 1.0, 1.0]))
     assert "generalization –" in str(bare)
     assert trial_of([0.0], [1.0], [1.0]).score == 0

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit._version import __version__
+from sphere_edit.evaluation import catalogue
+from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.quiet import quiet
-from sphere_edit.reporting.results import LABELS, number, percent
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
 from sphere_edit.text import code, markdown, public_name
@@ -66,11 +67,12 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
             "| | before | after | before, strict | after, strict |",
             "|---|---|---|---|---|",
         ]
-        for key, label in LABELS.items():
-            cells = (before[key], after[key], before[f"{key}_strict"], after[f"{key}_strict"])
-            lines.append(f"| {label} | " + " | ".join(percent(cell) for cell in cells) + " |")
+        for likelihood, strict in zip(*map(catalogue.of_protocol, (LIKELIHOOD, STRICT)), strict=True):
+            cells = [metric.said(side[metric.name]) for metric in (likelihood, strict) for side in (before, after)]
+            lines.append(f"| {likelihood.title} | " + " | ".join(cells) + " |")
+        cells = [PERPLEXITY.said(side[PERPLEXITY.name]) for side in (before, after)]
         lines += [
-            f"| Perplexity | {number(before['perplexity'])} | {number(after['perplexity'])} | | |",
+            f"| {PERPLEXITY.label} | " + " | ".join(cells) + " | | |",
             "",
             "Efficacy and generalization compare the likelihood of the new answer with the old one's, specificity the "
             "reverse on neighbouring prompts; *strict* asks that every token of the right answer be the likeliest.",

@@ -14,7 +14,7 @@ from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.evaluation.generation import with_answers
-from sphere_edit.evaluation.metrics import score_facts
+from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder, joined
 from sphere_edit.facts.readers import read_facts

@@ -25,22 +25,16 @@ from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editing.targets import Targets
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.catalogue import DIVERGENCE, EFFICACY, GENERALIZATION, SPECIFICITY, STRICT, of_part
 from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
-from sphere_edit.evaluation.metrics import (
-    FactScores,
-    complete_answers,
-    resampled,
-    score_facts,
-    summarise,
-    weighted_means,
-)
+from sphere_edit.evaluation.intervals import resampled, summarise, weighted_means
+from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import FactSet, facts_from, read_facts
 from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
-from sphere_edit.reporting.results import percent
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.selection import admit
 from sphere_edit.runs.session import Session
@@ -53,7 +47,7 @@ _WEIGHTS = (0.25, 4.0)  # times the default weight of ordinary keys
 _SUMS_BYTES = 8e9  # of second moments under way at one time, if more layers than one trial's are to be measured
 HELDOUT = 30  # passages
 TRIALS = 1 + len(_ENDS) + len(_WEIGHTS) + len(_STEPS)  # at most
-_PARTS = ("efficacy_strict", "generalization_strict", "specificity")
+_JUDGED = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION, STRICT), of_part(SPECIFICITY))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +69,9 @@ class Trial:
     def of(cls, settings: dict[str, Any], scores: Sequence[FactScores], divergence: float | None) -> Trial:
         """From what was measured."""
         each = [summarise([score]) for score in scores]
-        parts = [[nan if (value := found[part]) is None else value / 100 for part in _PARTS] for found in each]
+        parts = [
+            [nan if (value := found[metric.name]) is None else value / 100 for metric in _JUDGED] for found in each
+        ]
         damage = inf if divergence is None else max(divergence, 0.0)
         return cls(settings, damage, torch.tensor(parts, dtype=torch.float64))
 
@@ -83,8 +79,8 @@ class Trial:
     def summary(self) -> dict[str, Any]:
         """The settings, the means of the three parts in percent, the KL divergence and the score, by name."""
         means = [None if isnan(value) else 100 * value for value in self.parts.nanmean(0).tolist()]
-        named = dict(zip(("strict", "generalization", "specificity"), means, strict=True))
-        return {"settings": self.settings, **named, "divergence": self.divergence, "score": self.score}
+        named = {metric.name: mean for metric, mean in zip(_JUDGED, means, strict=True)}
+        return {"settings": self.settings, **named, DIVERGENCE.name: self.divergence, "score": self.score}
 
     @property
     def score(self) -> float:
@@ -109,10 +105,8 @@ class Trial:
     def __str__(self) -> str:
         said = "; ".join(f"{name} {value}" for name, value in self.settings.items())
         found = self.summary
-        return (
-            f"{said}: strict {percent(found['strict'])}, generalization {percent(found['generalization'])}, "
-            f"specificity {percent(found['specificity'])}, KL {self.divergence:.4f}, score {self.score:.3f}"
-        )
+        parts = ", ".join(f"{metric.words} {metric.said(found[metric.name])}" for metric in _JUDGED)
+        return f"{said}: {parts}, {DIVERGENCE.label} {self.divergence:.4f}, score {self.score:.3f}"
 
 
 def check_tunable(given: Settings) -> Method:

@@ -23,7 +23,8 @@ def demo(
     """Edit the embedded SmolLM2-135M with 60 demo facts in three batches, and show what it says before and after."""
     from sphere_edit.editor import Editor
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.reporting.results import make_table, one_line
+    from sphere_edit.reporting.results import make_table
+    from sphere_edit.reporting.words import one_line
 
     folder = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     given = read_facts("demo", limit=limit)

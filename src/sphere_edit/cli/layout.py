@@ -34,10 +34,10 @@ def say_where(folder: Path) -> None:
 
 def say_metrics(metrics: dict[str, Any], batch: str) -> None:
     """The content of ``metrics.json`` as a table."""
-    from sphere_edit.reporting.results import metrics_table
+    from sphere_edit.reporting.results import draw
+    from sphere_edit.reporting.views import Metrics
 
-    title = f"All {metrics['facts']} facts, after {batch}"
-    out.print(metrics_table(metrics["unedited"], metrics["edited"], title, metrics["intervals"]))
+    out.print(draw(Metrics.of(metrics, f"All {metrics['facts']} facts, after {batch}")))
 
 
 def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -> None:

@@ -34,7 +34,8 @@ def evaluate(
     """Score facts on a model, or on the edited model of a run beside the unedited one."""
     from sphere_edit.facts.readers import read_facts
     from sphere_edit.files import check_room, write_json
-    from sphere_edit.reporting.results import metrics_table, single_table
+    from sphere_edit.reporting.results import draw
+    from sphere_edit.reporting.views import Metrics
 
     asked = read_facts(facts, limit=limit, skip_bad=skip_bad)
     if json_file is not None:
@@ -44,11 +45,7 @@ def evaluate(
     result = editor.evaluate(asked, skip_bad)
     summary = result.summary()
     title = f"{model}, {len(result.facts)} facts"
-    out.print(
-        metrics_table(summary["unedited"], summary["edited"], title)
-        if is_run
-        else single_table(summary["edited"], title)
-    )
+    out.print(draw(Metrics.of(summary if is_run else {"edited": summary["edited"]}, title)))
     if json_file is not None:
         scores = zip(result.facts, result.unedited, result.edited, strict=True)
         rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
@@ -77,7 +74,8 @@ def ability(
     if not names:
         raise SphereEditError("which tasks? Give their names: --tasks boolq,rte")
     from sphere_edit.evaluation.ability import AbilityTasks
-    from sphere_edit.reporting.results import ability_table
+    from sphere_edit.reporting.results import draw
+    from sphere_edit.reporting.views import Abilities
 
     if task_dir is not None and any(task_dir.glob("*.yaml")):
         reporter().say(f"Definitions of tasks in {task_dir} can run code on this machine", "yellow")
@@ -85,7 +83,7 @@ def ability(
     editor = _opened(model, device, dtype, trust_remote_code)
     scores = editor.ability(chosen)
     editor.close()
-    out.print(ability_table(scores, model))
+    out.print(draw(Abilities.of(scores, model)))
     if json_file is not None:
         write_json(json_file, scores)
     if editor.run is not None:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class AbilityScore:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "at_chance": self.at_chance}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> AbilityScore:
+        """The score that ``as_dict`` described."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
 
 class AbilityTasks:

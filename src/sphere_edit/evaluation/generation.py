@@ -12,7 +12,7 @@ from typing import Any
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.metrics import Answer, FactScores, grouped, questions
+from sphere_edit.evaluation.scores import Answer, FactScores, grouped, questions
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.generation import generate, seeded

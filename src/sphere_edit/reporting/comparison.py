@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.metrics import PARTS, FactScores, difference_intervals, intervals, summarise
+from sphere_edit.evaluation import catalogue
+from sphere_edit.evaluation.ability import AbilityScore
+from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, Metric, of_part
+from sphere_edit.evaluation.intervals import difference_intervals, intervals, summarise
+from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.files import plain_errors
 from sphere_edit.text import csv_cell, visible
 from sphere_edit.text import latex as in_latex
 from sphere_edit.text import markdown as in_markdown
 
+UNEDITED = "unedited"
+_IMPROVED = (
+    of_part(EFFICACY, STRICT),
+    of_part(GENERALIZATION),
+    of_part(GENERALIZATION, STRICT),
+    of_part(SPECIFICITY),
+)  # what a variant may change over its plain method
+
 Key = tuple[int, tuple[str, str, str]]  # a seed, and a fact: its subject, prompt and new answer
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number of a table: its name, how it reads, and whether more of it is better (None: neither)."""
-
-    name: str
-    label: str
-    rising: bool | None
-    digits: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Row:
         values: by column, None where nothing was measured.
         spans: 95 % bootstrap intervals over facts, where there are facts to draw.
         scores: of every fact of every seed.
+        abilities: the metrics of general ability among the values.
     """
 
     group: str
@@ -53,6 +56,7 @@ class Row:
     values: dict[str, float | None]
     spans: dict[str, tuple[float, float] | None]
     scores: dict[Key, FactScores]
+    abilities: tuple[Metric, ...] = ()
 
 
 def read_row(group: str, method: str, variant: str, folders: Mapping[int, Path], when: str = "edited") -> Row:
@@ -75,23 +79,33 @@ def read_row(group: str, method: str, variant: str, folders: Mapping[int, Path],
     }
     values: dict[str, float | None] = dict(summarise(list(scores.values())))
     sides = [content[when] for content in contents.values()]
-    values["perplexity"] = _mean([_ratio(content, when) for content in contents.values()])
-    values["divergence"] = _mean([side["divergence"] for side in sides])
-    for name in ("fluency", "consistency"):
-        values[name] = _mean([side.get("texts", {}).get(name) for side in sides])
+    for metric in catalogue.HELDOUT:
+        values[metric.name] = _mean([_whole(metric, content, when) for content in contents.values()])
+    for metric in catalogue.TEXTS:
+        values[metric.name] = _mean([side.get("texts", {}).get(metric.name) for side in sides])
+    abilities = []
     for task in dict.fromkeys(task for side in sides for task in side.get("ability", {})):
-        found = [side.get("ability", {}).get(task) for side in sides]
-        shown = [None if score is None else score["value"] * (100 if score["share"] else 1) for score in found]
-        rising = all(score is None or score["rising"] for score in found)
-        values[f"{_ABILITY if rising else _FALLING} {task}"] = _mean(shown)
+        found = [
+            AbilityScore.from_dict(side["ability"][task]) if task in side.get("ability", {}) else None for side in sides
+        ]
+        known = [score for score in found if score is not None]
+        metric = catalogue.of_ability(task, all(score.rising for score in known), all(score.share for score in known))
+        abilities.append(metric)
+        values[metric.name] = _mean(
+            [None if score is None else score.value * (100 if score.share else 1) for score in found]
+        )
     label = method if not variant else f"{method} + {variant}" if variant != "plain" else method
     spans = intervals(list(scores.values()), [fact for _, fact in scores])
-    return Row(group, label, method, variant, len(scores), values, dict(spans), scores)
+    return Row(group, label, method, variant, len(scores), values, dict(spans), scores, tuple(abilities))
 
 
-def _ratio(content: Mapping[str, Any], when: str) -> float | None:
-    before, after = content["unedited"]["perplexity"], content[when]["perplexity"]
-    return after / before if before and after else None
+def _whole(metric: Metric, content: Mapping[str, Any], when: str) -> float | None:
+    """What was measured of the model as a whole, as tables compare it."""
+    before, after = content["unedited"][metric.name], content[when][metric.name]
+    if metric.ratio:
+        return after / before if before and after else None
+    value: float | None = after
+    return value
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -99,23 +113,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """The columns that these rows have something in."""
-    wanted = [
-        *(Column(part, part.capitalize(), True) for part in PARTS),
-        Column("efficacy_strict", "Efficacy, strict", True),
-        Column("generalization_strict", "Generalization, strict", True),
-        Column("specificity_token", "Specificity, per token", True),
-        Column("efficacy_generated", "Efficacy, generated", True),
-        Column("fluency", "Fluency", None, 3),
-        Column("consistency", "Consistency", True, 3),
-        Column("perplexity", "Perplexity, ×", False, 3),
-        Column("divergence", "KL, nats", False, 3),
-    ]
-    for kind, rising in ((_ABILITY, True), (_FALLING, False)):
-        tasks = dict.fromkeys(name for row in rows for name in row.values if name.startswith(f"{kind} "))
-        wanted += [Column(name, name.removeprefix(f"{kind} "), rising) for name in tasks]
-    return [column for column in wanted if any(row.values.get(column.name) is not None for row in rows)]
+def columns_of(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics that these rows have something of; abilities of which more is better before the others."""
+    tasks = sorted((metric for row in rows for metric in row.abilities), key=lambda metric: not metric.rising)
+    wanted = {metric.name: metric for metric in (*catalogue.compared(), *tasks)}
+    return [metric for name, metric in wanted.items() if any(row.values.get(name) is not None for row in rows)]
+
+
+def _head(metric: Metric) -> str:
+    return f"{metric.label}, ×" if metric.ratio else metric.column if metric.of != "ability" else metric.label
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -123,7 +129,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for group, members in _grouped(rows):
         columns = columns_of(members)
-        heads = " | ".join(in_markdown(column.label) for column in columns)
+        heads = " | ".join(in_markdown(_head(column)) for column in columns)
         lines = [f"**{in_markdown(group)}**", "", f"| | facts | {heads} |"]
         lines.append("|---|" + "---|" * (len(columns) + 1))
         for row in members:
@@ -142,7 +148,7 @@ def latex(rows: Sequence[Row]) -> str:
             f"% {visible(group)}",
             rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
             r"\toprule",
-            " & ".join(["", "Facts", *(in_latex(column.label) for column in columns)]) + r" \\",
+            " & ".join(["", "Facts", *(in_latex(_head(column)) for column in columns)]) + r" \\",
             r"\midrule",
         ]
         for row in members:
@@ -173,22 +179,19 @@ def _grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _cell(
-    row: Row, column: Column, members: Sequence[Row], bold: Callable[[str], str], spread: Callable[[str, str], str]
+    row: Row, column: Metric, members: Sequence[Row], bold: Callable[[str], str], spread: Callable[[str, str], str]
 ) -> str:
     value = row.values.get(column.name)
     if value is None:
         return "–"
-    shown, span = f"{value:.{column.digits}f}", row.spans.get(column.name)
-    text = shown if span is None else spread(shown, f"{(span[1] - span[0]) / 2:.{column.digits}f}")
+    digits = 1 if column.of in ("prompts", "ability") else 3
+    shown, span = f"{value:.{digits}f}", row.spans.get(column.name)
+    text = shown if span is None else spread(shown, f"{(span[1] - span[0]) / 2:.{digits}f}")
     rivals = [r.values[column.name] for r in members if r.method != UNEDITED and r.values.get(column.name) is not None]
     if column.rising is None or row.method == UNEDITED or not rivals:
         return text
     best = (max if column.rising else min)(value for value in rivals if value is not None)
-    return bold(text) if shown == f"{best:.{column.digits}f}" else text
-
-
-UNEDITED = "unedited"
-_ABILITY, _FALLING = "ability", "ability, less is better:"
+    return bold(text) if shown == f"{best:.{digits}f}" else text
 
 
 def _improvements(rows: Sequence[Row]) -> str:
@@ -204,22 +207,22 @@ def _improvements(rows: Sequence[Row]) -> str:
             spans = difference_intervals(plain, other, [fact for _, fact in both])
             means = summarise(plain), summarise(other)
             cells = [str(len(both))]
-            for name in ("efficacy_strict", "generalization", "generalization_strict", "specificity"):
-                before, after, span = means[0][name], means[1][name], spans[name]
+            for metric in _IMPROVED:
+                before, after, span = means[0][metric.name], means[1][metric.name], spans[metric.name]
                 cells.append(
                     "–"
                     if before is None or after is None or span is None
                     else f"{after - before:+.1f} [{span[0]:+.1f}, {span[1]:+.1f}]"
                 )
-            ratio = [r.values["perplexity"] for r in (base, row)]
+            ratio = [r.values[PERPLEXITY.name] for r in (base, row)]
             cells.append("–" if None in ratio else f"{ratio[0]:.3f} → {ratio[1]:.3f}")
             lines.append(f"| {in_markdown(group)} | {in_markdown(row.label)} | {' | '.join(cells)} |")
     if not lines:
         return ""
     head = (
         "What a variant changes over its plain method, in points, paired by fact, with 95 % bootstrap intervals; and perplexity times the unedited one's:\n\n"
-        "| | | facts of both | strict efficacy | generalization | strict generalization | specificity | perplexity |\n"
-        "|---|---|---|---|---|---|---|---|\n"
+        f"| | | facts of both | {' | '.join(metric.words for metric in (*_IMPROVED, PERPLEXITY))} |\n"
+        f"|---|---|---|{'---|' * (len(_IMPROVED) + 1)}\n"
     )
     return head + "\n".join(lines) + _over_the_best(rows)
 
@@ -230,10 +233,10 @@ def _over_the_best(rows: Sequence[Row]) -> str:
         plain = [row for row in members if row.variant == "plain"]
         others = [row for row in members if row.variant not in ("plain", "") and row.method != UNEDITED]
         gains: dict[str, float] = {}
-        for name in PARTS if plain and others else ():
-            base, best = (max(row.values[name] or 0.0 for row in side) for side in (plain, others))
+        for metric in map(of_part, catalogue.PARTS if plain and others else ()):
+            base, best = (max(row.values[metric.name] or 0.0 for row in side) for side in (plain, others))
             if base > 0:
-                gains[name] = 100 * (best - base) / base
+                gains[metric.words] = 100 * (best - base) / base
         if gains:
             said = ", ".join(f"{name} {gain:+.2f} %" for name, gain in gains.items())
             lines.append(f"- {in_markdown(group)}: {said}; mean {sum(gains.values()) / len(gains):+.2f} %")

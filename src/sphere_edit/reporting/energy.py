@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sphere_edit.reporting.results import make_table, relative, short_name
+from sphere_edit.reporting.results import make_table
+from sphere_edit.reporting.words import relative, short_name
 
 NOTE = "A small change of energy is necessary for retention, not sufficient."
 

@@ -1,4 +1,4 @@
-"""Figures of runs. Each function returns a matplotlib Figure; none shows or stores it."""
+"""Figures of what runs measured. Each function returns a matplotlib Figure; none shows or stores it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
-from sklearn.manifold import TSNE
-from torch import Tensor
 
 from sphere_edit.editing.methods import METHODS
-from sphere_edit.numerics.linalg import principal_rank, right_eigenbasis, squared_singular_values
-from sphere_edit.numerics.projection import unit_rows
-from sphere_edit.reporting.results import short_name
-from sphere_edit.reporting.series import METRICS, Series
+from sphere_edit.evaluation import catalogue
+from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
+from sphere_edit.reporting.series import Series
 from sphere_edit.text import label as plain
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; a method has one for good
@@ -41,11 +38,8 @@ _COLOURS = (
     "#66A61E",
 )
 COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
-_BEFORE, _AFTER, _GREY = "#56B4E9", "#D55E00", "#808080"
+GREY = "#808080"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_NEURONS_SHOWN = 200
-_NEURONS_EMBEDDED = 400
-_ARROWS = 30
 
 
 def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
@@ -53,7 +47,8 @@ def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
 
     The end of each metric's curve says Spearman's correlation with the energy over the checkpoints.
     """
-    panels: list[tuple[str, str]] = [("energy", "Energy of edited matrices,\nchange in %"), *METRICS.items()]
+    shown = [(metric.name, metric.heading) for metric in catalogue.on_page()]
+    panels = [("energy", "Energy of edited matrices,\nchange in %"), *shown]
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -63,10 +58,10 @@ def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
             points = [(x, y) for x, y in zip(run.edits, values, strict=True) if y is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), **_line(run))
-        if key == "perplexity" and _spread([v for run in runs for v in run.metrics[key] if v]) > 10:
+        if key == PERPLEXITY.name and _spread([v for run in runs for v in run.metrics[key] if v]) > 10:
             axis.set_yscale("log")
         axis.set_ylabel(label, fontsize=9)
-        _ticks(axis)
+        ticks(axis)
         if key != "energy":
             _correlations(axis, runs, key)
     for axis in axes[len(panels) :]:
@@ -83,14 +78,14 @@ def differences(runs: Sequence[Series]) -> Figure:
     All runs together: a regression line with its 95 % confidence band, Pearson's and Spearman's correlation; and an
     ellipse for each run that holds 95 % of a normal distribution of its points' mean and covariance.
     """
-    keys = ("efficacy_strict", "generalization", "specificity", "perplexity")
+    shown = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION), of_part(SPECIFICITY), PERPLEXITY)
     figure = Figure(figsize=(9.2, 6.4), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
-    for axis, key in zip(axes, keys, strict=True):
+    for axis, metric in zip(axes, shown, strict=True):
         together: list[tuple[float, float]] = []
         for run in runs:
-            values = run.judged(key)
-            if key == "perplexity":  # a broken model's is thousands of times a sound one's
+            values = run.judged(metric.name)
+            if metric is PERPLEXITY:  # a broken model's is thousands of times a sound one's
                 values = [None if value is None else math.log(value) for value in values]
             steps = [
                 (100 * (run.energy[i + 1] - run.energy[i]), after - before)
@@ -112,143 +107,13 @@ def differences(runs: Sequence[Series]) -> Figure:
                 _ellipse(axis, steps, style["color"])
         if len(together) > 3:
             axis.set_title(_regression(axis, together), fontsize=9)
-        axis.axhline(0, color=_GREY, linewidth=0.5)
-        axis.axvline(0, color=_GREY, linewidth=0.5)
-        name = "ln perplexity" if key == "perplexity" else f"{METRICS[key][0].lower()}{METRICS[key][1:]}"
+        axis.axhline(0, color=GREY, linewidth=0.5)
+        axis.axvline(0, color=GREY, linewidth=0.5)
+        name = "ln perplexity" if metric is PERPLEXITY else f"{metric.heading[0].lower()}{metric.heading[1:]}"
         axis.set_ylabel(f"Change of {name}", fontsize=9)
         axis.set_xlabel("Change of energy, % of the unedited", fontsize=9)
         axis.tick_params(labelsize=8)
     _legend(figure, axes[0], len(runs))
-    return figure
-
-
-def cosines(before: Tensor, after: Tensor, title: str) -> Figure:
-    """Cosines between neurons before and after and their difference, ordered alike, and their histograms.
-
-    At most 200 neurons are drawn, spread evenly over those sorted by their part along the first principal direction.
-    """
-    first, second = unit_rows(before), unit_rows(after)
-    _, directions = right_eigenbasis(first)
-    order = (first @ directions[:, 0]).argsort()
-    shown = order[torch.linspace(0, len(order) - 1, min(_NEURONS_SHOWN, len(order))).round().long()]
-    matrices = [rows[shown] @ rows[shown].T for rows in (first, second)]
-    off = ~torch.eye(len(shown), dtype=torch.bool)
-    # a few pairs lie far out; the scale is that of the rest, and they are drawn at its ends
-    limit = max(float(matrix[off].abs().quantile(0.998)) for matrix in matrices)
-    figure = Figure(figsize=(9.2, 5.6), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
-    top, bottom = parts
-    axes = top.subplots(1, 3)
-    image = None
-    for axis, matrix, name in zip(
-        axes, [*matrices, matrices[1] - matrices[0]], ("before", "after", "after − before"), strict=True
-    ):
-        image = axis.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit)
-        axis.set_title(name, fontsize=9)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    assert image is not None
-    top.colorbar(image, ax=axes, shrink=0.8).set_label("cosine", fontsize=9)
-    axis = bottom.subplots()
-    bins = torch.linspace(-limit, limit, 81).tolist()
-    for matrix, name, colour in zip(matrices, ("before", "after"), (_BEFORE, _AFTER), strict=True):
-        axis.hist(
-            matrix[off].clamp(-limit, limit).tolist(),
-            bins=bins,
-            histtype="step",
-            color=colour,
-            label=name,
-            density=True,
-        )
-    axis.set_xlabel(f"Cosine of two neurons of {plain(title)} ({len(shown)} of {len(order)} neurons)", fontsize=9)
-    axis.set_ylabel("Density", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.legend(fontsize=9, frameon=False)
-    return figure
-
-
-def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> Figure:
-    """Neurons before and after in the plane, by t-SNE of their directions, with the density along each axis.
-
-    Both are embedded together, so that one map shows them; at most 400 neurons, evenly spread over the matrix's rows. Distances
-    within a neighbourhood mean something, those between neighbourhoods do not (van der Maaten and Hinton 2008).
-    """
-    shown = torch.linspace(0, len(before) - 1, min(_NEURONS_EMBEDDED, len(before))).round().long()
-    rows = torch.cat([unit_rows(before[shown]), unit_rows(after[shown])]).float()
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    placed = torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows.numpy()))
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
-    axis = figure.add_subplot(grid[1, 0])
-    top, right = figure.add_subplot(grid[0, 0], sharex=axis), figure.add_subplot(grid[1, 1], sharey=axis)
-    count = len(shown)
-    for points, name, colour, marker, width in (
-        (placed[:count], "before", _BEFORE, "o", 3.5),
-        (placed[count:], "after", _AFTER, "x", 1.2),
-    ):
-        x, y = points.T.tolist()
-        axis.scatter(x, y, s=14, linewidths=0.8, color=colour, marker=marker, label=name)
-        ends = placed.min(0).values.tolist(), placed.max(0).values.tolist()
-        for values, low, high, density, across in ((x, ends[0][0], ends[1][0], top, True), (y, ends[0][1], ends[1][1], right, False)):  # fmt: skip
-            at = torch.linspace(low, high, 200)
-            height = stats.gaussian_kde(values)(at.numpy())
-            density.plot(*((at, height) if across else (height, at)), color=colour, linewidth=width)
-    for density in (top, right):
-        density.set_axis_off()
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_xlabel(f"t-SNE of {count} of {len(before)} neurons of {plain(title)}", fontsize=9)
-    axis.legend(fontsize=9, frameon=False, loc="upper right")
-    return figure
-
-
-def spectrum(before: Tensor, after: Tensor, title: str, eta: float = 0.5) -> Figure:
-    """Singular values of ΔW beside those of W, and how much of ΔW lies along the first k principal directions of W."""
-    delta = (after - before).double()
-    figure = Figure(figsize=(9.2, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for matrix, name, colour in ((before, "W before", _BEFORE), (delta, "ΔW, all batches", _AFTER)):
-        sigma = squared_singular_values(matrix).flip(0).sqrt()
-        sigma = sigma[sigma > 1e-6 * sigma[0]]
-        left.plot(range(1, len(sigma) + 1), sigma.tolist(), color=colour, label=name)
-    left.set_yscale("log")
-    left.set_xlabel("Rank", fontsize=9)
-    left.set_ylabel(f"Singular values of {plain(title)}", fontsize=9)
-    left.legend(fontsize=9, frameon=False)
-    values, vectors = right_eigenbasis(unit_rows(before))
-    share = (delta @ vectors).square().sum(0).cumsum(0) / delta.square().sum()
-    ranks = range(1, len(share) + 1)
-    right.plot(ranks, (100 * share).tolist(), color=_AFTER, label="ΔW")
-    right.plot(ranks, [100 * rank / before.shape[1] for rank in ranks], color=_GREY, linestyle="--", label="chance")
-    rank = principal_rank(values, eta)
-    right.axvline(rank, color=_GREY, linewidth=0.8)
-    right.annotate(f"principal at η {eta:g}: {rank}", (rank, 2), fontsize=8, xytext=(4, 0), textcoords="offset points")
-    right.set_xlabel("Principal directions of W, from the first", fontsize=9)
-    right.set_ylabel("Share of ‖ΔW‖², %", fontsize=9)
-    right.legend(fontsize=9, frameon=False, loc="upper left")
-    for axis in (left, right):
-        axis.tick_params(labelsize=8, which="both")
-    return figure
-
-
-def heat(run: Series) -> Figure:
-    """Each edited matrix's change of energy over edits, in percent of the unedited one's."""
-    names = list(run.energies)
-    table = torch.tensor(
-        [[100 * (batch.matrices[name]["energy"] / run.energies[name] - 1) for batch in run.batches] for name in names]
-    )
-    figure = Figure(figsize=(9.2, 0.9 + 0.32 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    limit = float(table.abs().max()) or 1.0
-    edges = [0, *run.batch_edits]
-    image = axis.pcolormesh(edges, range(len(names) + 1), table, cmap="PuOr_r", vmin=-limit, vmax=limit)
-    axis.set_yticks(
-        [index + 0.5 for index in range(len(names))], [plain(short_name(name)) for name in names], fontsize=8
-    )
-    axis.invert_yaxis()
-    axis.set_xlabel("Facts edited", fontsize=9)
-    _ticks(axis)
-    figure.colorbar(image, ax=axis).set_label("ΔHE, %", fontsize=9)
     return figure
 
 
@@ -268,10 +133,10 @@ def abilities(runs: Sequence[Series], columns: int = 2) -> Figure:
                 errors = [scale * (score["error"] or 0.0) for _, score in points]
                 axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
                 if points[0][1]["chance"] is not None:
-                    axis.axhline(100 * points[0][1]["chance"], color=_GREY, linewidth=0.8, linestyle=":")
+                    axis.axhline(100 * points[0][1]["chance"], color=GREY, linewidth=0.8, linestyle=":")
                 axis.set_ylabel(plain(f"{task}, {points[0][1]['metric']}{unit}"), fontsize=9)
         axis.set_xlabel("Facts edited", fontsize=9)
-        _ticks(axis)
+        ticks(axis)
     for axis in axes[len(tasks) :]:
         axis.axis("off")
     _legend(figure, axes[0], len(runs))
@@ -280,10 +145,11 @@ def abilities(runs: Sequence[Series], columns: int = 2) -> Figure:
 
 def retention(runs: Sequence[Series]) -> Figure:
     """What is left of earlier facts: the metrics after the last batch against how many edits ago a fact was edited, with 95 % intervals."""
-    keys = ("efficacy_strict", "generalization_strict", "specificity")
+    shown = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION, STRICT), of_part(SPECIFICITY))
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(keys))
-    for axis, key in zip(axes, keys, strict=True):
+    axes = figure.subplots(1, len(shown))
+    for axis, metric in zip(axes, shown, strict=True):
+        key = metric.name
         for run in runs:
             ages = [age for age in run.retention() if age[key] is not None]
             x = [(age["edits_ago"]["from"] + age["edits_ago"]["to"]) / 2 for age in ages]
@@ -292,9 +158,9 @@ def retention(runs: Sequence[Series]) -> Figure:
             errors = [[v - low for v, (low, _) in zip(y, spans, strict=True)], [high - v for v, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
             axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
         axis.set_ylim(-3, 103)
-        axis.set_ylabel(METRICS[key], fontsize=9)
+        axis.set_ylabel(metric.heading, fontsize=9)
         axis.set_xlabel("Edits since", fontsize=9)
-        _ticks(axis)
+        ticks(axis)
     _legend(figure, axes[0], len(runs))
     return figure
 
@@ -316,7 +182,8 @@ def _line(run: Series) -> dict[str, Any]:
     }
 
 
-def _ticks(axis: Axes) -> None:
+def ticks(axis: Axes) -> None:
+    """Small labels, and whole numbers along x."""
     axis.tick_params(labelsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
@@ -354,9 +221,7 @@ def _regression(axis: Axes, points: Sequence[tuple[float, float]]) -> str:
     error = (residual.square().sum() / (n - 2) * (1 / n + (grid - centre).square() / spread)).sqrt()
     half = float(stats.t.ppf(0.975, n - 2)) * error
     axis.plot(grid.tolist(), line.tolist(), color="black", linewidth=1)
-    axis.fill_between(
-        grid.tolist(), (line - half).tolist(), (line + half).tolist(), color=_GREY, alpha=0.2, linewidth=0
-    )
+    axis.fill_between(grid.tolist(), (line - half).tolist(), (line + half).tolist(), color=GREY, alpha=0.2, linewidth=0)
     pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
     return f"Pearson {pearson:+.2f}, Spearman {spearman:+.2f}, {n} steps"
 
@@ -375,52 +240,3 @@ def _ellipse(axis: Axes, points: Sequence[tuple[float, float]], colour: str) -> 
     axis.add_patch(
         Ellipse((centre[0], centre[1]), width, height, angle=angle, fill=False, edgecolor=colour, linewidth=0.8)
     )
-
-
-def idea(weight: Tensor, solved: Tensor, written: Tensor, title: str, eta: float = 0.5) -> Figure:
-    """The idea of SPHERE on real neurons (the paper's figure 1): where an update pushes them, before and after projection.
-
-    Neurons ``weight [d_out, d_in]`` are shown by their direction within three dimensions: the first two principal
-    directions of the matrix, and the strongest direction of the update outside all principal ones. Arrows lead from
-    the neurons that the update moves most to where ``solved`` and ``written [d_out, d_in]`` would put them.
-    """
-    rows = unit_rows(weight).double()
-    values, vectors = right_eigenbasis(rows)
-    principal = vectors[:, : principal_rank(values, eta)]
-    outside = solved.double() - solved.double() @ principal @ principal.T
-    strongest = right_eigenbasis(outside)[1][:, :1]
-    axes3 = torch.cat([vectors[:, :2], strongest], dim=1)
-
-    def place(matrix: Tensor) -> Tensor:
-        inside = matrix.double() @ axes3
-        return inside / inside.norm(dim=1, keepdim=True).clamp_min(1e-12)
-
-    start = place(weight)
-    moved = (solved.double() @ axes3).norm(dim=1).argsort(descending=True)[:_ARROWS]
-    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
-    angles = torch.linspace(0, 2 * torch.pi, 61, dtype=torch.float64)
-    heights = torch.linspace(-1, 1, 13, dtype=torch.float64)
-    for number, (update, name, colour) in enumerate(
-        ((solved, "as solved", _AFTER), (written, "after SPHERE", "#0072B2")), 1
-    ):
-        axis: Any = figure.add_subplot(1, 2, number, projection="3d")
-        for height in heights:
-            radius = float((1 - height**2).clamp_min(0).sqrt())
-            circle = (radius * angles.cos()).tolist(), (radius * angles.sin()).tolist(), [float(height)] * len(angles)
-            axis.plot(*circle, color=_GREY, linewidth=0.3, alpha=0.5)
-        axis.scatter(*start.T.tolist(), s=2, color=_GREY, alpha=0.6)
-        end = place(weight + update)
-        for index in moved.tolist():
-            axis.plot(*torch.stack([start[index], end[index]]).T.tolist(), color=colour, linewidth=1.2)
-        axis.scatter(*end[moved].T.tolist(), s=10, color=colour, label=name)
-        for direction, label in enumerate(("u₁", "u₂")):
-            tip = [1.25 * float(direction == part) for part in range(3)]
-            axis.plot(*([0, value] for value in tip), color="black", linewidth=1)
-            axis.text(*(1.15 * value for value in tip), label, fontsize=9, zorder=99, backgroundcolor="white")
-        along = float((update.double() @ principal).norm() / update.double().norm())
-        axis.set_title(f"{name}: ‖ΔW U‖ / ‖ΔW‖ = {along:.3f}", fontsize=9)
-        axis.set_axis_off()
-        axis.set_box_aspect((1, 1, 1), zoom=1.6)
-        axis.view_init(elev=25, azim=35)
-    figure.suptitle(f"Neurons of {plain(title)}; the {_ARROWS} that the last batch moves most", fontsize=9)
-    return figure

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -18,84 +17,19 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sphere_edit._version import __version__
-from sphere_edit.editing.guard import COLLATERAL, stopped
-from sphere_edit.evaluation.metrics import PromptScore
+from sphere_edit.editing.guard import stopped
+from sphere_edit.evaluation import catalogue
+from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT
 from sphere_edit.files import write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
-from sphere_edit.reporting import plots
+from sphere_edit.reporting import plots, views, weight_plots
 from sphere_edit.reporting.energy import NOTE
-from sphere_edit.reporting.results import guessing, number, one_line, percent, relative, short_name, timings, with_error
-from sphere_edit.reporting.series import METRICS, Series, labelled
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of the page's first numbers: what it asks, and up to where its answer is good (green) or in doubt (amber)."""
-
-    question: str
-    green: float
-    amber: float
-    wording: str
-    verdicts: tuple[str, str, str]
-    rising: bool = False  # whether more is better
-
-    def light(self, value: float | None, shown: str) -> dict[str, str]:
-        """The answer for a value, in colour and words."""
-        if value is None or not math.isfinite(value):
-            index = 2
-        else:
-            sign = -1 if self.rising else 1
-            index = 0 if sign * value <= sign * self.green else 1 if sign * value <= sign * self.amber else 2
-        colour = ("green", "amber", "red")[index]
-        return {
-            "question": self.question,
-            "value": shown,
-            "colour": colour,
-            "verdict": self.verdicts[index],
-            "rule": self.wording,
-        }
-
-    def unknown(self, why: str) -> dict[str, str]:
-        """No answer, and why there is none."""
-        return {**self.light(None, "not measured"), "colour": "", "verdict": why}
-
+from sphere_edit.reporting.lights import lights
+from sphere_edit.reporting.series import Series, labelled
+from sphere_edit.reporting.words import by_stage, decimals, guessing, one_line, relative, short_name, with_error, yes
 
 _FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
 _RUNS_DRAWN = 4  # runs whose matrices are drawn one by one
-
-
-TAKEN = Rule(
-    "Did the edits take?", 90, 70, "Strict efficacy over all facts edited. Green from 90 %, amber from 70 %.",
-    ("yes", "not all of them", "no"), rising=True,
-)  # fmt: skip
-INTACT = Rule(
-    "Is the rest intact?", 1.10, 1.30, "Perplexity on held-out text, times the unedited model's. Green up to 1.10, amber up to 1.30.",
-    ("yes", "it begins to suffer", "no"),
-)  # fmt: skip
-
-
-def _light(rule: Rule, run: Series, value: float | None, shown: str) -> dict[str, str]:
-    """A rule's answer, if the run was evaluated where it stands."""
-    if run.current:
-        return rule.light(value, shown)
-    return rule.unknown("not evaluated where the run stands" + (f"; last: {run.evaluated}" if run.evaluated else ""))
-
-
-def _near(run: Series) -> dict[str, str]:
-    """How far the weights have moved, by the guard's own measure, with the energy beside it."""
-    matrices = run.batches[-1].matrices if run.batches else {}
-    value = COLLATERAL.measured(matrices) if matrices else 0.0
-    changes = [100 * (matrix["energy"] / run.energies[name] - 1) for name, matrix in matrices.items()]
-    wording = (
-        f"{COLLATERAL.name[0].upper()}{COLLATERAL.name[1:]}. Green up to {COLLATERAL.value / 2:g}, amber up to {COLLATERAL.value:g}, "
-        f"the guard's limit. Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most."
-    )
-    rule = Rule(
-        "Is it still near itself?", COLLATERAL.value / 2, COLLATERAL.value, wording, ("yes", "it moves away", "no")
-    )
-    if value is None:
-        return rule.unknown("no second moments; --guard measures them")
-    return rule.light(value, f"{value:.3f}")
 
 
 def write_report(
@@ -183,28 +117,28 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
                 + ("" if run.sphere else " (which this run did not use)") + ".",
                 partial(_of_last_update, run, name, eta),
             ),
-            (f"heat{tag}", f"{run.label}: change of each edited matrix's energy.", partial(plots.heat, run)),
+            (f"heat{tag}", f"{run.label}: change of each edited matrix's energy.", partial(weight_plots.heat, run)),
             (
                 f"spectrum{tag}",
                 f"{run.label}: spectrum of all that was written to {short}, the matrix that changed most, and its part along the principal directions.",
-                partial(_of_change, plots.spectrum, run, name, eta),
+                partial(_of_change, weight_plots.spectrum, run, name, eta),
             ),
             (
                 f"cosines{tag}",
                 f"{run.label}: cosines between neurons of {short}.",
-                partial(_of_change, plots.cosines, run, name),
+                partial(_of_change, weight_plots.cosines, run, name),
             ),
             (
                 f"neighbourhoods{tag}",
                 f"{run.label}: neurons of {short} before and after in one map (t-SNE of their directions), and their density along its axes.",
-                partial(_of_change, plots.neighbourhoods, run, name),
+                partial(_of_change, weight_plots.neighbourhoods, run, name),
             ),
         ]  # fmt: skip
     return found
 
 
 def _of_last_update(run: Series, name: str, eta: float) -> Figure:
-    return plots.idea(*run.last_update(name), short_name(name), eta)
+    return weight_plots.idea(*run.last_update(name), short_name(name), eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
@@ -218,52 +152,47 @@ def _most_changed(run: Series) -> str:
 
 
 def _run(run: Series) -> dict[str, Any]:
-    config, last = run.config, {key: values[-1] for key, values in run.metrics.items()}
-    strict, after, before = last["efficacy_strict"], last["perplexity"], run.metrics["perplexity"][0]
-    ratio = after / before if after and before else None
-    sphere = config.sphere
+    ended = "finished" if run.guard is None else f"guard: {stopped(run.guard)}"
+    state = ended if run.finished or run.guard is not None else "not finished: what follows is of the last evaluation"
+    timings = views.Timings.of(run.batches, run.final_rechecks)
     return {
         "label": run.label,
-        "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; "
-        + (
-            f"guard: {stopped(run.guard)}"
-            if run.guard is not None
-            else "finished"
-            if run.finished
-            else "not finished: what follows is of the last evaluation"
-        ),
-        "lights": [
-            _light(TAKEN, run, strict, percent(strict)),
-            _light(INTACT, run, ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
-            _near(run),
-        ],
-        "timings": f"Time by stage: {timings([*run.batches, *run.final_rechecks])}",
-        "settings": [
-            ("model", f"{config.model.source} ({config.model.family}, {config.model.dtype})"),
-            ("weights' SHA-256", config.model.fingerprint),
-            ("method", f"{run.method} {json.dumps(config.method_options)}"),
-            ("SPHERE", json.dumps(sphere.model_dump()) if sphere else "off"),
-            ("matrices", ", ".join(config.matrices)),
-            ("statistics from", config.corpus.origin),
-            *((name, json.dumps(value)) for name, value in config.settings.items() if name not in ("options", "sphere")),
-            *((f"version of {name}", value) for name, value in config.versions.items()),
-            ("device", config.device),
-            ("started", config.created),
-        ],
-    }  # fmt: skip
+        "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; {state}",
+        "lights": lights(run),
+        "timings": f"Time by stage: {by_stage(timings.seconds)}",
+        "settings": _settings(run),
+    }
+
+
+def _settings(run: Series) -> list[tuple[str, str]]:
+    config, sphere = run.config, run.config.sphere
+    model = config.model
+    return [
+        ("model", f"{model.source} ({model.family}, {model.dtype})"),
+        ("weights' SHA-256", model.fingerprint),
+        ("method", f"{run.method} {json.dumps(config.method_options)}"),
+        ("SPHERE", json.dumps(sphere.model_dump()) if sphere else "off"),
+        ("matrices", ", ".join(config.matrices)),
+        ("statistics from", config.corpus.origin),
+        *((name, json.dumps(value)) for name, value in config.settings.items() if name not in ("options", "sphere")),
+        *((f"version of {name}", value) for name, value in config.versions.items()),
+        ("device", config.device),
+        ("started", config.created),
+    ]
 
 
 def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
-    rows = []
-    for run in runs:
-        edited = "edited" if run.current else f"edited ({run.evaluated or 'not evaluated'})"
-        for name, index in (("unedited", 0), (edited, -1)):
-            values = {key: series[index] for key, series in run.metrics.items()}
-            if index == -1 and not (run.current or run.evaluated):
-                values = dict.fromkeys(values)
-            cells = [percent(value) for key, value in values.items() if key not in ("perplexity", "divergence")]
-            rows.append([f"{run.label}, {name}", *cells, number(values["perplexity"]), number(values["divergence"])])
-    return {"columns": [label.removesuffix(", %") for label in METRICS.values()], "rows": rows}
+    """Two decimals of what is no percentage; a dash where a model was not evaluated."""
+    metrics = catalogue.on_page()
+    rows = [
+        [state.label, *(metric.said(state.values[metric.name], 2) if state.values else "–" for metric in metrics)]
+        for state in views.states(runs)
+    ]
+    return {"columns": [metric.column for metric in metrics], "rows": rows}
+
+
+def _named(run: str, name: str, runs: Sequence[Series]) -> str:
+    return f"{run}, {name}" if len(runs) > 1 else name
 
 
 def _energies(runs: Sequence[Series]) -> dict[str, Any]:
@@ -276,62 +205,58 @@ def _energies(runs: Sequence[Series]) -> dict[str, Any]:
         "first order, last batch",
         "change, last batch",
     )
-    rows = []
-    for run in runs:
-        for name, batch in run.batches[-1].matrices.items() if run.batches else ():
-            before, collateral = run.energies[name], batch["collateral_ratio"]
-            rows.append(
-                [
-                    f"{run.label}, {short_name(name)}" if len(runs) > 1 else short_name(name),
-                    f"{before:.1f}",
-                    f"{batch['energy']:.1f}",
-                    relative(before, batch["energy"]),
-                    f"{batch['relative_drift']:.3f}",
-                    "–" if collateral is None else f"{collateral:.4f}",
-                    f"{batch['first_order']:+.2f}",
-                    f"{batch['energy_change']:+.2f}",
-                ]
-            )
+    rows = [
+        [
+            _named(matrix.run, short_name(matrix.name), runs),
+            f"{matrix.before:.1f}",
+            f"{matrix.after:.1f}",
+            relative(matrix.before, matrix.after),
+            f"{matrix.drift:.3f}",
+            decimals(matrix.collateral, 4),
+            f"{matrix.first_order:+.2f}",
+            f"{matrix.last_change:+.2f}",
+        ]
+        for matrix in views.matrices(runs)
+    ]
     return {"columns": columns, "rows": rows}
 
 
 def _abilities(runs: Sequence[Series]) -> dict[str, Any]:
     columns = ("metric", "documents", "before", "after", "edits", "guessing")
-    rows = []
-    for run in runs:
-        for task, points in run.abilities.items():
-            before, (edits, after) = points[0][1], points[-1]
-            rows.append(
-                [
-                    f"{run.label}, {task}" if len(runs) > 1 else task,
-                    after["metric"],
-                    str(after["documents"]),
-                    with_error(before),
-                    with_error(after),
-                    str(edits),
-                    guessing(before),
-                ]
-            )
+    rows = [
+        [
+            _named(row.run, row.task, runs),
+            last.metric,
+            str(last.documents),
+            with_error(row.before),
+            with_error(last),
+            str(row.edits),
+            guessing(row.before),
+        ]
+        for row in views.abilities(runs)
+        for last in (row.after or row.before,)
+    ]
     return {"columns": columns, "rows": rows}
 
 
 def _facts(runs: Sequence[Series]) -> list[list[str]]:
-    found: list[tuple[tuple[bool, bool, float], list[str]]] = []
-    for run in runs:
-        for fact in run.facts():
-            before, after = (PromptScore(**fact[when]["rewrite"]) for when in ("unedited", "edited"))
-            cells = [
-                fact["prompt"].replace("{}", fact["subject"]),
-                fact["target_new"].strip(),
-                *([run.label] if len(runs) > 1 else []),
-                str(fact["batch"]),
-                *(one_line(score.said) for score in (before, after)),
-                *(_probability(nll) for nll in (before.nll_right, after.nll_right, after.nll_other)),
-                "yes" if after.prefers else "no",
-                "yes" if after.correct else "no",
-            ]
-            found.append(((after.prefers, after.correct, -after.nll_right), cells))
-    return [cells for _, cells in sorted(found, key=lambda item: item[0])]
+    """A line a fact: those that did not take first, then those not held strictly, then those whose answer is the least likely."""
+    rows = [row for run in runs for row in views.Facts.of(run.facts(), run.batches, run.label).rows]
+    rows.sort(key=lambda row: (row.holds(LIKELIHOOD), row.holds(STRICT), -row.after.rewrite.nll_right))
+    return [_fact(row, len(runs) > 1) for row in rows]
+
+
+def _fact(row: views.FactRow, several: bool) -> list[str]:
+    before, after = row.before.rewrite, row.after.rewrite
+    return [
+        row.prompt,
+        row.answer,
+        *([row.run] if several else []),
+        str(row.written[0]),
+        *(one_line(score.said) for score in (before, after)),
+        *(_probability(nll) for nll in (before.nll_right, after.nll_right, after.nll_other)),
+        *(yes(row.holds(protocol)) for protocol in (LIKELIHOOD, STRICT)),
+    ]
 
 
 def _probability(nll: float) -> str:

@@ -11,23 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.metrics import summarise
+from sphere_edit.evaluation import catalogue
+from sphere_edit.evaluation.intervals import summarise
 from sphere_edit.files import plain_errors
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import read_unedited
 from sphere_edit.runs.records import Batch, Evaluation, FinalRecheck, GuardStop, RunConfig, Unedited
 from sphere_edit.runs.weights import RunWeights
-
-METRICS = {
-    "efficacy": "Efficacy, %",
-    "efficacy_strict": "Efficacy, strict, %",
-    "generalization": "Generalization, %",
-    "generalization_strict": "Generalization, strict, %",
-    "specificity": "Specificity, %",
-    "perplexity": "Perplexity",
-    "divergence": "KL, nats",
-}
-_WHOLE = ("perplexity", "divergence")
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class Series:
     Attributes:
         label: what it is called beside others.
         edits: facts edited by each checkpoint, the unedited model (0) first.
-        metrics: by name (`METRICS`), a value a checkpoint; None where nothing was measured.
+        metrics: by name, a value a checkpoint; None where nothing was measured.
         energy: energy of all edited matrices together at each checkpoint, relative to the unedited model's, less 1.
         batches, final_rechecks: the journal's records.
         batch_edits: facts edited by the end of each batch.
@@ -91,10 +81,10 @@ class Series:
         checkpoints: list[Unedited | Evaluation] = [unedited, *evaluations]
         summaries = [_unedited_summary(run, unedited), *(evaluation.summary for evaluation in evaluations)]
         metrics: dict[str, list[float | None]] = {
-            key: [getattr(point, key) for point in checkpoints]
-            if key in _WHOLE
-            else [summary[key] for summary in summaries]
-            for key in METRICS
+            metric.name: [summary.get(metric.name) for summary in summaries]
+            if metric.of == "prompts"
+            else [getattr(point, metric.name, None) for point in checkpoints]
+            for metric in catalogue.over_checkpoints()
         }
         energy = [sum(matrix["total"] for matrix in (point.energy or {}).values()) / whole - 1 for point in checkpoints]
         return cls(
@@ -120,7 +110,8 @@ class Series:
     def judged(self, key: str) -> list[float | None]:
         """A metric at each checkpoint as what the edits did: without the unedited model's where that is merely what was not yet edited."""
         values = self.metrics[key]
-        return [None, *values[1:]] if key.startswith(("efficacy", "generalization")) else values
+        learnt = any(metric.learnt for metric in catalogue.over_checkpoints() if metric.name == key)
+        return [None, *values[1:]] if learnt else values
 
     def facts(self) -> list[dict[str, Any]]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""

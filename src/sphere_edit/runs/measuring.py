@@ -14,10 +14,12 @@ from torch import Tensor
 
 from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings
+from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
-from sphere_edit.evaluation.metrics import FactScores, complete_answers, intervals, score_facts, summarise
+from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
@@ -32,7 +34,6 @@ from sphere_edit.runs.trust import refuse_untrusted
 
 METRICS_SCHEMA = 2
 _SCORING = 1  # to be raised whenever the same model and facts would get other scores
-_WHOLE = ("perplexity", "divergence", "energy", "texts")  # what is measured of the model as a whole
 _AGES = 10  # classes of age that retention tells apart
 
 
@@ -117,7 +118,7 @@ class Evaluator:
             sha256 = write_json(path, content)
             if session not in done or done[session].sha256 not in (None, sha256):
                 scores = [FactScores.from_dict(score) for score in content["scores"]]
-                whole = {name: content[name] for name in _WHOLE if name in content}
+                whole = {name: content[name] for name in catalogue.whole_model() if name in content}
                 run.append(Unedited(session=session, summary=summarise(scores), sha256=sha256, **whole))
         if self.settings.tasks:
             self.check()
@@ -237,14 +238,14 @@ class Evaluator:
             self._text_on_unedited()
         text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=self._unedited_hidden)
         energies = self._energies(self.weights.deployed)
-        return {"perplexity": text.perplexity, "divergence": text.divergence, "energy": energies}
+        return {**catalogue.of_heldout(text), "energy": energies}
 
     def _text_on_unedited(self) -> dict[str, Any]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
         with self.weights.unedited():
             found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")
         self._unedited_hidden = found.hidden
-        return {"perplexity": found.perplexity, "divergence": 0.0}
+        return {**catalogue.of_heldout(found), catalogue.DIVERGENCE.name: 0.0}
 
     def _energies(self, weight: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
         found = {name: hyperspherical_energy(weight(name)) for name in self.weights.names}
@@ -291,7 +292,7 @@ def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[st
         content = read_json(_unedited_file(run, session), hashes.get(session))
         facts += [Fact.from_dict(record) for record in content["facts"]]
         scores += [FactScores.from_dict(record) for record in content["scores"]]
-        whole = whole or {name: content[name] for name in _WHOLE if name in content}
+        whole = whole or {name: content[name] for name in catalogue.whole_model() if name in content}
     return facts, scores, whole
 
 
@@ -320,7 +321,7 @@ def _metrics(run: RunFolder, evaluation: Evaluation, after: Sequence[FactScores]
         },
         "edited": {
             **entry["summary"],
-            **{name: entry[name] for name in _WHOLE if name in entry},
+            **{name: entry[name] for name in catalogue.whole_model() if name in entry},
             **_abilities(history, history.head),
         },
         "intervals": {"unedited": intervals([before[index] for index in kept]), "edited": intervals(after)},

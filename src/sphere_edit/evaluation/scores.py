@@ -1,6 +1,7 @@
-"""Efficacy, generalization and specificity of the deployed model, in four protocols side by side.
+"""Every prompt of a fact, asked of the model as it stands.
 
-Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new):
+Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new). What was
+measured of a prompt is judged in four protocols (`sphere_edit.evaluation.catalogue`):
 
 - *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
   right answer is lower than that of its rival;
@@ -11,13 +12,9 @@ Every prompt has a right answer (target_new; for a neighbour its own) and a riva
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
@@ -26,10 +23,6 @@ from sphere_edit.models.generation import greedy_continuations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import Predictions, TokenBatch, over_batches
 from sphere_edit.progress import Reporter
-
-PARTS = ("efficacy", "generalization", "specificity")
-PROTOCOLS = {"": "likelihood", "_strict": "strict", "_token": "per token", "_generated": "generated"}
-_DRAWS = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -61,14 +54,6 @@ class PromptScore:
         return self.accuracy == 1.0
 
 
-_VERDICTS: Mapping[str, Callable[[PromptScore], float | None]] = {
-    "": lambda score: float(score.prefers),
-    "_strict": lambda score: float(score.correct),
-    "_token": lambda score: score.accuracy,
-    "_generated": lambda score: None if score.begins is None else float(score.begins),
-}
-
-
 @dataclass(frozen=True)
 class FactScores:
     """All prompts of one fact."""
@@ -93,10 +78,6 @@ class FactScores:
     def prompts(self) -> tuple[PromptScore, ...]:
         """Rewrite, paraphrases, neighbours, in the order of `questions`."""
         return (self.rewrite, *self.paraphrases, *self.neighbors)
-
-    def of_part(self, part: str) -> tuple[PromptScore, ...]:
-        """The prompts that efficacy, generalization or specificity is the mean of."""
-        return {"efficacy": (self.rewrite,), "generalization": self.paraphrases, "specificity": self.neighbors}[part]
 
 
 @dataclass(frozen=True)
@@ -235,92 +216,6 @@ def _hosts(rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
             host = row
         hosts.setdefault(host, []).append(index)
     return hosts
-
-
-def summarise(scores: Sequence[FactScores]) -> dict[str, float | None]:
-    """Means over facts (of a fact's prompts first), in percent, by part and protocol; None where nothing was measured.
-
-    ``score`` is the harmonic mean of the three parts, in each protocol.
-    """
-    values = _values(scores)
-    return _named(_means(values, torch.ones(1, len(values), dtype=values.dtype))[0])
-
-
-def intervals(
-    scores: Sequence[FactScores], facts: Sequence[Hashable] | None = None, seed: int = 0
-) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile bootstrap intervals, over facts, of what `summarise` says, from 1,000 draws.
-
-    ``facts`` names the fact of each score, where several are of one fact (runs with several seeds): it is drawn with all of them.
-    """
-    values = _values(scores)
-    return _spans(_means(values, resampled(range(len(scores)) if facts is None else facts, seed)))
-
-
-def difference_intervals(
-    before: Sequence[FactScores],
-    after: Sequence[FactScores],
-    facts: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile bootstrap intervals of the change from ``before`` to ``after``, paired: the same facts in the same order."""
-    if len(before) != len(after):
-        raise ValueError(f"paired scores must be of the same facts, not {len(before)} and {len(after)}")
-    weights = resampled(range(len(before)) if facts is None else facts, seed)
-    return _spans(_means(_values(after), weights) - _means(_values(before), weights))
-
-
-def resampled(facts: Sequence[Hashable], seed: int) -> Tensor:
-    """How often each score is in each of 1,000 draws of the bootstrap over facts ``[draws, scores]``, float64."""
-    numbers = {fact: number for number, fact in enumerate(dict.fromkeys(facts))}
-    weights = torch.zeros(_DRAWS, len(numbers), dtype=torch.float64)
-    if numbers:
-        drawn = torch.randint(len(numbers), (_DRAWS, len(numbers)), generator=torch.Generator().manual_seed(seed))
-        weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    return weights[:, [numbers[fact] for fact in facts]]
-
-
-def _spans(means: Tensor) -> dict[str, tuple[float, float] | None]:
-    """The middle 95 % of each column of ``means [draws, 16]``."""
-    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), dim=0)
-    lows, highs = _named(low), _named(high)
-    return {
-        name: None if (first := lows[name]) is None or (last := highs[name]) is None else (first, last) for name in lows
-    }
-
-
-def _values(scores: Sequence[FactScores]) -> Tensor:
-    """Each fact's share of prompts that went well ``[facts, 12]``: three parts in each of four protocols; NaN for none."""
-    rows = [
-        [_share(score.of_part(part), verdict) for verdict in _VERDICTS.values() for part in PARTS] for score in scores
-    ]
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(_VERDICTS) * len(PARTS))
-
-
-def _share(scores: Sequence[PromptScore], verdict: Callable[[PromptScore], float | None]) -> float:
-    verdicts = [value for score in scores if (value := verdict(score)) is not None]
-    return sum(verdicts) / len(verdicts) if verdicts else math.nan
-
-
-def _means(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means of columns in percent ``[draws, 16]``, NaN left out, with each protocol's harmonic mean after its parts."""
-    means = 100 * weighted_means(values, weights)
-    parts = means.reshape(len(weights), len(_VERDICTS), len(PARTS))
-    known = parts.isfinite()
-    harmonic = known.sum(-1) / torch.where(known, 1 / parts, 0.0).sum(-1)
-    harmonic = torch.where(known.any(-1), harmonic, torch.nan)
-    return torch.cat([parts, harmonic[..., None]], dim=-1).flatten(1)
-
-
-def weighted_means(values: Tensor, weights: Tensor) -> Tensor:
-    """Means ``[draws, columns]`` of ``values [scores, columns]`` with ``weights [draws, scores]``; what is NaN does not count."""
-    there = values.isfinite().to(values.dtype)
-    return (weights @ values.nan_to_num()) / (weights @ there)
-
-
-def _named(means: Tensor) -> dict[str, float | None]:
-    names = [f"{part}{suffix}" for suffix in _VERDICTS for part in (*PARTS, "score")]
-    return {name: None if math.isnan(value) else value for name, value in zip(names, means.tolist(), strict=True)}
 
 
 def _known(answer: str | None) -> str:

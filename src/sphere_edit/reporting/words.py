@@ -1,0 +1,76 @@
+"""How numbers and names read, in tables and on pages alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sphere_edit.evaluation.ability import AbilityScore
+
+
+def percent(value: float | None) -> str:
+    """A percentage, or a dash where there was nothing to measure."""
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def decimals(value: float | None, digits: int, sign: str = "") -> str:
+    """A number with some decimals, with its sign if ``sign`` is "+"; a dash where there is none."""
+    return "–" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def between(interval: Sequence[float]) -> str:
+    """A confidence interval of percentages."""
+    return f"{interval[0]:.1f}–{interval[1]:.1f}"
+
+
+def span(values: Sequence[float]) -> str:
+    """The smallest and largest of some numbers."""
+    if not values:
+        return "–"
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def relative(before: float, after: float) -> str:
+    """Change in percent of the value before."""
+    return f"{100 * (after - before) / before:+.3f} %" if before else ""
+
+
+def times(before: float | None, after: float | None) -> str:
+    """A value as a multiple of the value before; nothing where either is missing."""
+    return f"× {after / before:.3f}" if before and after else ""
+
+
+def yes(verdict: bool) -> str:
+    """A verdict."""
+    return "yes" if verdict else "no"
+
+
+def one_line(text: str | None) -> str:
+    """What a model said, without line breaks; a dash where it was not asked."""
+    return "–" if text is None else " ".join(text.split())
+
+
+def short_name(name: str) -> str:
+    """``model.layers.4.mlp.down_proj`` → ``4.mlp.down_proj``."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
+
+
+def with_error(score: AbilityScore) -> str:
+    """An ability's score with its standard error, a share of right answers in percent."""
+    scale, digits, unit = (100, 1, " %") if score.share else (1, 3, "")
+    error = "" if score.error is None else f" ± {scale * score.error:.{digits}f}"
+    return f"{scale * score.value:.{digits}f}{error}{unit}"
+
+
+def guessing(score: AbilityScore) -> str:
+    """What guessing would score, and whether the unedited model's ``score`` is no better."""
+    if score.chance is None:
+        return "–"
+    return percent(100 * score.chance) + (" (at chance)" if score.at_chance else "")
+
+
+def by_stage(seconds: Mapping[str, float]) -> str:
+    """Seconds by stage."""
+    return ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
