@@ -20,7 +20,7 @@ from lifetime import SHOWN, nearest, scores
 from matplotlib.figure import Figure
 
 from sphere_edit.evaluation.metrics import intervals, summarise
-from sphere_edit.reporting.plots import COLOURS
+from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.series import Series
 
 KNOWN = {"efficacy_strict": "Strict efficacy, %", "generalization_strict": "Strict generalization, %"}
@@ -126,7 +126,7 @@ def drawn(rows: list[Row]) -> Figure:
                     errors["xerr"] = [[x - left], [right - x]]
                 axes.errorbar(
                     [x], [value], **errors, marker=MARKERS[number % len(MARKERS)],
-                    fillstyle="full" if row.sphere else "none", capsize=2, color=COLOURS[row.method], markersize=8,
+                    fillstyle="full" if row.sphere else "none", capsize=2, color=colour_of(row.method), markersize=8,
                     linewidth=1, label=row.label if above + column == 0 else None,
                 )  # fmt: skip
             axes.set_ylabel(label)

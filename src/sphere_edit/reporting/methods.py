@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from sphere_edit.editing.methods import METHODS
+from sphere_edit.editing.methods import METHODS, register_installed
 from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.presets import presets
 from sphere_edit.reporting.results import make_table
@@ -12,6 +12,7 @@ from sphere_edit.reporting.results import make_table
 
 def method_tables() -> list[Table]:
     """What ``sphere-edit methods`` prints."""
+    register_installed()
     listed = _left("Methods", "method", "what it does", "needs", "edits by default", "with SPHERE")
     options = _left("Options (options: {…} in a settings file)", "method", "option", "default", "meaning")
     papers = _left("Sources", "method", "source")
