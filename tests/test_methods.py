@@ -448,6 +448,14 @@ def test_lyaplock_minimises_what_it_weighs_and_its_queue_grows_beyond_the_bound(
         lost = sum(((then - weight) @ known @ known.T for then, known in history), start=torch.zeros(()))
         torch.testing.assert_close(state["lost"], lost, atol=1e-9, rtol=1e-9)
     assert queue > 1
+    # a repair: E and W − W0 follow the weights, the queue counts batches and stands still
+    weight = weight + 0.1 * random(D_OUT, D_IN, seed=30)
+    repaired = method.after_repair(state, {"change": weight - original}, problem.statistics)
+    lost = sum(((then - weight) @ known @ known.T for then, known in history), start=torch.zeros(()))
+    torch.testing.assert_close(repaired["lost"], lost, atol=1e-9, rtol=1e-9)
+    assert float((repaired["lost"] - state["lost"]).norm()) > 1.0
+    assert torch.equal(repaired["change"], weight - original)
+    assert all(torch.equal(repaired[part], state[part]) for part in ("queue", "keys", "bound"))
     known = history[0][1]
     forgotten = method.forget(state, known, problem.statistics)
     torch.testing.assert_close(forgotten["keys"], state["keys"] - known @ known.T)
