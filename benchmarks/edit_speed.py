@@ -96,7 +96,7 @@ def textbook_seconds(editor: Editor, facts: Sequence[Fact]) -> float:
 def textbook_of(editor: Editor) -> Callable[..., Any]:
     """The textbook loop with an editor's model, statistics and settings, to be called with the facts of each batch."""
     loop, names = editor._stream.committer, editor.weights.names
-    bases = [loop.statistics[name].null_space for name in names]
+    bases = [loop.statistics[name]["null_space"] for name in names]
     projectors: list[Tensor] = [basis @ basis.T for basis in bases if basis is not None]
     return partial(
         textbook.edit_batch,

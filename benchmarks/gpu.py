@@ -19,10 +19,10 @@ import torch
 from scaling import byte_tokenizer, made
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sphere_edit.editing.batch import Solver
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.methods.base import Statistics
-from sphere_edit.editing.solving import Solver
-from sphere_edit.editing.sources import SOURCES
+from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.models.loading import prepare, resolve_device
 from sphere_edit.models.weights import EditedWeights
@@ -80,7 +80,7 @@ def row(shape: str, folder: Path, device: torch.device, batch_size: int, steps: 
     basis, _ = torch.linalg.qr(torch.randn(inner, 4 * inner // 5, device=device))
     method = METHODS["alphaedit"]()
     settings = TargetSettings(steps=steps, stop_loss=0.0, tokens=4096, compute="model")
-    source = SOURCES["targets"](loaded, weights, LAYERS, TEMPLATES, method.needs, settings, 16384)
+    source = OptimisedTargets(loaded, weights, LAYERS, TEMPLATES, method.needs.feed, settings, 16384)
     statistics = dict.fromkeys(names, Statistics(null_space=basis))
     run = RunFolder.create(folder / "run")
     loop = Committer(run, Solver(weights, source, method, method.sphere, method.sphere, statistics, Quiet()))

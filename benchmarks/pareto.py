@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from sphere_edit.evaluation.catalogue import DIVERGENCE, PERPLEXITY
 from sphere_edit.evaluation.intervals import intervals, summarise
-from sphere_edit.reporting.plots import COLOURS
+from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.series import Series
 
 *KNOWN, OTHERS = SHOWN  # how much is known of what was edited, and of what was not
@@ -130,7 +130,7 @@ def drawn(rows: list[Row]) -> Figure:
                     errors["xerr"] = [[x - left], [right - x]]
                 axes.errorbar(
                     [x], [value], **errors, marker=MARKERS[number % len(MARKERS)],
-                    fillstyle="full" if row.sphere else "none", capsize=2, color=COLOURS[row.method], markersize=8,
+                    fillstyle="full" if row.sphere else "none", capsize=2, color=colour_of(row.method), markersize=8,
                     linewidth=1, label=row.label if above + column == 0 else None,
                 )  # fmt: skip
             axes.set_ylabel(metric.heading)

@@ -45,6 +45,7 @@ def test_guide_examples_run_as_written(capsys):
         "docs/guide.md",
         "docs/evaluation.md",
         "docs/LOG.md",
+        "docs/methods.md",
         "docs/performance.md",
         "docs/quality.md",
         "docs/results.md",

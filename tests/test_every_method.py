@@ -149,6 +149,21 @@ def test_sphere_takes_away_what_it_says(method, models, tmp_path):
             change = editor.weights.deployed(name).double() - original
             share[alpha].append(float((change @ editor.sphere.directions(original)).norm() / change.norm()))
     assert min(share[0.0]) > 0.05
-    if method == "rome":  # each fact is projected as it is written, and so is their sum
-        assert METHODS[method].sphere.project == "per_layer"
     assert max(share[1.0]) < 1e-4, "float32 weights"
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.max_batch == 1])
+def test_a_method_of_one_fact_at_a_time_projects_each_fact_before_the_next_is_solved(method, models, tmp_path):
+    """Three facts in one batch come to the weights of three batches of one; projected only at the end, to others."""
+    found = {}
+    for size, project in ((3, "per_layer"), (1, "per_layer"), (3, "after_all")):
+        sphere = {"alpha": 1.0, "project": project, "basis": "pretrained"}
+        settings = {**COMMON, "method": method, "sphere": sphere, "batch_size": size}
+        run = tmp_path / f"{size}-{project}"
+        editor = Editor.from_pretrained(models["llama"], run, reporter=Quiet(), **settings)
+        editor.edit(records(3))
+        found[size, project] = torch.cat([weight.flatten() for weight in editor.weights.working.values()])
+        original = torch.cat([editor.weights.original(name).flatten() for name in editor.weights.names])
+    change = float((found[3, "per_layer"] - original).norm())
+    assert float((found[3, "per_layer"] - found[1, "per_layer"]).norm()) < 1e-4 * change
+    assert float((found[3, "per_layer"] - found[3, "after_all"]).norm()) > 1e-2 * change

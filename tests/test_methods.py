@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sphere_edit import SphereEditError
+from sphere_edit.editing.ingredients import DominantVectors
 from sphere_edit.editing.methods import METHODS, make_method
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Statistics
@@ -26,7 +27,7 @@ from sphere_edit.editing.methods.revive import Revive
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
 from sphere_edit.editing.targets import Targets, anchored, typical_length
-from sphere_edit.numerics.linalg import NullSpaceRule, dominant_vectors, null_space
+from sphere_edit.numerics.linalg import NullSpaceRule, null_space
 from sphere_edit.numerics.update import DenseUpdate
 
 
@@ -41,7 +42,7 @@ D_OUT, D_IN, N = 7, 20, 4
 def problem() -> LayerProblem:
     factor = random(D_IN, 3 * D_IN, seed=0) * torch.linspace(0.01, 2, D_IN, dtype=torch.float64)[:, None]
     moment = factor @ factor.T / (3 * D_IN)
-    statistics = Statistics(moment, null_space(moment, NullSpaceRule.QUANTILE, 0.6))
+    statistics = Statistics(second_moment=moment, null_space=null_space(moment, NullSpaceRule.QUANTILE, 0.6))
     weight = random(D_OUT, D_IN, seed=1)
     return LayerProblem(weight, random(D_IN, N, seed=2), random(D_OUT, N, seed=3), statistics)
 
@@ -58,7 +59,7 @@ def test_alphaedit_is_its_published_formula_with_earlier_keys(problem):
     previous = random(D_IN, 6, seed=4)
     state = method.after_batch({}, {"keys": previous[:, :2]}, problem.statistics)
     state = method.after_batch(state, {"keys": previous[:, 2:]}, problem.statistics)
-    basis = problem.statistics.null_space
+    basis = problem.statistics["null_space"]
     projector = basis @ basis.T
     keys = problem.keys
     system = previous @ previous.T @ projector + keys @ keys.T @ projector + 3.0 * torch.eye(D_IN, dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_alphaedit_is_its_published_formula_with_earlier_keys(problem):
 def test_alphaedit_zeroes_its_normal_equations_within_the_null_space(problem):
     method = AlphaEdit(l2=0.5)
     delta = method.solve(problem, {}).dense()
-    basis = problem.statistics.null_space
+    basis = problem.statistics["null_space"]
     gradient = (delta @ problem.keys - problem.residual) @ problem.keys.T + 0.5 * delta
     assert float((gradient @ basis).abs().max()) < 1e-10
 
@@ -77,11 +78,16 @@ def test_alphaedit_zeroes_its_normal_equations_within_the_null_space(problem):
 def test_alphaedit_leaves_keys_outside_its_null_space_alone(problem):
     method = AlphaEdit()
     delta = method.solve(problem, {}).dense()
-    basis = problem.statistics.null_space
+    basis = problem.statistics["null_space"]
     outside = random(D_IN, 5, seed=5)
     outside -= basis @ (basis.T @ outside)
     assert float((delta @ problem.keys).norm()) > 0.1, "the update does something"
     assert float((delta @ outside).abs().max()) < 1e-12
+
+
+def with_dominant(problem: LayerProblem, method: Revive, original: torch.Tensor) -> LayerProblem:
+    """The problem with what REVIVE is given of W0."""
+    return dataclasses.replace(problem, given=method.needs.get(DominantVectors).of_matrix(original))
 
 
 @pytest.mark.parametrize("protect", ["either", "both"])
@@ -92,8 +98,7 @@ def test_revive_takes_away_what_falls_on_dominant_singular_vectors_and_nothing_e
     share = (values**2).cumsum(0) / (values**2).sum()
     count = 3
     method = Revive(energy=float(share[count - 2] + share[count - 1]) / 2, protect=protect)
-    dominant = dominant_vectors(original, method.needs.dominant)
-    written = method.solve(dataclasses.replace(problem, dominant=dominant), {}).dense()
+    written = method.solve(with_dominant(problem, method, original), {}).dense()
     coefficients = left.T @ AlphaEdit().solve(problem, {}).dense() @ right.T
     first = [torch.arange(size) < count for size in (D_OUT, D_IN)]
     rows, columns = first[0][:, None], first[1][None, :]
@@ -106,9 +111,8 @@ def test_what_w0_does_along_dominant_vectors_outlives_revive(problem):
     """With ``either``, u_i and v_i stay singular vectors of W0 + ΔW, with their σ_i."""
     original = random(D_OUT, D_IN, seed=6)
     left, values, right = torch.linalg.svd(original, full_matrices=False)
-    update = (
-        Revive(energy=0.5).solve(dataclasses.replace(problem, dominant=dominant_vectors(original, 0.5)), {}).dense()
-    )
+    method = Revive(energy=0.5)
+    update = method.solve(with_dominant(problem, method, original), {}).dense()
     edited = original + update
     assert float(update.norm()) > 0.1, "the update does something"
     torch.testing.assert_close(edited @ right[:2].T, left[:, :2] * values[:2])
@@ -139,7 +143,7 @@ def test_alphaedit_with_earlier_keys_zeroes_its_normal_equations(problem):
     previous = random(D_IN, 6, seed=4)
     state = method.after_batch({}, {"keys": previous}, problem.statistics)
     delta = method.solve(problem, state).dense()
-    basis = problem.statistics.null_space
+    basis = problem.statistics["null_space"]
     gradient = (delta @ problem.keys - problem.residual) @ problem.keys.T + delta @ previous @ previous.T + 0.5 * delta
     assert float((gradient @ basis).abs().max()) < 1e-10
 
@@ -187,7 +191,7 @@ def test_over_ordinary_keys_distinctiveness_is_the_width(problem):
     moment = keys @ keys.T / 500
     distinct = (keys * torch.linalg.solve(moment, keys)).sum(0)
     assert float(distinct.mean()) == pytest.approx(D_IN, rel=1e-9)
-    ordinary = LayerProblem(problem.weight, keys[:, :1], problem.residual[:, :1], Statistics(moment))
+    ordinary = LayerProblem(problem.weight, keys[:, :1], problem.residual[:, :1], Statistics(second_moment=moment))
     reached = Frugal(second_moment_weight=0.2).solve(ordinary, {}).dense() @ ordinary.keys
     expected = distinct[0] / (0.2 * D_IN + distinct[0]) * ordinary.residual
     torch.testing.assert_close(reached, expected, rtol=1e-9, atol=1e-12)
@@ -444,17 +448,25 @@ def test_lyaplock_minimises_what_it_weighs_and_its_queue_grows_beyond_the_bound(
         lost = sum(((then - weight) @ known @ known.T for then, known in history), start=torch.zeros(()))
         torch.testing.assert_close(state["lost"], lost, atol=1e-9, rtol=1e-9)
     assert queue > 1
+    # a repair: E and W − W0 follow the weights, the queue counts batches and stands still
+    weight = weight + 0.1 * random(D_OUT, D_IN, seed=30)
+    repaired = method.after_repair(state, {"change": weight - original}, problem.statistics)
+    lost = sum(((then - weight) @ known @ known.T for then, known in history), start=torch.zeros(()))
+    torch.testing.assert_close(repaired["lost"], lost, atol=1e-9, rtol=1e-9)
+    assert float((repaired["lost"] - state["lost"]).norm()) > 1.0
+    assert torch.equal(repaired["change"], weight - original)
+    assert all(torch.equal(repaired[part], state[part]) for part in ("queue", "keys", "bound"))
     known = history[0][1]
     forgotten = method.forget(state, known, problem.statistics)
     torch.testing.assert_close(forgotten["keys"], state["keys"] - known @ known.T)
     assert float((forgotten["lost"] @ known).abs().max()) < 1e-9 < float((state["lost"] @ known).abs().max())
 
 
-def test_frugal_leaves_bystanders_of_this_and_all_earlier_batches_alone(problem):
-    """``ΔW (λ C0 + Kp Kpᵀ + ρ Bp Bpᵀ + ρ B Bᵀ) + (ΔW K − R) Kᵀ = 0``; a superseded fact's bystanders stay."""
+def test_frugal_leaves_context_tokens_of_this_and_all_earlier_batches_alone(problem):
+    """``ΔW (λ C0 + Kp Kpᵀ + ρ Bp Bpᵀ + ρ B Bᵀ) + (ΔW K − R) Kᵀ = 0``; a superseded fact's context tokens stay."""
     method = Frugal(second_moment_weight=0.3, bystander_weight=0.4)
     beside, moment = random(D_IN, 5, seed=5), problem.statistics.second_moment
-    problem = dataclasses.replace(problem, bystanders=beside)
+    problem = dataclasses.replace(problem, given={"context_tokens": beside})
     known, known_beside = random(D_IN, 2, seed=6), random(D_IN, 3, seed=7)
     written = method.after_batch({}, {"keys": known, "bystanders": known_beside}, problem.statistics)
     cases = [
@@ -467,7 +479,7 @@ def test_frugal_leaves_bystanders_of_this_and_all_earlier_batches_alone(problem)
         preserved = 0.3 * D_IN * moment + keys @ keys.T + 0.4 * (others @ others.T + beside @ beside.T)
         gradient = delta @ preserved + (delta @ problem.keys - problem.residual) @ problem.keys.T
         assert float(gradient.abs().max()) < 1e-9
-    without = method.solve(dataclasses.replace(problem, bystanders=None), {}).dense()
+    without = method.solve(dataclasses.replace(problem, given={}), {}).dense()
     assert float((method.solve(problem, {}).dense() @ beside).norm()) < 0.9 * float((without @ beside).norm())
 
 

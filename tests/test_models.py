@@ -16,12 +16,12 @@ from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, bystander_keys
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, context_token_keys
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
-from sphere_edit.editing.methods.base import LayerProblem, Needs, Statistics
+from sphere_edit.editing.methods.base import LayerProblem, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
-from sphere_edit.editing.sources import OptimisedTargets, TargetGradients, TargetLoss
+from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients, TargetLoss
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
@@ -76,7 +76,7 @@ def test_hit(family, layer):
     weights = edited(loaded.model, [layer])
     name = weights.names[0]
     settings = TargetSettings(lr=0.2, steps=6)
-    source = OptimisedTargets(loaded, weights, [layer], ["{}"], Needs(), settings, 256)
+    source = OptimisedTargets(loaded, weights, [layer], ["{}"], FromTargets(), settings, 256)
     source.begin(within_reach(layer))
     targets = source.targets
     keys, residual = source.layer(0)
@@ -98,7 +98,7 @@ def test_hit_at_the_mlps_output(family, layer, compute):
     weights = edited(loaded.model, [layer])
     (name,) = weights.names
     settings = TargetSettings(lr=0.2, steps=6, compute=compute)
-    source = OptimisedTargets(loaded, weights, [layer], TEMPLATES, Needs(site="mlp"), settings, 256)
+    source = OptimisedTargets(loaded, weights, [layer], TEMPLATES, FromTargets(site="mlp"), settings, 256)
     source.begin(within_reach(layer))
     clean = clean_values(
         loaded, SubjectPrompts.of(within_reach(layer), ["{}"], Encoder(loaded.tokenizer)), layer, 256, inside=True
@@ -142,7 +142,7 @@ def test_gradients_by_outputs_and_by_weights_are_those_of_the_loss(family):
     loaded = tiny(family, torch.float64)
     names = [loaded.architecture.module_name(layer, role) for layer in (1, 2) for role in loaded.architecture.modules]
     weights = EditedWeights(loaded.model, loaded.architecture, names)
-    setup = (loaded, weights, [1] * len(names), ["{}"], Needs(), TargetSettings(), 64)
+    setup = (loaded, weights, [1] * len(names), ["{}"], FromGradients(), TargetSettings(), 64)
     loss, gradients = TargetLoss(*setup), TargetGradients(*setup)
     loss.begin(facts()), gradients.begin(facts())
     weight = {name: weights.original(name).double() for name in names}
@@ -174,7 +174,7 @@ def test_a_value_gradient_is_the_slope_of_its_output(family):
     loaded = tiny(family, torch.float64)
     name = loaded.architecture.module_name(LAYER, "up")
     weights = EditedWeights(loaded.model, loaded.architecture, [name])
-    source = TargetGradients(loaded, weights, [LAYER], ["{}"], Needs(), TargetSettings(), 64)
+    source = TargetGradients(loaded, weights, [LAYER], ["{}"], FromGradients(), TargetSettings(), 64)
     source.begin(facts(1))
     _, residual = source.layer(0)
     before = sum(source.report().loss_before)
@@ -307,7 +307,7 @@ def test_a_key_for_each_context_is_that_of_its_row_and_the_hit_holds_in_every_co
     weights = edited(loaded.model, [LAYER])
     (name,) = weights.names
     settings, chosen = TargetSettings(lr=0.2, steps=6), within_reach(LAYER)
-    source = OptimisedTargets(loaded, weights, [LAYER], TEMPLATES, Needs(contexts="each"), settings, 256)
+    source = OptimisedTargets(loaded, weights, [LAYER], TEMPLATES, FromTargets(contexts="each"), settings, 256)
     source.begin(chosen)
     keys, residual = source.layer(0)
     shares = torch.tensor([0.5, 0.25, 0.25] * len(chosen)).sqrt()
@@ -429,7 +429,7 @@ def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():
         for index, name in enumerate(weights.names):
             keys = subject_keys(loaded, prompts, [name], 256)[name]
             residual = (targets - clean_values(loaded, prompts, 2, 256)) / (2 - index)
-            problem = LayerProblem(weights.working[name], keys, residual, Statistics(torch.eye(INNER)))
+            problem = LayerProblem(weights.working[name], keys, residual, Statistics(second_moment=torch.eye(INNER)))
             weights.add(name, Memit(second_moment_weight=0.1).solve(problem, {}))
         found.append([weights.working[name] - weights.original(name) for name in weights.names])
     for ours, theirs in zip(*found, strict=True):
@@ -815,12 +815,12 @@ def test_a_checkpoint_gives_the_matrices_that_the_loaded_model_has(family, tmp_p
 
 
 @families
-def test_bystanders_are_the_inputs_at_all_tokens_of_the_prompt_but_the_subjects_last(family):
+def test_context_tokens_are_the_inputs_at_all_tokens_of_the_prompt_but_the_subjects_last(family):
     """Against one plain forward pass a fact, its tokens picked out one by one."""
     loaded = tiny(family)
     encoder, chosen = Encoder(loaded.tokenizer), facts(4)
     names = [loaded.architecture.module_name(layer, "down") for layer in (0, LAYER)]
-    found = bystander_keys(loaded, chosen, names, encoder, 32)
+    found = context_token_keys(loaded, chosen, names, encoder, 32)
     expected: list[list[torch.Tensor]] = [[] for _ in names]
     for fact in chosen:
         ids = encoder.encode(fact.filled_prompt).ids

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from families import save_tiny
 from sphere_edit.editing import presets as presets_module
 from sphere_edit.editing import settings as settings_module
+from sphere_edit.editing.ingredients import SecondMoment
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.presets import Preset, preset_of, presets
 from sphere_edit.editing.settings import Settings, make_settings, with_preset
@@ -74,7 +75,7 @@ def test_published_values_arrive():
     assert settings.make_method().l2 == 10
     assert settings.layers == (4, 5, 6, 7, 8)
     rome, _ = with_preset(make_settings({"method": "rome"}), CONFIGS["Qwen2.5-7B"], "")
-    assert rome.make_method().needs.statistics is None
+    assert rome.make_method().needs.get(SecondMoment) is None
     ultra, _ = with_preset(make_settings({"method": "ultraedit"}), CONFIGS["Llama-3-8B"], "")
     assert ultra.layers == {"gate": (11, 12, 13, 14, 15), "up": (18, 19, 20, 21, 22, 23, 24)}
 

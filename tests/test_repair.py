@@ -233,9 +233,21 @@ def test_any_method_can_be_repaired(model, tmp_path, method):
     editor.edit(fact_records(4))
     assert [entry.kind == "repair" for entry in editor.run.history.batches][:3] == [False, False, True]
     if method == "lyaplock":
-        for name, state in editor._stream.committer.states.items():
+        committer, head = editor._stream.committer, editor.run.history.head
+        live = committer.states
+        for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+            checkpoint.unlink()
+        committer.go_to(2)
+        before = committer.states
+        committer.go_to(3)
+        for name, state in committer.states.items():
             moved = editor.weights.working[name] - editor.weights.original(name)
             torch.testing.assert_close(state["change"], moved)
+            assert torch.equal(state["queue"], before[name]["queue"]), "a repair is no batch to the queue"
+            assert not torch.equal(state["lost"], before[name]["lost"])
+        committer.go_to(head)
+        for name, state in committer.states.items():
+            assert all(torch.equal(value, live[name][part]) for part, value in state.items()), "and in a replay"
     editor.edit(fact_records(2, start=4))
     editor.close()
 

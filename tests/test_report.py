@@ -21,6 +21,7 @@ from sphere_edit.editing.methods import METHODS as ALL_METHODS
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting import plots, weight_plots
+from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.correlation import correlate, predictors
 from sphere_edit.reporting.lights import INTACT, TAKEN
 from sphere_edit.reporting.report import write_report
@@ -144,9 +145,9 @@ def test_figures_draw_the_series_and_a_method_has_one_colour(runs):
     for line, one in zip(energy, series, strict=True):
         assert list(line.get_xdata()) == one.edits
         assert list(line.get_ydata()) == pytest.approx([100 * value for value in one.energy])
-        assert to_hex(line.get_color()).upper() == plots.COLOURS[one.method]
+        assert to_hex(line.get_color()).upper() == colour_of(one.method)
         assert line.get_linestyle() == ("-" if one.sphere else "--")
-    assert len(set(plots.COLOURS.values())) == len(ALL_METHODS)
+    assert len({colour_of(method) for method in ALL_METHODS}) == len(ALL_METHODS)
     heat = weight_plots.heat(series[0]).axes[0].collections[0].get_array()
     last = series[0].batches[-1].matrices
     expected = [100 * (last[name]["energy"] / series[0].energies[name] - 1) for name in series[0].energies]

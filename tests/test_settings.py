@@ -166,7 +166,7 @@ def test_default_layers_exist_at_every_depth(depth, method):
     assert 0 <= layers[0] <= layers[-1] < depth
     assert sorted({layer for layer, _ in settings.resolved_matrices(PRE_NORM, depth)}) == list(layers)
     single = settings.resolved_matrices(POST_NORM, depth)
-    assert kind().needs.source != "targets" or single == ((layers[-1], "down"),)
+    assert not kind().needs.feed.at_subjects or single == ((layers[-1], "down"),)
 
 
 def test_chosen_layers_come_lowest_first():

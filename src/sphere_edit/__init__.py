@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "hyperspherical_energy",
     "read_facts",
+    "register_method",
 ]
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "SphereEditError": "sphere_edit.errors",
     "hyperspherical_energy": "sphere_edit.numerics.energy",
     "read_facts": "sphere_edit.facts.readers",
+    "register_method": "sphere_edit.editing.methods",
 }
 
 

@@ -9,14 +9,15 @@ from functools import partial
 
 import torch
 
+from sphere_edit.editing.ingredients import Planned, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
-from sphere_edit.editing.sources import OptimisedTargets
+from sphere_edit.editing.sources import Source
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
-from sphere_edit.facts.prompts import Encoder, joined
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
@@ -80,9 +81,6 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         seconds["earlier facts"] = asked / len(trial) * asking
     if steps := repair_steps(settings.repair, len(facts)):
         seconds["repair"] = steps * _timed_repair(session, trial, passage)
-    if method.needs.anchored and run is None:
-        about = len(read_facts("demo").facts) / len(trial)
-        seconds["targets of the demo facts"] = about * seconds[OptimisedTargets.stage] / share
     if settings.evaluation.generation != "off":
         scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
         chat = settings.evaluation.generation == "chat"
@@ -91,9 +89,11 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
     if moments.corpus is None and run is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
-    if session.measures_moments and run is None:
+    if run is None:
         tokens = moments.sampled_tokens if moments.corpus is None else moments.tokens
-        seconds["second moments"] = tokens * reading
+        timed = Trial(next(iter(source.values())) / len(trial), reading, tokens, len(read_facts("demo").facts))
+        for row in session.ingredients:
+            seconds.update(row.seconds(timed))
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
     return Estimate(seconds, _memory(session), _disk(session, facts))
@@ -119,10 +119,20 @@ def _source_times(session: Session, trial: Sequence[Fact]) -> dict[str, float]:
     if isinstance(method, JointMethod):
         weights = session.weights.snapshot()
         return {source.stage: method.evaluations * _timed(lambda: source.objective(weights))}
-    if method.needs.source == "gradients":
+    if not method.needs.feed.at_subjects:
         return {source.stage: begin}
-    keys = _timed(lambda: [*map(source.layer, range(len(session.layers))), source.all_keys(trial)])
+    keys = _timed(lambda: _read_keys(session, source, trial))
     return {source.stage: begin * settings.targets.steps / _TRIAL_STEPS, "keys": keys}
+
+
+def _read_keys(session: Session, source: Source, trial: Sequence[Fact]) -> None:
+    rows, names = session.method.needs.ingredients, session.weights.names
+    for row in rows:
+        row.of_batch(source, names)
+    for index in range(len(names)):
+        source.layer(index)
+    for row in rows:
+        row.once_written(source, trial)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -140,44 +150,36 @@ def _with_truth(fact: Fact) -> Fact:
 def _memory(session: Session) -> int:
     model = sum(parameter.numel() * parameter.element_size() for parameter in session.loaded.model.parameters())
     copied = session.settings.targets.compute == "bfloat16" and session.loaded.dtype != torch.bfloat16
-    if copied and session.method.needs.source == "targets":
+    if copied and session.method.needs.feed.at_subjects:
         model += 2 * sum(parameter.numel() for parameter in session.loaded.model.parameters())
     matrices = sum(weight.numel() for weight in session.weights.working.values())
-    inputs = max(weight.shape[1] for weight in session.weights.working.values())
-    needs = session.method.needs
-    # C0, its factors for the solve and for the energy's bounds, and the memory of earlier keys; while C0 is measured, its sums
-    held = 4 + max(16, 8 + 8 + (16 if needs.remembers == "keys" else 0))
-    statistics = len(session.weights.names) * inputs * inputs * held if session.measures_moments else 0
-    solving = 4 * inputs * inputs * 8 if needs.statistics else matrices * 4 * 4
+    shapes, needs = _shapes(session), session.method.needs
+    held = sum(row.memory(shapes) + row.state(shapes) for row in session.ingredients)
+    solving = max((row.scratch(shape) for row in needs.ingredients for shape in shapes), default=0) or matrices * 4 * 4
     if session.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
         repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in session.weights.working.values())
         solving = max(solving, repairing)
     vocabulary = session.loaded.model.get_output_embeddings().weight.shape[0]
     tokens = session.settings.tokens_per_batch
-    if needs.source == "targets":
+    if needs.feed.at_subjects:
         tokens = session.settings.targets.tokens_on(session.loaded.device)
     activations = tokens * session.loaded.model.config.hidden_size * 16 * 4 * session.depth
-    return model + matrices * (4 + 4) + statistics + solving + activations + 512 * vocabulary * 4 * 3
+    return model + matrices * (4 + 4) + held + solving + activations + 512 * vocabulary * 4 * 3
 
 
-def _disk(session: Session, planned: Sequence[Fact]) -> int:
-    method, widths = session.method, [weight.shape for weight in session.weights.working.values()]
-    batches = -(-len(planned) // session.settings.batch_size)
-    needs, encoder = method.needs, Encoder(session.loaded.tokenizer)
-    columns, beside = len(planned), 0
-    if needs.source == "gradients":  # a column a target token
-        columns = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
-    if needs.contexts == "each":
-        columns *= 1 + 5 * session.settings.templates
-    if needs.bystanders:
-        beside = sum(len(encoder.encode(fact.filled_prompt).ids) - 1 for fact in planned)
-    remembers = needs.remembers
-    updates = 0
-    for out, inner in widths:
-        updates += 4 * (batches * out * inner if method.dense else columns * (out + inner))
-        updates += 4 * ({"keys": inner, "problem": out + inner, None: 0}[remembers] * columns + beside * inner)
+def _disk(session: Session, facts: Sequence[Fact]) -> int:
+    method, shapes, encoder = session.method, _shapes(session), Encoder(session.loaded.tokenizer)
+    batches = -(-len(facts) // session.settings.batch_size)
+    columns = sum(method.needs.feed.columns(fact, encoder, session.settings.templates) for fact in facts)
+    updates = sum(4 * (batches * out * inner if method.dense else columns * (out + inner)) for out, inner in shapes)
+    weights = sum(4 * out * inner for out, inner in shapes)
     if session.settings.repair:
-        updates += 4 * sum(out * inner for out, inner in widths)
-    checkpoint = sum(out * inner * 4 + (2 * inner * inner * 8 if remembers == "keys" else 0) for out, inner in widths)
-    statistics = sum(inner * inner * 4 for _, inner in widths) if session.measures_moments else 0
-    return updates + checkpoint * 3 + statistics + len(planned) * 4000
+        updates += weights
+    planned = Planned(facts, columns, encoder)
+    kept = sum(row.disk(shapes, planned) for row in session.ingredients)
+    checkpoint = weights + sum(row.state(shapes) for row in session.ingredients)
+    return updates + checkpoint * 3 + kept + len(facts) * 4000
+
+
+def _shapes(session: Session) -> list[Shape]:
+    return [(weight.shape[0], weight.shape[1]) for weight in session.weights.working.values()]

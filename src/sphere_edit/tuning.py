@@ -15,11 +15,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from sphere_edit.editing.batch import Clock
+from sphere_edit.editing.ingredients import SecondMoment
 from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.moments import load_corpus
 from sphere_edit.editing.presets import tuned_file
 from sphere_edit.editing.settings import Settings, make_settings
-from sphere_edit.editing.solving import Clock
 from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editing.targets import Targets
@@ -36,6 +37,7 @@ from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.runs.measuring import Evaluator
+from sphere_edit.runs.preparing import measure_ingredients
 from sphere_edit.runs.selection import admit
 from sphere_edit.runs.session import Session
 
@@ -116,7 +118,7 @@ def check_tunable(given: Settings) -> Method:
         SphereEditError: its targets are not optimised, or ordinary keys have no weight in it.
     """
     method = given.make_method()
-    if method.needs.source != "targets" or "second_moment_weight" not in type(method).model_fields:
+    if not method.needs.feed.at_subjects or "second_moment_weight" not in type(method).model_fields:
         raise SphereEditError(
             f"tune sets layers, step and weight of second moments, which {given.method} has not; take --method frugal"
         )
@@ -258,7 +260,8 @@ class _Bench:
         for first in range(0, len(layers), together):
             with tempfile.TemporaryDirectory() as folder:
                 some = list(layers[first : first + together])
-                self.session({"layers": some}).measure_statistics(self.corpus, Path(folder))
+                session = self.session({"layers": some})
+                measure_ingredients(session, [SecondMoment()], self.corpus, self.templates, Path(folder))
 
     def trial(self, differs: dict[str, Any]) -> Trial:
         """Edit all facts in one batch, look, and take it back."""
@@ -273,9 +276,10 @@ class _Bench:
     def _edited(self, session: Session) -> Iterator[None]:
         """Inside, the model has all facts in it."""
         with tempfile.TemporaryDirectory() as folder:
-            session.measure_statistics(self.corpus, Path(folder))
+            measure_ingredients(session, session.ingredients, self.corpus, self.templates, Path(folder))
             statistics = load_statistics(Path(folder), session.weights.names, self.loaded.device)
-        source = session.make_source(self.templates, session.settings.targets, partial(_SharedTargets, self._targets))
+        shared = partial(_SharedTargets, self._targets)
+        source = session.make_source(self.templates, session.settings.targets, statistics, shared)
         solver = session.make_solver(source, statistics)
         try:
             solver.write(self.facts, {name: {} for name in session.weights.names}, Clock())

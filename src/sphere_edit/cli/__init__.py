@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,5 +73,13 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option("--plugin", help="Run this Python file, which registers editing methods; repeatable."),
+    ] = None,
 ) -> None:
-    pass
+    if plugin:
+        from sphere_edit.editing.methods import register_file
+
+        for path in plugin:
+            register_file(path)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict  # typing's own has no types at run time before Python 3.12
 
-from sphere_edit.editing.methods.base import Statistics
-from sphere_edit.editing.solving import Written
+from sphere_edit.editing.batch import Written
+from sphere_edit.editing.problem import Statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import (

@@ -100,12 +100,12 @@ class SubjectReader:
         return {name: _columns(vectors) for name, vectors in zip(self._names, keys, strict=True)}
 
 
-def bystander_keys(
+def context_token_keys(
     loaded: LoadedModel, facts: Sequence[Fact], names: Sequence[str], encoder: Encoder, max_tokens: int
 ) -> list[Tensor]:
     """Of each matrix, lowest layer first, its inputs ``[d_in, m]`` (float32) at every token of the bare prompts but the subjects' last.
 
-    These tokens are not edited, yet what is read at the subject's last token, and after it, comes from them.
+    They are the context tokens of `ingredients.ContextTokens`, which says why.
     """
     modules = [loaded.model.get_submodule(name) for name in names]
     rows = [encoder.encode(fact.filled_prompt).ids for fact in facts]

@@ -165,14 +165,14 @@ class Settings(BaseModel):
             SphereEditError: layers or roles that do not exist or repeat, or several layers where one can be edited.
         """
         method = self.make_method()
-        single = method.needs.source == "targets" and (architecture.post_norm or method.needs.site == "mlp")
+        single = method.needs.feed.one_layer(architecture.post_norm)
         if isinstance(self.layers, dict):
             chosen = {role: tuple(sorted(layers)) for role, layers in self.layers.items()}
             if not chosen:
                 raise SphereEditError("--layers takes layer numbers for at least one role")
             if bad := [role for role in chosen if role not in architecture.modules]:
                 raise SphereEditError(f"this family has no '{bad[0]}' matrix; it has {', '.join(architecture.modules)}")
-            if method.needs.source == "targets" and set(chosen) != {"down"}:
+            if method.needs.feed.at_subjects and set(chosen) != {"down"}:
                 raise SphereEditError(
                     f"{method.name} edits the matrices that write the MLP's output; give --layers 4-8"
                 )

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, bystander_keys, interleaved
-from sphere_edit.editing.methods.base import Needs
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
     GRADIENT_SCALE,
     Targets,
@@ -24,12 +23,39 @@ from sphere_edit.editing.targets import (
 )
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import Encoder
+from sphere_edit.facts.prompts import Encoder, joined
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a method's problems come from: what a `Source` is asked for, and what the rest needs to know of it.
+
+    Attributes:
+        source: what makes the problems.
+        at_subjects: problems stand at the facts' subjects, with optimised targets: subjects must be found in the tokens, context
+            templates are sampled, and only matrices that write the MLP's output are edited.
+    """
+
+    source: ClassVar[type[Source]]
+    at_subjects: ClassVar[bool] = False
+
+    @property
+    def words(self) -> str:
+        """What it is called where a method's needs are listed."""
+        raise NotImplementedError
+
+    def one_layer(self, post_norm: bool) -> bool:
+        """Whether only one layer can be edited; ``post_norm``: the family normalises each MLP's output."""
+        return False
+
+    def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
+        """How many columns a fact has in a problem; ``openers``: context templates sampled for each of five."""
+        return 1
 
 
 @dataclass
@@ -56,6 +82,7 @@ class Source:
     """What every source has in common; each answers those of the questions that its methods ask."""
 
     stage: ClassVar[str]  # what its work is called where progress is shown
+    asked_again = False  # whether keys are measured again once a batch is written
 
     def __init__(
         self,
@@ -63,12 +90,12 @@ class Source:
         weights: EditedWeights,
         layers: Sequence[int],
         templates: Sequence[str],
-        needs: Needs,
+        feed: Feed,
         settings: TargetSettings,
         max_tokens: int,
     ):
         self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
-        self.needs, self.settings, self.max_tokens = needs, settings, max_tokens
+        self.feed, self.settings, self.max_tokens = feed, settings, max_tokens
         self.encoder = Encoder(loaded.tokenizer)
 
     def computing(self) -> LoadedModel:
@@ -91,7 +118,7 @@ class Source:
         """Keys of every edited matrix with the weights as they stand."""
         raise NotImplementedError
 
-    def bystanders(self) -> list[Tensor]:
+    def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones."""
         raise NotImplementedError
 
@@ -112,6 +139,7 @@ class OptimisedTargets(Source):
     that one key stands in the whole equation (R-ROME, arXiv:2403.07175).
     """
 
+    feed: FromTargets
     stage = "targets v*"
     anchor: float | None = None  # the length of every target at the MLP's output, for a method that wants one
     _copy: LoadedModel | None = None
@@ -151,7 +179,7 @@ class OptimisedTargets(Source):
             prompts = SubjectPrompts.of(self._facts, self.templates, self.encoder)
             names, layers = self.weights.names, self.layers
             self._reader = SubjectReader(
-                self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.needs.contexts
+                self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts
             )
         return self._reader
 
@@ -165,14 +193,14 @@ class OptimisedTargets(Source):
 
     def columns(self, facts: Sequence[Fact]) -> list[int] | None:
         """One, or one for each context template."""
-        return [1 if self.needs.contexts == "mean" else len(self.templates)] * len(facts)
+        return [1 if self.feed.contexts == "mean" else len(self.templates)] * len(facts)
 
-    def bystanders(self) -> list[Tensor]:
+    def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
 
         With the weights as they stand, fact by fact, each prompt without its templates and without its answer.
         """
-        return bystander_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
+        return context_token_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
 
     def computing(self) -> LoadedModel:
         """The model, or a bfloat16 copy of it, with the edited weights as they stand."""
@@ -187,18 +215,18 @@ class OptimisedTargets(Source):
 
     @property
     def _inside(self) -> bool:
-        return self.needs.site == "mlp"
+        return self.feed.site == "mlp"
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
         keys, values = self._the_reader().keys_and_values(index)
-        if index == len(self.layers) - 1 and self.needs.remembers != "keys":
+        if index == len(self.layers) - 1 and not self.asked_again:
             self._reader = None
         return keys, (self._wanted(index, values) - values) / (len(self.layers) - index)
 
     def _wanted(self, index: int, values: Tensor) -> Tensor:
         """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ."""
-        if self.needs.contexts == "mean":
+        if self.feed.contexts == "mean":
             return self.targets.values
         if index == 0:
             self._values = values + self._each_context(self.targets.deltas)
@@ -220,6 +248,35 @@ class OptimisedTargets(Source):
             [values[-1] for values in self.targets.probabilities],
             [len(loss) for loss in losses],
         )
+
+
+@dataclass(frozen=True)
+class FromTargets(Feed):
+    """Optimised targets v*, and keys at the subject's last token.
+
+    Attributes:
+        site: where δ is added: the layer's output, or its MLP's.
+        contexts: a fact's key and value: their ``mean`` over the context templates (MEMIT), or those of ``each`` template in a column of
+            its own.
+    """
+
+    site: Literal["layer", "mlp"] = "layer"
+    contexts: Literal["mean", "each"] = "mean"
+    source: ClassVar[type[Source]] = OptimisedTargets
+    at_subjects: ClassVar[bool] = True
+
+    @property
+    def words(self) -> str:
+        """With the site."""
+        return f"targets v* at the {'MLP' if self.site == 'mlp' else 'layer'}'s output"
+
+    def one_layer(self, post_norm: bool) -> bool:
+        """A target at an MLP's output can be reached from that layer alone."""
+        return post_norm or self.site == "mlp"
+
+    def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
+        """One, or one for each context: the bare prompt, and each template."""
+        return 1 + 5 * openers if self.contexts == "each" else 1
 
 
 @dataclass(frozen=True)
@@ -289,6 +346,22 @@ class TargetGradients(Source):
         return Report(loss_before=self._losses)
 
 
+@dataclass(frozen=True)
+class FromGradients(Feed):
+    """Keys and value gradients where target tokens are predicted."""
+
+    source: ClassVar[type[Source]] = TargetGradients
+
+    @property
+    def words(self) -> str:
+        """One pass for all matrices."""
+        return "one backward pass"
+
+    def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
+        """One a target token."""
+        return len(encoder.encode(joined(fact.target_new)).ids)
+
+
 class TargetLoss(Source):
     """The mean over facts of the mean over target tokens of −log p, as a function of the edited matrices.
 
@@ -327,8 +400,13 @@ class TargetLoss(Source):
         return Report(loss_before=self._seen[:1], loss_after=self._seen[-1:], evaluations=[len(self._seen)])
 
 
-SOURCES: dict[str, type[Source]] = {
-    "targets": OptimisedTargets,
-    "gradients": TargetGradients,
-    "loss": TargetLoss,
-}
+@dataclass(frozen=True)
+class FromLoss(Feed):
+    """The loss of a batch as a function of its matrices, for a method that moves them all at once."""
+
+    source: ClassVar[type[Source]] = TargetLoss
+
+    @property
+    def words(self) -> str:
+        """As it is."""
+        return "the loss"

@@ -1,41 +1,37 @@
-"""A method's statistics (C0 or its null space) for each edited matrix: measured once, cached, kept with the run."""
+"""Statistics of each edited matrix's inputs (C0, its null space): measured once, cached; and all that a run keeps of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import Method, Statistics
 from sphere_edit.editing.moments import Corpus, second_moments
+from sphere_edit.editing.problem import Statistics
 from sphere_edit.errors import SphereEditError
-from sphere_edit.files import cache_dir, copied, is_whole, read_tensors, write_tensors
+from sphere_edit.files import cache_dir, is_whole, read_tensors, write_tensors
 from sphere_edit.models.identity import cache_key, fingerprints
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.numerics.linalg import null_space
+from sphere_edit.numerics.linalg import NullSpaceRule, null_space
 from sphere_edit.progress import Reporter
 
 
-def prepare_statistics(
+def cached_moments(
     loaded: LoadedModel,
     corpus: Corpus,
     layers: Sequence[int],
     names: Sequence[str],
-    method: Method,
     max_tokens: int,
     tolerance: float,
     reporter: Reporter,
-    folder: Path,
-) -> None:
-    """Put second moments, and what else the method needs, into ``folder``, one file a kind and matrix, taken from the cache where it is there.
+) -> dict[str, Path]:
+    """The files of the cache with each matrix's second moments; what is not there yet is measured.
 
-    Second moments are kept with a null space too: they tell what an update does to ordinary keys.
-
-    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance, the null-space
-    rule and what computes (`cache_key`), so that no run ever picks up another model's statistics, or another machine's.
+    The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and what
+    computes (`cache_key`), so that no run ever picks up another model's statistics, or another machine's.
     """
     hashes = fingerprints(loaded.model, layers)
     files: dict[str, Path] = {}
@@ -49,20 +45,17 @@ def prepare_statistics(
         moments = second_moments(loaded, corpus.passages, missing, max_tokens, reporter, tolerance, partial)
         for name, moment in moments.items():
             write_tensors(files[name], {"second_moment": moment})
-    for name, file in files.items():
-        copied(file, folder / "second_moment" / f"{name}.safetensors")
-    if method.needs.statistics == "null_space":
-        for name, file in _null_spaces(loaded, files, method, reporter).items():
-            copied(file, folder / "null_space" / f"{name}.safetensors")
+    return files
 
 
 def load_statistics(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Statistics]:
-    """The statistics a run was started with: what its method needs, and second moments wherever there are any."""
+    """What a run was started with, by matrix: everything that its ingredients have measured."""
+    kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = {}
     for name in names:
-        files = [folder / kind / f"{name}.safetensors" for kind in ("second_moment", "null_space", "anchor")]
+        files = [kind / f"{name}.safetensors" for kind in kinds]
         parts = [_checked(read_tensors(file), file) for file in files if file.is_file()]
-        found[name] = Statistics(**{key: value.to(device) for part in parts for key, value in part.items()})
+        found[name] = Statistics({key: value.to(device) for part in parts for key, value in part.items()})
     return found
 
 
@@ -74,12 +67,16 @@ def _checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     raise SphereEditError(f"{file} is damaged: expected a finite float tensor '{kind}'; put it back from a backup")
 
 
-def _null_spaces(loaded: LoadedModel, files: dict[str, Path], method: Method, reporter: Reporter) -> dict[str, Path]:
-    assert method.needs.null_space is not None
-    rule, threshold = method.needs.null_space
+def cached_null_spaces(
+    loaded: LoadedModel, moments: Mapping[str, Path], rule: NullSpaceRule, threshold: float, reporter: Reporter
+) -> dict[str, Path]:
+    """The files of the cache with each matrix's null space, found from its second moments in ``moments`` where it is not there yet.
+
+    The cache key is that of the second moments, and the rule.
+    """
     found: dict[str, Path] = {}
-    with reporter.bar("null spaces", len(files), "layers") as advance:
-        for name, file in files.items():
+    with reporter.bar("null spaces", len(moments), "layers") as advance:
+        for name, file in moments.items():
             found[name] = cache_dir() / "null-spaces" / f"{file.stem}-{rule.value}-{threshold!r}.safetensors"
             if not is_whole(found[name]):
                 moment: Tensor = read_tensors(file)["second_moment"].to(loaded.device)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from sphere_edit.editing.methods import METHODS
-from sphere_edit.editing.methods.base import Method, Needs
+from sphere_edit.editing.methods import METHODS, register_installed
+from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.presets import presets
 from sphere_edit.reporting.results import make_table
 
 
 def method_tables() -> list[Table]:
     """What ``sphere-edit methods`` prints."""
+    register_installed()
     listed = _left("Methods", "method", "what it does", "needs", "edits by default", "with SPHERE")
     options = _left("Options (options: {…} in a settings file)", "method", "option", "default", "meaning")
     papers = _left("Sources", "method", "source")
     known = _left("Models with settings of their own, taken unless you set others", "model", "recognised by", "methods")
     for name, kind in METHODS.items():
         method = kind()
-        listed.add_row(name, _summary(kind), _needs(method.needs), _edits(kind), _sphere(kind))
+        listed.add_row(
+            name,
+            _summary(kind),
+            ", ".join([method.needs.feed.words, *(row.words for row in method.needs.ingredients)]),
+            _edits(kind),
+            _sphere(kind),
+        )
         for field, about in kind.model_fields.items():
             default = getattr(method, field)
             options.add_row(name, field, _plain(getattr(default, "value", default)), about.description or "")
@@ -37,18 +44,6 @@ def _summary(kind: type[Method]) -> str:
     """The first sentence of the docstring, which is the method's equation or its idea."""
     first = (kind.__doc__ or "").split("\n\n")[0].split("\n    Source")[0]
     return " ".join(first.replace("``", "").split())
-
-
-def _needs(needs: Needs) -> str:
-    wants = {
-        "targets": f"targets v* at the {'MLP' if needs.site == 'mlp' else 'layer'}'s output",
-        "gradients": "one backward pass",
-        "loss": "the loss",
-    }[needs.source]
-    statistics = {"second_moment": ", C0", "null_space": ", null space of C0", None: ""}[needs.statistics]
-    memory = {"keys": ", all earlier keys", "problem": ", running statistics", None: ""}[needs.remembers]
-    beside = ", the other tokens of edited prompts" if needs.bystanders else ""
-    return wants + statistics + memory + beside
 
 
 def _edits(kind: type[Method]) -> str:

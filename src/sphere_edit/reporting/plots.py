@@ -14,30 +14,12 @@ from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from sphere_edit.editing.methods import METHODS
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
+from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.series import Series
 from sphere_edit.text import label as plain
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; a method has one for good
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F3C8D",
-    "#000000",
-    "#8A8A00",
-    "#A6761D",
-    "#E7298A",
-    "#5F3813",
-    "#6A3DFF",
-    "#66A61E",
-)
-COLOURS = dict(zip(METHODS, _COLOURS, strict=True))
 GREY = "#808080"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -173,7 +155,7 @@ def _legend(figure: Figure, axis: Axes, runs: int) -> None:
 
 def _line(run: Series) -> dict[str, Any]:
     return {
-        "color": COLOURS[run.method],
+        "color": colour_of(run.method),
         "linestyle": "-" if run.sphere else "--",
         "linewidth": 1.4,
         "marker": _MARKERS[run.kin % len(_MARKERS)],
@@ -202,7 +184,7 @@ def _correlations(axis: Axes, runs: Sequence[Series], key: str) -> None:
         rho = stats.spearmanr(*zip(*pairs, strict=True)).statistic
         axis.annotate(
             f"ρ {rho:+.2f}", (1.01, 1), xycoords="axes fraction", xytext=(0, -9 - 10 * row), textcoords="offset points",
-            fontsize=7, color=COLOURS[run.method], style="normal" if run.sphere else "italic",
+            fontsize=7, color=colour_of(run.method), style="normal" if run.sphere else "italic",
         )  # fmt: skip
         row += 1
 

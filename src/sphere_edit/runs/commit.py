@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.batch import Clock, Solver, Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.guard import objection
-from sphere_edit.editing.methods.base import Seen, State
-from sphere_edit.editing.solving import Clock, Solver, Written
+from sphere_edit.editing.ingredients import seen_of, unmeasured
+from sphere_edit.editing.problem import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.loading import peak_memory
@@ -92,7 +93,7 @@ class Committer:
         written, descent = self.solver.repair(facts, passages, self.states, steps, share, seed + batch)
         self._check_finite(batch)
         clock.lap("repair")
-        self._remember({})
+        self._remember({}, repaired=True)
         about: dict[str, Any] = {"kind": "repair", "facts": [], "superseded": [], "rechecked": [], "rewritten": []}
         return self._commit(batch, written, {}, deployed, {**about, "repair": descent.as_dict()}, clock)
 
@@ -171,14 +172,14 @@ class Committer:
         self.at = None
         with self._fitting(batch):
             start = self._take_checkpoint(batch)
-            if start < batch and self.method.needs.remembers is not None:
+            if start < batch and self.method.learns:
                 self.check_statistics()
             for number, updates, seen in self.run.updates(start + 1, batch):
                 record = self.run.history.batches[number - 1]
                 self._forget({*record.superseded, *record.rewritten}, number)
                 for name in self.weights.names:
                     self.weights.add(name, updates[name])
-                self._remember(seen)
+                self._remember(seen, repaired=record.kind == "repair")
         if batch > 0:
             self._check_digests(batch)
             self.solver.deploy()
@@ -216,10 +217,7 @@ class Committer:
         Raises:
             SphereEditError: naming what is missing.
         """
-        needed = self.method.needs.statistics
-        missing = [
-            name for name in self.weights.names if needed is not None and getattr(self.statistics[name], needed) is None
-        ]
+        missing = unmeasured(self.method.needs.ingredients, self.statistics)
         if missing:
             raise SphereEditError(
                 f"{self.run.path / 'statistics'} lacks what {self.method.name} needs of {missing[0]}, so this run cannot edit on; "
@@ -230,26 +228,22 @@ class Committer:
 
     def _seen(self, problems: dict[str, Seen], facts: Sequence[Fact]) -> dict[str, Seen]:
         """What the method's state learns from the batch, now that it is written."""
-        if self.method.needs.remembers == "keys":
-            return {name: {**problems[name], "keys": keys} for name, keys in self.source.all_keys(facts).items()}
-        return problems
+        return seen_of(self.method.needs.ingredients, problems, self.source, facts)
 
-    def _remember(self, seen: Mapping[str, Seen]) -> None:
-        """Fold a batch into the method's state; a repair has taught it nothing but how far the weights have moved."""
+    def _remember(self, seen: Mapping[str, Seen], repaired: bool = False) -> None:
+        """Fold a batch into the method's state, or a repair, which has taught it nothing but where the weights are."""
+        fold = self.method.after_repair if repaired else self.method.after_batch
         for name in self.weights.names:
-            weight = self.weights.working[name]
-            here = {part: value.to(weight.device) for part, value in seen.get(name, {}).items()}
-            if not here:
-                if not self.method.needs.change:
-                    continue
-                here["keys"] = weight.new_empty(weight.shape[1], 0)
-            if self.method.needs.change:
-                here["change"] = weight - self.weights.original(name)
-            self.states[name] = self.method.after_batch(self.states[name], here, self.statistics[name])
+            device = self.weights.working[name].device
+            here = {part: value.to(device) for part, value in seen.get(name, {}).items()}
+            for row in self.method.needs.ingredients:
+                here |= row.of_weights(self.weights, name)
+            if here:
+                self.states[name] = fold(self.states[name], here, self.statistics[name])
 
     def _forget(self, rewritten: set[int], batch: int) -> None:
         """Take the keys of facts that ``batch`` supersedes or writes again out of the method's state, as last written."""
-        if self.method.needs.remembers != "keys":
+        if not self.method.forgets:
             return
         gone = set(rewritten)
         old: dict[str, list[Tensor]] = {name: [] for name in self.weights.names}

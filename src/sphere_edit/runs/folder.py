@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import Seen, State
+from sphere_edit.editing.problem import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import (

@@ -11,16 +11,16 @@ import torch
 import transformers
 
 from sphere_edit._version import __version__
-from sphere_edit.editing.methods.base import Statistics
+from sphere_edit.editing.ingredients import Ingredient, Unedited, measure
 from sphere_edit.editing.moments import Corpus, load_corpus
+from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import readable_passages
 from sphere_edit.editing.settings import make_settings
-from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import read_facts
-from sphere_edit.files import content_digest, read_json, write_json, write_tensors
+from sphere_edit.files import content_digest, read_json, write_json
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.commit import Committer
@@ -41,13 +41,10 @@ def create_run(session: Session, folder: Path) -> RunFolder:
         settings = session.settings
         with session.weights.unedited():
             session.reporter.say("Preparing", "bold")
-            count = settings.templates if session.method.needs.source == "targets" else 0
+            count = settings.templates if session.method.needs.feed.at_subjects else 0
             templates = sample_context_templates(session.loaded, settings.seed, count)
             corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
-            if session.measures_moments:
-                session.measure_statistics(corpus, folder / "statistics")
-            if session.method.needs.anchored:
-                _measure_anchor(session, templates, folder)
+            measure_ingredients(session, session.ingredients, corpus, templates, folder / "statistics")
         inputs = {_HELDOUT: write_json(folder / _HELDOUT, corpus.heldout)}
         if settings.repair:
             inputs[_PASSAGES] = write_json(folder / _PASSAGES, readable_passages(corpus.passages))
@@ -59,6 +56,24 @@ def create_run(session: Session, folder: Path) -> RunFolder:
         run.unlock()
         raise
     return run
+
+
+def measure_ingredients(
+    session: Session, rows: Sequence[Ingredient], corpus: Corpus, templates: Sequence[str], folder: Path
+) -> None:
+    """Put what some ingredients measure of the unedited model into ``folder``, from the cache where it is there."""
+    unedited = Unedited(
+        loaded=session.loaded,
+        names=session.weights.names,
+        layers=session.layers,
+        corpus=corpus,
+        max_tokens=session.settings.tokens_per_batch,
+        tolerance=session.settings.moments.tolerance,
+        source=session.make_source(templates, session.settings.targets),
+        demo_facts=lambda: readable(session, read_facts("demo").facts, skip_bad=True)[0],
+        reporter=session.reporter,
+    )
+    measure(rows, unedited, folder)
 
 
 def session_of(
@@ -92,10 +107,7 @@ def committer_of(session: Session, run: RunFolder) -> Committer:
     run.check_inputs()
     statistics = load_statistics(run.path / "statistics", session.weights.names, session.loaded.device)
     _check_shapes(session, statistics, run.path / "statistics")
-    source = session.make_source(run.config.templates, session.settings.targets)
-    anchor = statistics[session.weights.names[-1]].anchor
-    if session.method.needs.anchored and anchor is not None and isinstance(source, OptimisedTargets):
-        source.anchor = float(anchor)
+    source = session.make_source(run.config.templates, session.settings.targets, statistics)
     committer = Committer(run, session.make_solver(source, statistics), session.settings.guard)
     committer.go_to(run.history.head)
     return committer
@@ -104,8 +116,7 @@ def committer_of(session: Session, run: RunFolder) -> Committer:
 def _check_shapes(session: Session, statistics: Mapping[str, Statistics], folder: Path) -> None:
     for name, known in statistics.items():
         width = session.weights.working[name].shape[1]
-        wrong = known.second_moment is not None and known.second_moment.shape != (width, width)
-        if wrong or (known.null_space is not None and len(known.null_space) != width):
+        if not all(row.fits(known[row.name], width) for row in session.ingredients if row.name in known):
             raise SphereEditError(
                 f"{folder} is damaged: what it has of {name} is not that of {width} inputs; put it back from a backup"
             )
@@ -131,21 +142,6 @@ def _token_ids(path: Path, vocabulary: int) -> list[list[int]]:
             f"{path} is damaged: expected lists of token ids below {vocabulary}; put it back from a backup"
         )
     return rows
-
-
-def _measure_anchor(session: Session, templates: Sequence[str], folder: Path) -> None:
-    """Put the typical length of targets on the unedited model, those of the demo facts, with the run's statistics."""
-    facts, _ = readable(session, read_facts("demo").facts, skip_bad=True)
-    if not facts:
-        raise SphereEditError(
-            f"{session.method.name} measures the demo facts first, and this tokenizer places none of their subjects"
-        )
-    source = session.make_source(templates, session.settings.targets)
-    assert isinstance(source, OptimisedTargets)
-    with session.reporter.bar("targets of the demo facts", len(facts), "facts") as advance:
-        length = source.typical_length(facts, advance)
-    file = folder / "statistics" / "anchor" / f"{session.weights.names[-1]}.safetensors"
-    write_tensors(file, {"anchor": torch.tensor([length])})
 
 
 def _config(session: Session, templates: Sequence[str], corpus: Corpus) -> RunConfig:

@@ -65,7 +65,7 @@ def readable(session: Session, facts: Sequence[Fact], skip_bad: bool) -> tuple[l
 
 
 def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float) -> None:
-    if session.method.needs.source == "targets":
+    if session.method.needs.feed.at_subjects:
         encoder.subject_end(*fill("{}", fact))
         encoder.subject_end(*fill("{}", fact, KL_PROMPT))
     longest = max((fact.target_new, fact.target_true or ""), key=len)

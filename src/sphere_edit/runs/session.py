@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from sphere_edit.editing.methods.base import Statistics
-from sphere_edit.editing.moments import Corpus
+from sphere_edit.editing.batch import Solver
+from sphere_edit.editing.ingredients import Ingredient, SecondMoment
+from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.settings import Settings, with_preset
-from sphere_edit.editing.solving import Solver
-from sphere_edit.editing.sources import SOURCES, Source
-from sphere_edit.editing.statistics import prepare_statistics
+from sphere_edit.editing.sources import Source
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
 from sphere_edit.models.weights import EditedWeights
@@ -54,14 +53,16 @@ class Session:
         return len(self.loaded.architecture.decoder_layers(self.loaded.model))
 
     @property
+    def ingredients(self) -> tuple[Ingredient, ...]:
+        """What is measured and computed beside keys and residuals: what the method needs, and C0 for the guard."""
+        needs = self.method.needs
+        missing = self.settings.guard and needs.get(SecondMoment) is None
+        return (*needs.ingredients, SecondMoment()) if missing else needs.ingredients
+
+    @property
     def vocabulary(self) -> int:
         """How many tokens the model knows."""
         return int(self.loaded.model.get_input_embeddings().weight.shape[0])
-
-    @property
-    def measures_moments(self) -> bool:
-        """Whether a run measures second moments: its method needs them, or the guard does."""
-        return self.method.needs.statistics is not None or self.settings.guard
 
     @property
     def would_calibrate(self) -> bool:
@@ -74,20 +75,21 @@ class Session:
         settled = with_preset(self.given, self.loaded.model.config, self.loaded.fingerprint)
         return Session(self.loaded, *settled, self.reporter)
 
-    def measure_statistics(self, corpus: Corpus, folder: Path) -> None:
-        """Put the method's statistics of every edited matrix into ``folder``, from the cache where they are there."""
-        settings, names = self.settings, self.weights.names
-        size, tolerance = settings.tokens_per_batch, settings.moments.tolerance
-        prepare_statistics(self.loaded, corpus, self.layers, names, self.method, size, tolerance, self.reporter, folder)
-
     def make_source(
-        self, templates: Sequence[str], targets: TargetSettings, kind: Callable[..., Source] | None = None
+        self,
+        templates: Sequence[str],
+        targets: TargetSettings,
+        statistics: Mapping[str, Statistics] | None = None,
+        kind: Callable[..., Source] | None = None,
     ) -> Source:
-        """What the method feeds on, or another ``kind`` of it."""
-        needs = self.method.needs
-        return (kind or SOURCES[needs.source])(
-            self.loaded, self.weights, self.layers, templates, needs, targets, self.settings.tokens_per_batch
+        """What makes the method's problems, or another ``kind`` of it, with what its ingredients give it."""
+        feed = self.method.needs.feed
+        source = (kind or feed.source)(
+            self.loaded, self.weights, self.layers, templates, feed, targets, self.settings.tokens_per_batch
         )
+        for row in self.ingredients:
+            row.equip(source, statistics or {})
+        return source
 
     def make_solver(self, source: Source, statistics: Mapping[str, Statistics]) -> Solver:
         """What writes a batch with these settings."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.repair import repair_steps
-from sphere_edit.editing.solving import Clock
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.runs.commit import Committer
@@ -181,4 +181,4 @@ class Stream:
 
     def _together(self, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
         """The first of those waiting that the method takes in one batch of ``size`` at most."""
-        return next_batch(facts, waiting, size) if self.session.method.apart else list(waiting[:size])
+        return next_batch(facts, waiting, size) if self.session.method.one_fact_a_subject else list(waiting[:size])

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.batch import deployed_weight
 from sphere_edit.editing.settings import make_settings
-from sphere_edit.editing.solving import deployed_weight
 from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.numerics.projection import Sphere

@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, eye, float64
 
+from sphere_edit.editing.ingredients import EarlierKeys, Needs, NullSpace, SecondMoment
 from sphere_edit.editing.methods.base import (
     LayerProblem,
     LayerwiseMethod,
-    Needs,
     Seen,
     State,
     Statistics,
@@ -18,6 +18,7 @@ from sphere_edit.editing.methods.base import (
     with_keys,
     without_keys,
 )
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import NullSpaceRule, grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -45,8 +46,8 @@ class AlphaEdit(LayerwiseMethod):
     @property
     def needs(self) -> Needs:
         """Optimised targets, the null space of C0, and the keys of every batch."""
-        rule = (self.null_space, self.null_space_threshold)
-        return Needs(statistics="null_space", null_space=rule, remembers="keys")
+        null_space = NullSpace(self.null_space, self.null_space_threshold)
+        return Needs(FromTargets(), (SecondMoment(), null_space, EarlierKeys()))
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times a right factor in the null space, solved in float64."""
@@ -70,5 +71,4 @@ class AlphaEdit(LayerwiseMethod):
 
 
 def _basis(statistics: Statistics) -> Tensor:
-    assert statistics.null_space is not None
-    return statistics.null_space.double()
+    return statistics["null_space"].double()

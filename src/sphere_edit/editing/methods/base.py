@@ -4,86 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, cholesky_inverse
 
-from sphere_edit.numerics.linalg import NullSpaceRule, grown_inverse, spd_factor
+from sphere_edit.editing.ingredients import Needs, SecondMoment
+from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
+from sphere_edit.numerics.linalg import grown_inverse, spd_factor
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update
 
 _DRIFT = 1e-7
-
-State = dict[str, Tensor]
-Seen = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What is known of a matrix's inputs before any edit; a method gets what it ``needs``, the rest is None."""
-
-    second_moment: Tensor | None = None  # C0 [d_in, d_in]
-    null_space: Tensor | None = None  # V [d_in, r], orthonormal columns; P = V Vᵀ
-    anchor: Tensor | None = None  # [1]: how long targets are at the MLP's output (of the last edited matrix)
-
-    @cached_property
-    def factor(self) -> Tensor:
-        """Cholesky factor of C0 (`spd_factor`), float64, found once."""
-        assert self.second_moment is not None
-        return spd_factor(self.second_moment)
-
-
-@dataclass(frozen=True)
-class LayerProblem:
-    """One matrix, one batch: write ``residual`` at ``keys``.
-
-    With optimised targets there is a column a fact (or a fact and context), and R is the share of v* − h that falls to this matrix. With
-    gradients there is a column a target token, and R is the direction in which the loss falls, −∂loss/∂output.
-    """
-
-    weight: Tensor  # W [d_out, d_in] as it stands, float32
-    keys: Tensor  # K [d_in, n]
-    residual: Tensor  # R [d_out, n]
-    statistics: Statistics
-    bystanders: Tensor | None = None  # keys [d_in, m] at the prompts' other tokens, where the method needs them
-    dominant: tuple[Tensor, Tensor] | None = None  # of W0, where the method needs them (`dominant_vectors`)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a method feeds on.
-
-    Attributes:
-        source: where its problems come from: ``targets`` v* found by optimisation and keys at the subject's last
-            token, ``gradients`` of the target tokens from one backward pass, or the ``loss`` itself.
-        site: where the δ of an optimised target is added: the layer's output, or its MLP's.
-        statistics: what it asks of ordinary keys.
-        null_space: how the null space is chosen, where that is what it asks.
-        contexts: a fact's key and value: their ``mean`` over the context templates (MEMIT), or those of ``each`` template in a
-            column of its own.
-        remembers: what its state learns from each batch: the ``keys``, measured again once the batch is written, or
-            the ``problem`` (keys and residuals) as it was solved; None for a method without a state.
-        bystanders: that it is given the keys at all other tokens of each fact's prompt too, as they are before the batch, with
-            the problem and to remember.
-        anchored: that its targets, as the MLP's output, are as long as on the unedited model (`targets.anchored`).
-        dominant: the share of ‖W0‖² whose singular vectors it is given with the problem.
-        change: that it is told W − W0 of every matrix too, each time a batch has been written.
-    """
-
-    source: Literal["targets", "gradients", "loss"] = "targets"
-    site: Literal["layer", "mlp"] = "layer"
-    statistics: Literal["second_moment", "null_space"] | None = None
-    null_space: tuple[NullSpaceRule, float] | None = None
-    contexts: Literal["mean", "each"] = "mean"
-    remembers: Literal["keys", "problem"] | None = None
-    bystanders: bool = False
-    anchored: bool = False
-    dominant: float | None = None
-    change: bool = False
 
 
 class Method(BaseModel, ABC):
@@ -102,7 +35,7 @@ class Method(BaseModel, ABC):
     dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
     recheck: ClassVar[int] = 0  # earlier facts asked for each new one, to edit again what is forgotten
     repair: ClassVar[int] = 0  # steps at a stream's end that take back what it did to ordinary text
-    apart: ClassVar[bool] = False  # whether two facts of one subject are kept out of one batch
+    one_fact_a_subject: ClassVar[bool] = False  # whether two facts of one subject are kept out of one batch
     calibrated: ClassVar[bool] = False  # whether the first run on a model without known settings begins with `tune`
     targets: ClassVar[dict[str, Any]] = {}  # how its targets are found by default, where that is not as published
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)  # matrices it edits by default: the first set there is
@@ -117,12 +50,29 @@ class Method(BaseModel, ABC):
         """The layers it edits in a model of ``depth`` layers: five from 13 % of the depth (4–8 of 30)."""
         return layers_from(0.13, 5, depth)
 
+    @property
+    def learns(self) -> bool:
+        """Whether its state learns anything from a batch."""
+        return type(self).after_batch is not Method.after_batch
+
+    @property
+    def forgets(self) -> bool:
+        """Whether it wants the keys of superseded facts taken out of its state."""
+        return type(self).forget is not Method.forget
+
     def finish(self, update: Update, weight: Tensor) -> Update:
         """What becomes of a batch's ΔW once all layers are solved; ``weight`` is W before the batch."""
         return update
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
-        """The state after a batch, given what the method ``remembers`` of it."""
+        """The state after a batch, a rewrite of forgotten facts included, given what the method's ingredients say of it."""
+        return state
+
+    def after_repair(self, state: State, seen: Seen, statistics: Statistics) -> State:
+        """The state after a repair, which writes no facts; asked only where an ingredient follows from the weights.
+
+        It is no batch: whatever counts batches stands still.
+        """
         return state
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
@@ -131,7 +81,7 @@ class Method(BaseModel, ABC):
 
     def metric(self, state: State, statistics: Statistics) -> Tensor | None:
         """M⁻¹ ``[d_in, d_in]`` of the keys that a repair is to leave alone: C0⁻¹, None for a method that asks nothing of ordinary keys."""
-        return None if self.needs.statistics is None else cholesky_inverse(statistics.factor)
+        return None if self.needs.get(SecondMoment) is None else cholesky_inverse(statistics.factor)
 
     def deploy(self, original: Tensor, working: Tensor) -> Tensor:
         """The weight the model runs with, from W0 and the working weight."""

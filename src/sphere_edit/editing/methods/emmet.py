@@ -7,7 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import eye, float64
 
-from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, State, layers_from
+from sphere_edit.editing.ingredients import Needs, SecondMoment
+from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, State, layers_from
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import factor_solve, spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -33,7 +35,12 @@ class Emmet(LayerwiseMethod):
     @property
     def needs(self) -> Needs:
         """Optimised targets, and C0 unless it is left out."""
-        return Needs(statistics="second_moment" if self.second_moment else None)
+        return Needs(FromTargets(), self.moments)
+
+    @property
+    def moments(self) -> tuple[SecondMoment, ...]:
+        """C0, unless it is left out."""
+        return (SecondMoment(),) if self.second_moment else ()
 
     @classmethod
     def default_layers(cls, depth: int) -> tuple[int, ...]:

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, cat
 
-from sphere_edit.editing.methods.base import LayerProblem, Needs, Seen, State, Statistics, with_keys
+from sphere_edit.editing.ingredients import ContextTokens, EarlierKeys, Needs, SecondMoment
+from sphere_edit.editing.methods.base import LayerProblem, Seen, State, Statistics, with_keys
 from sphere_edit.editing.methods.memit import MemitSeq
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -19,7 +21,7 @@ class Frugal(MemitSeq):
 
     Differs from sequential MEMIT in four ways. Targets descend in L2, so that ‖δ‖, in whose square the damage grows, is about
     half of what Adam leaves. Each context template has a column of its own, so that ridge regression sees how a fact's keys
-    vary, not their mean alone. The other tokens of every edited prompt, the bystanders B, are to stay what they are, as keys Kp of
+    vary, not their mean alone. The other tokens of every edited prompt, its context tokens B, are to stay what they are, as keys Kp of
     earlier facts are: a fact is read through them, and is forgotten when they change; a fact that is written again adds its own
     once more. And ``λ = second_moment_weight · d_in``: since E[kᵀ C0⁻¹ k] = d_in over ordinary keys, whatever the model, a key as rare as ordinary ones would get
     1 / (1 + second_moment_weight) of its residual, and rarer ones more.
@@ -30,7 +32,7 @@ class Frugal(MemitSeq):
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="pretrained", project="per_layer")
     recheck: ClassVar[int] = 4
     repair: ClassVar[int] = 100
-    apart: ClassVar[bool] = True
+    one_fact_a_subject: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     targets: ClassVar[dict[str, Any]] = {"rule": "normalised"}
 
@@ -43,9 +45,9 @@ class Frugal(MemitSeq):
 
     @property
     def needs(self) -> Needs:
-        """Optimised targets, C0, and of every batch its keys in every context and its bystanders."""
-        beside = self.bystander_weight > 0
-        return Needs(statistics="second_moment", contexts="each", remembers="keys", bystanders=beside)
+        """Optimised targets, C0, and of every batch its keys in every context and its context tokens."""
+        needs = Needs(FromTargets(contexts="each"), (SecondMoment(), EarlierKeys()))
+        return needs.plus(ContextTokens()) if self.bystander_weight > 0 else needs
 
     def penalty(self, width: int) -> float:
         """λ for a matrix of ``width`` inputs."""
@@ -53,16 +55,16 @@ class Frugal(MemitSeq):
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹``, in float64."""
-        columns = self._columns(problem.keys, problem.bystanders)
+        columns = self._columns(problem.keys, problem.given.get("context_tokens"))
         inverse = (state or self.start(problem.statistics))["inverse"]
         solution = grown_solution(inverse @ columns, columns)[:, : problem.keys.shape[1]]
         return LowRankUpdate(problem.residual.double(), solution.T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
-        """Add the batch's keys and bystanders to those that later batches must leave alone."""
+        """Add the batch's keys and context tokens to those that later batches must leave alone."""
         return with_keys(state or self.start(statistics), self._columns(seen["keys"], seen.get("bystanders")))
 
-    def _columns(self, keys: Tensor, bystanders: Tensor | None) -> Tensor:
+    def _columns(self, keys: Tensor, context_tokens: Tensor | None) -> Tensor:
         """All that the system grows by, ``[K, √ρ B]``, float64."""
-        beside = [] if bystanders is None else [bystanders.double() * self.bystander_weight**0.5]
+        beside = [] if context_tokens is None else [context_tokens.double() * self.bystander_weight**0.5]
         return cat([keys.double(), *beside], dim=1)

@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import JointMethod, Needs, Objective, layers_from
+from sphere_edit.editing.ingredients import Needs
+from sphere_edit.editing.methods.base import JointMethod, Objective, layers_from
+from sphere_edit.editing.sources import FromLoss
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update
 
@@ -36,7 +38,7 @@ class FineTune(JointMethod):
     @property
     def needs(self) -> Needs:
         """The loss itself."""
-        return Needs(source="loss")
+        return Needs(FromLoss())
 
     @property
     def evaluations(self) -> int:

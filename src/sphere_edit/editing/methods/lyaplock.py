@@ -8,7 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Needs, Seen, State, Statistics
+from sphere_edit.editing.ingredients import EarlierKeys, Needs, SecondMoment, WeightChange
+from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Seen, State, Statistics
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate
@@ -19,7 +21,8 @@ class LyapLock(LayerwiseMethod):
 
     E is what earlier keys have lost since they were written, ``Σ (W_s − W) K_s K_sᵀ``, W_s being the weight after batch s. Once a
     batch is written the queue becomes ``q ← max(q + ‖(W − W0) C0^½‖² / D − 1, 1)``, with the bound D ``budget`` times the
-    first batch's disturbance: while the disturbance exceeds its bound, ordinary keys count for more and more. Source: the published code
+    first batch's disturbance: while the disturbance exceeds its bound, ordinary keys count for more and more. The queue counts batches that
+    write facts. A repair writes none, so q stays as it is and only E and W − W0 follow the weights. Source: the published code
     of "LyapLock: Bounded Knowledge Preservation in Sequential LLM Editing". Kp are keys measured after their batch, as elsewhere here.
     State: ``keys = Kp Kpᵀ [d_in, d_in]``, ``lost = E`` and ``change = W − W0`` ``[d_out, d_in]``, ``queue`` and ``bound [1]``.
     """
@@ -35,7 +38,7 @@ class LyapLock(LayerwiseMethod):
     @property
     def needs(self) -> Needs:
         """Optimised targets, C0, and after every batch its keys and how far the weight has moved."""
-        return Needs(statistics="second_moment", remembers="keys", change=True)
+        return Needs(FromTargets(), (SecondMoment(), EarlierKeys(), WeightChange()))
 
     def solve(self, problem: LayerProblem, state: State) -> DenseUpdate:
         """ΔW in float64."""
@@ -56,10 +59,12 @@ class LyapLock(LayerwiseMethod):
         if not state:
             start: dict[str, Any] = {"lost": torch.zeros_like(change, dtype=torch.float64), "queue": gram.new_ones(1)}
             return {**start, "keys": gram, "change": change, "bound": self.budget * disturbance}
-        step = change.double() - state["change"].double()
         queue = (state["queue"] + disturbance / state["bound"] - 1).clamp_min(1)
-        lost = state["lost"] - step @ state["keys"]
-        return {"lost": lost, "queue": queue, "keys": state["keys"] + gram, "change": change, "bound": state["bound"]}
+        return {**_moved(state, change), "queue": queue, "keys": state["keys"] + gram}
+
+    def after_repair(self, state: State, seen: Seen, statistics: Statistics) -> State:
+        """What earlier keys have lost now; the queue stands still."""
+        return _moved(state, seen["change"]) if state else state
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Superseded keys count no more, nor what was lost along them (the published code knows no superseding)."""
@@ -68,6 +73,11 @@ class LyapLock(LayerwiseMethod):
         return {**state, "keys": state["keys"] - old @ old.T, "lost": state["lost"] - along}
 
 
+def _moved(state: State, change: Tensor) -> State:
+    """The state once W − W0 is ``change``: what earlier keys have lost includes what they lost on the way."""
+    step = change.double() - state["change"].double()
+    return {**state, "lost": state["lost"] - step @ state["keys"], "change": change}
+
+
 def _moment(statistics: Statistics) -> Tensor:
-    assert statistics.second_moment is not None
-    return statistics.second_moment.double()
+    return statistics["second_moment"].double()

@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, cholesky_inverse
 
+from sphere_edit.editing.ingredients import EarlierKeys, Needs, SecondMoment
 from sphere_edit.editing.methods.base import (
     LayerProblem,
     LayerwiseMethod,
-    Needs,
     Seen,
     State,
     Statistics,
@@ -18,6 +18,7 @@ from sphere_edit.editing.methods.base import (
     with_keys,
     without_keys,
 )
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import factor_solve, grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -40,7 +41,7 @@ class Memit(LayerwiseMethod):
     @property
     def needs(self) -> Needs:
         """Optimised targets and C0."""
-        return Needs(statistics="second_moment")
+        return Needs(FromTargets(), (SecondMoment(),))
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + K Kᵀ)⁻¹``, in float64; C0 is factored once for all batches."""
@@ -66,7 +67,7 @@ class MemitSeq(Memit):
     @property
     def needs(self) -> Needs:
         """Optimised targets, C0, and the keys of every batch."""
-        return Needs(statistics="second_moment", remembers="keys")
+        return super().needs.plus(EarlierKeys())
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + Kp Kpᵀ + K Kᵀ)⁻¹``, in float64."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
+from sphere_edit.editing.ingredients import Needs, TargetLength
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
-from sphere_edit.editing.methods.base import Needs
 
 
 class Nas(AlphaEdit):
@@ -23,4 +22,4 @@ class Nas(AlphaEdit):
     @property
     def needs(self) -> Needs:
         """What AlphaEdit needs, and the length of its targets on the unedited model."""
-        return replace(super().needs, anchored=True)
+        return super().needs.plus(TargetLength())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from sphere_edit.editing.ingredients import DominantVectors, Needs
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
-from sphere_edit.editing.methods.base import LayerProblem, Needs, State
+from sphere_edit.editing.methods.base import LayerProblem, State
 from sphere_edit.numerics.update import LowRankUpdate, joined
 
 
@@ -36,13 +36,12 @@ class Revive(AlphaEdit):
     @property
     def needs(self) -> Needs:
         """What AlphaEdit needs, and the vectors that are protected."""
-        return replace(super().needs, dominant=self.energy)
+        return super().needs.plus(DominantVectors(self.energy))
 
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """AlphaEdit's ΔW, filtered in float64."""
         update = super().solve(problem, state)
-        assert problem.dominant is not None
-        outputs, inputs = problem.dominant
+        outputs, inputs = problem.given["dominant_outputs"], problem.given["dominant_inputs"]
         left, right = outputs @ (outputs.T @ update.left), (update.right @ inputs) @ inputs.T
         if self.protect == "either":
             return LowRankUpdate(update.left - left, update.right - right)

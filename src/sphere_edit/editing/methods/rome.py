@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sphere_edit.editing.methods.base import Needs
+from sphere_edit.editing.ingredients import Needs
 from sphere_edit.editing.methods.emmet import Emmet
+from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.projection import Sphere
 
 
@@ -26,4 +27,4 @@ class Rome(Emmet):
     @property
     def needs(self) -> Needs:
         """Optimised targets at the MLP's output, and C0 unless it is left out."""
-        return Needs(site="mlp", statistics="second_moment" if self.second_moment else None)
+        return Needs(FromTargets(site="mlp"), self.moments)

@@ -8,15 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sphere_edit.editing.ingredients import Needs, SolvedProblems
 from sphere_edit.editing.methods.base import (
     LayerProblem,
     LayerwiseMethod,
-    Needs,
     Seen,
     State,
     Statistics,
     layers_from,
 )
+from sphere_edit.editing.sources import FromGradients
 from sphere_edit.numerics.linalg import spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -42,7 +43,7 @@ class UltraEdit(LayerwiseMethod):
     @property
     def needs(self) -> Needs:
         """One backward pass."""
-        return Needs(source="gradients", remembers="problem")
+        return Needs(FromGradients(), (SolvedProblems(),))
 
     @classmethod
     def default_layers(cls, depth: int) -> tuple[int, ...]:

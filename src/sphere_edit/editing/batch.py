@@ -13,20 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.methods.base import (
-    JointMethod,
-    LayerProblem,
-    LayerwiseMethod,
-    Method,
-    Seen,
-    State,
-    Statistics,
-)
+from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
+from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
 from sphere_edit.editing.repair import Descent, Repair
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.weights import EditedWeights
-from sphere_edit.numerics.linalg import dominant_vectors
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
@@ -82,7 +74,7 @@ class Solver:
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
-        self._dominant: dict[str, tuple[Tensor, Tensor]] = {}
+        self._of_matrices: dict[str, dict[str, Tensor]] = {}
 
     def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock) -> Written:
         """Solve a batch and add its updates to the working weights, which are left in the model."""
@@ -174,31 +166,28 @@ class Solver:
     def _solve_layers(self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock) -> _Group:
         """Solve matrix by matrix, each seeing the weights of those below as already edited."""
         group = _Group()
-        bystanders = self.source.bystanders() if method.needs.bystanders else [None] * len(self.weights.names)
-        for index, (name, beside) in enumerate(zip(self.weights.names, bystanders, strict=True)):
+        rows = method.needs.ingredients
+        of_batch = [row.of_batch(self.source, self.weights.names) for row in rows]
+        for index, name in enumerate(self.weights.names):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
-            dominant = self._dominant_vectors(name)
-            problem = LayerProblem(
-                self.weights.working[name].clone(), keys, residual, self.statistics[name], beside, dominant
-            )
+            given = dict(self._of_matrix(name))
+            for found in of_batch:
+                given |= found.get(name, {})
+            problem = LayerProblem(self.weights.working[name].clone(), keys, residual, self.statistics[name], given)
             update = method.solve(problem, states[name]).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)
-            group.seen[name] = {"keys": keys, "residual": residual} if method.needs.remembers == "problem" else {}
-            if beside is not None:
-                group.seen[name]["bystanders"] = beside
+            group.seen[name] = {part: value for row in rows for part, value in row.of_problem(problem).items()}
             clock.lap("sphere")
         return group
 
-    def _dominant_vectors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Those of W0 that the method needs, computed once."""
-        share = self.method.needs.dominant
-        if share is None:
-            return None
-        if name not in self._dominant:
-            self._dominant[name] = dominant_vectors(self.weights.original(name), share)
-        return self._dominant[name]
+    def _of_matrix(self, name: str) -> dict[str, Tensor]:
+        """What the method's ingredients make of W0, computed once."""
+        if name not in self._of_matrices:
+            original, rows = self.weights.original(name), self.method.needs.ingredients
+            self._of_matrices[name] = {part: value for row in rows for part, value in row.of_matrix(original).items()}
+        return self._of_matrices[name]
 
     def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
         group = _Group()
