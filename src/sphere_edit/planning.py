@@ -15,8 +15,8 @@ from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import OptimisedTargets
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.metrics import score_facts
-from sphere_edit.facts.fact import Fact, Neighbor
-from sphere_edit.facts.prompts import Encoder, joined
+from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
@@ -133,7 +133,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _with_truth(fact: Fact) -> Fact:
-    neighbors = tuple(Neighbor(n.prompt, n.answer or fact.target_new) for n in fact.neighbors)
+    neighbors = tuple(replace(n, answer=n.answer or fact.target_new) for n in fact.neighbors)
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors)
 
 
@@ -166,7 +166,8 @@ def _disk(session: Session, planned: Sequence[Fact]) -> int:
     needs, encoder = method.needs, Encoder(session.loaded.tokenizer)
     columns, beside = len(planned), 0
     if needs.source == "gradients":  # a column a target token
-        columns = sum(len(encoder.encode(joined(fact.target_new)).ids) for fact in planned)
+        coded = (encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator) for fact in planned)
+        columns = sum(len(tokens.ids) - start for tokens, start in coded)
     if needs.contexts == "each":
         columns *= 1 + 5 * session.settings.templates
     if needs.bystanders:

@@ -240,7 +240,7 @@ def target_rows(
     loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
 ) -> Iterator[tuple[list[int], TargetRows]]:
     """The facts, cut into chunks: their indices and tokens."""
-    coded = [encoder.with_target(fact.filled_prompt, fact.target_new) for fact in facts]
+    coded = [encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator) for fact in facts]
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
         chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
         answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
