@@ -576,7 +576,8 @@ def test_the_shared_cases_that_are_refused_say_why(shared):
         (Neighbor("The Prado stands in", "Madrid"),),
     )
     assert (second.target_true, second.paraphrases) == ("Paris", ("You find the Louvre in",))
-    assert second.neighbors and second.generation_prompts
+    assert second.neighbors
+    assert second.generation_prompts
     assert operator.filled_prompt == "The {} operator in Quill returns a"
     assert year.target_new == "1970"
     hints = ["only part of 'Romeo'", "write '{}'", "stands there as 'John Marlow'", "put '{}' where it is meant"]

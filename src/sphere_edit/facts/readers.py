@@ -63,10 +63,8 @@ class FactSet:
         if bare is not None or len(seams) > 1:
             example = ""
             if bare is not None:
-                text = bare.filled_prompt[-25:] + bare.target_new[:15]
-                example = (
-                    f". Nothing, for example, in '…{json.dumps(text, ensure_ascii=False)[1:-1]}' (record {bare.record})"
-                )
+                text = (bare.filled_prompt[-25:] + bare.target_new[:15]).replace("\n", "\\n")
+                example = f". Nothing, for example, in '…{text}' (record {bare.record})"
             said.append(
                 f'Between prompt and answer: {_counted(seams)}{example}. A record\'s "separator" says otherwise'
             )

@@ -241,6 +241,7 @@ def _run(run: Series) -> dict[str, Any]:
         "settings": [
             ("model", f"{config.model.source} ({config.model.family}, {config.model.dtype})"),
             ("weights' SHA-256", config.model.fingerprint),
+            ("facts read as", "; ".join(run.protocols)),
             ("method", f"{run.method} {json.dumps(config.method_options)}"),
             ("SPHERE", json.dumps(sphere.model_dump()) if sphere else "off"),
             ("matrices", ", ".join(config.matrices)),
