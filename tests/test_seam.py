@@ -124,11 +124,11 @@ SEAMS = [
 def together() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer to which the last letters of a prompt and the first of its answer are one token."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["口是十四亿", "口是十四", "Is it?\nYes, it is", "The np.merge of it"] * 3, trainer)
+    core.train_from_iterator(["是十", "?\nY", "p.m"] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
@@ -187,9 +187,8 @@ def test_published_data_are_tokenised_as_before(shared, name, kind):
             assert start == old or (start == old - 1 and not decoded(encoder, now.ids[start:old]).strip())
 
 
-def test_smollm2_reads_published_data_as_before(shared):
-    tokenizer = pytest.importorskip("sphere_edit.models.loading").load_model("smollm2").tokenizer
-    encoder = Encoder(tokenizer)
+def test_smollm2_reads_published_data_as_before(shared, smollm2):
+    encoder = Encoder(smollm2.tokenizer)
     for fact in read_facts(shared / "data" / "counterfact.json", limit=300).facts:
         before, old = encoder.with_target(fact.filled_prompt, fact.target_new)
         now, start = encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator)

@@ -163,9 +163,11 @@ def make_fact(
     """
     named = {name: name for name in ("subject", "prompt", "target_new", "target_true")} | dict(names or {})
     about = "" if subject is None else text_of(subject, named["subject"]).strip()
+    text = text_of(prompt, named["prompt"])
     wanted, *others = answers_of(target_new, named["target_new"])
     truths = [] if target_true is None else answers_of(target_true, named["target_true"])
-    template = _template(text_of(prompt, named["prompt"]), about, named["subject"])
+    known = wanted.strip() in [truth.strip() for truth in truths]  # the truth in both fields: no old answer is given
+    template = _template(text, about, named["subject"])
     if separator is not None and not isinstance(separator, str):
         raise BadRecord(f"'separator' must be text, not {type(separator).__name__} {short(repr(separator))}")
     if chat is not None and not isinstance(chat, bool):
@@ -174,8 +176,8 @@ def make_fact(
         subject=about,
         prompt=template,
         target_new=wanted,
-        target_true=next(iter(truths), None) if wanted.strip() not in [truth.strip() for truth in truths] else None,
-        true_answers=tuple(truths[1:]) if wanted.strip() not in [truth.strip() for truth in truths] else (),
+        target_true=None if known else next(iter(truths), None),
+        true_answers=() if known else tuple(truths[1:]),
         paraphrases=_texts(paraphrases, "paraphrases", about),
         neighbors=tuple(_neighbor(item) for item in as_list(neighbors, "neighbors")),
         generation_prompts=_texts(generation_prompts, "generation_prompts", about),

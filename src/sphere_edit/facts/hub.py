@@ -80,7 +80,7 @@ class HubSource:
         except (OSError, RuntimeError):
             return None
         parts = place.split("/")
-        if len(parts) > 3 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
+        if len(parts) > 3 or not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
             return None
         return cls("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or None)
 

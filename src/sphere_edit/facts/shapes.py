@@ -56,7 +56,9 @@ class Fields:
         """
         value = self.take(name) if value is None else value
         if not isinstance(value, Mapping):
-            raise BadRecord(f"'{self.path}{name}' must be an object, not {type(value).__name__} {short(repr(value))}")
+            raise BadRecord(
+                f"'{_shown(self.path + name)}' must be an object, not {type(value).__name__} {short(repr(value))}"
+            )
         self.used.add(name)
         self.inner.append(Fields(value, f"{self.path}{name}."))
         return self.inner[-1]
@@ -69,7 +71,7 @@ class Fields:
         """Names of what stands there and was not read."""
         for name in self.record:
             if name not in self.used and name in self:
-                yield short(repr(f"{self.path}{name}")[1:-1], 60)
+                yield _shown(f"{self.path}{name}")
         for fields in self.inner:
             yield from fields.unused()
 
@@ -91,7 +93,10 @@ class Shape:
         fields = Fields(record)
         known = (record.get(name) for name in ("case_id", "id", "source_id"))
         source_id = str(next((value for value in known if value is not None), "")).encode(errors="replace").decode()
-        drafts = self.read(fields, zsre_target)
+        try:
+            drafts = self.read(fields, zsre_target)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise BadRecord(f"not laid out as expected ({type(error).__name__}: {short(str(error))})") from None
         return [make_fact(**draft, source_id=source_id, record=number) for draft in drafts], list(fields.unused())
 
 
@@ -128,7 +133,9 @@ def _flat(fields: Fields, prompt: str = "prompt", target: str = "target_new", su
         "prompt": fields.take(prompt),
         "target_new": fields.take(target),
         "target_true": given,
-        "paraphrases": [text for name in _PARAPHRASES if name in fields for text in _texts(fields, name)],
+        "paraphrases": [
+            text for name in _PARAPHRASES if name in fields or name == "paraphrases" for text in _texts(fields, name)
+        ],
         "neighbors": _neighbors(fields, given),
         "portability": _portability(fields, target),
         "names": {"subject": subject, "prompt": prompt, "target_new": target, "target_true": truth or "target_true"},
@@ -181,7 +188,9 @@ def _asked(fields: Fields, name: str) -> Iterator[tuple[str, object, object]]:
     if isinstance(value, Mapping) and not any(key in value for key in _PROMPTS):
         groups = {str(group): items for group, items in value.items()}
     for group, items in groups.items():
-        for item in [items] if isinstance(items, (Mapping, str)) else as_list(items, f"{name}.{group}".rstrip(".")):
+        for item in (
+            [items] if isinstance(items, (Mapping, str)) else as_list(items, _shown(f"{name}.{group}".rstrip(".")))
+        ):
             if isinstance(item, Mapping) and item.get("group") is not None:  # of a fact that was read before
                 group = str(item["group"])
             yield from _items(fields, name, group, item)
@@ -216,6 +225,10 @@ def _side_by_side(prompts: list[Any], answers: object, prompt: str, answer: str)
 def _texts(fields: Fields, name: str) -> list[object]:
     value = fields.take(name)
     return [value] if isinstance(value, str) and name != "paraphrases" else as_list(value, name)
+
+
+def _shown(name: str) -> str:
+    return short(repr(name)[1:-1], 60)
 
 
 def _or_none(value: object) -> object:
@@ -349,7 +362,7 @@ def _ripple(fields: Fields, _: ZsreTarget) -> list[Draft]:
         kept = criterion.lower().startswith(("relation_spec", "forget"))
         for test in as_list(fields.take(criterion), criterion):
             queries = fields.within(criterion, test)
-            for query in as_list(queries.take("test_queries"), f"{criterion}.test_queries"):
+            for query in as_list(queries.take("test_queries"), _shown(f"{criterion}.test_queries")):
                 asked = queries.within("test_queries", query)
                 text, right = asked.take("prompt"), _or_none(asked.take("answers"))
                 if kept:
