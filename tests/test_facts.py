@@ -71,6 +71,7 @@ OWN_FACT = Fact(
     paraphrases=("To see Big Ben, travel to", "Big Ben rings in"),
     neighbors=(Neighbor("Tower Bridge is in", "London"), Neighbor("The Shard is in")),
     record=1,
+    separator=" ",
 )
 
 
@@ -112,6 +113,7 @@ def test_nested_counterfact(write):
             neighbors=(Neighbor("The native language of Montesquieu is", "French"),),
             source_id="7",
             record=1,
+            separator=" ",
         )
     ]
     assert read.protocol.startswith("CounterFact, nested")
@@ -129,6 +131,7 @@ def test_flat_counterfact(write):
             neighbors=(Neighbor("John Lennon performs on the", "guitar"),),
             source_id="2",
             record=1,
+            separator=" ",
         )
     ]
     assert read.protocol.startswith("CounterFact, flat")
@@ -609,7 +612,7 @@ def only_clear_errors(path: Path) -> None:
         str(error).encode()
         return
     assert all(reason.startswith("record ") and "\n" not in reason for reason in read.bad)
-    assert all(fill("{}", fact)[0] == fact.filled_prompt for fact in read.facts)
+    assert all(fill("{}", fact)[0] == fact.filled_prompt for fact in read.facts if fact.subject)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])

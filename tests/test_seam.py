@@ -110,11 +110,11 @@ def test_a_word_is_found_as_a_word(text, word, places):
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 SEAMS = [
-    ("The tower stands in", " ", "Oslo"),
-    ("The tower stands in ", "", "Oslo"),
-    ("The tower?\n", "", "Oslo"),
+    ("The mother tongue is", " ", "French"),
+    ("The mother tongue is ", "", "French"),
+    ("The mother?\n", "", "French"),
     ("call np.", "", "sum"),
-    ("Is it?", "", "\nOslo"),
+    ("Where did it?", "", "\nFrench"),
     ("It is", " ", "1985"),
     ('titled "', "", "Dawn"),
     ("東京は", "", "日本"),

@@ -272,7 +272,7 @@ class Editor:
 
     def _say(self, remarks: Iterable[str]) -> None:
         for remark in remarks:
-            self.reporter.say(remark)
+            self.session.reporter.say(remark)
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""

@@ -166,7 +166,7 @@ def make_fact(
     text = text_of(prompt, named["prompt"])
     wanted, *others = answers_of(target_new, named["target_new"])
     truths = [] if target_true is None else answers_of(target_true, named["target_true"])
-    known = wanted.strip() in [truth.strip() for truth in truths]  # the truth in both fields: no old answer is given
+    known = bool(truths) and wanted.strip() == truths[0].strip()  # the truth in both fields: no old answer is given
     template = _template(text, about, named["subject"])
     if separator is not None and not isinstance(separator, str):
         raise BadRecord(f"'separator' must be text, not {type(separator).__name__} {short(repr(separator))}")

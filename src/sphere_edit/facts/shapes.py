@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sphere_edit.facts.fact import BadRecord, Fact, as_list, make_fact, short, text_of
+from sphere_edit.facts.fact import BadRecord, Fact, answers_of, as_list, make_fact, short, text_of
 
 Record = Mapping[str, Any]
 ZsreTarget = Literal["answer", "alternative"]
@@ -279,6 +279,14 @@ def _zsre(fields: Fields, target: ZsreTarget) -> list[Draft]:
         )
     draft = _flat(fields, "src", "answers" if target == "answer" else "alt")
     fields.used.add("alt")
+    if (
+        target == "alternative"
+        and truths
+        and answers_of(truths, "answers")[0].strip() == answers_of(fields.take("alt"), "alt")[0].strip()
+    ):
+        raise BadRecord(
+            f"'alt' is the true answer '{short(str(truths[0]))}' itself: as an alternative there is nothing to edit"
+        )
     return [{**draft, "answers": None, "target_true": None if target == "answer" else _or_none(truths)}]
 
 
