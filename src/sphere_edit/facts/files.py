@@ -12,7 +12,8 @@ from typing import Any
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, short
-from sphere_edit.facts.shapes import Record, is_record
+from sphere_edit.facts.fields import Record
+from sphere_edit.facts.shapes import is_record
 
 MAX_LINE = 1 << 20  # bytes of one JSONL line
 MAX_FILE = 1 << 30  # bytes of a JSON or CSV file, which are parsed whole

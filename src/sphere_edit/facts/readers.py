@@ -17,10 +17,11 @@ from typing import Any
 
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import BadRecord, Fact, short
+from sphere_edit.facts.fields import Record
 from sphere_edit.facts.files import read_records
 from sphere_edit.facts.hub import DATASETS, HubSource, downloaded
 from sphere_edit.facts.seam import joined
-from sphere_edit.facts.shapes import Record, ZsreTarget, shape_of
+from sphere_edit.facts.shapes import ZsreTarget, shape_of
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,21 @@
 """The layouts of records that are known: the user's own, and those of the field's data sets. Each becomes one fact or several.
 
-A layout is a row of `SHAPES`: what tells it, what it is called, and what reads it. Most differ in a few names alone, and share `_flat`.
+A layout is a row of `SHAPES`: what tells it, what it is called, and what reads it. Most differ in a few names alone, and share `flat`.
 docs/facts.md has the table of what goes where.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sphere_edit.facts.fact import BadRecord, Fact, answers_of, as_list, make_fact, short, text_of
+from sphere_edit.facts.fields import Draft, Fields, Record, flat, neighbors, or_none, shown, texts
 
-Record = Mapping[str, Any]
 ZsreTarget = Literal["answer", "alternative"]
-Draft = dict[str, Any]  # what `make_fact` takes
-
-# the names that layouts without structure of their own have for a role; all that a record has are read
-_PARAPHRASES = ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase", "para_question", "queries")
-_TRUTHS = ("target_true", "ground_truth", "target_old", "old")
-_PAIRS_OF_NEIGHBORS = (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans"))
-_PAIRS_OF_PROBES = (
-    ("portability", "portability_prompt", "portability_ground_truth"),
-    ("portability", "port", "port_ans"),
-    ("multi-hop", "mhop", "mhop_ans"),
-    ("sub-questions", "sub_question", "sub_answer"),
-)
-_PROMPTS = ("prompt", "question", "loc")  # of an item of locality or portability
-_ANSWERS = ("answer", "ground_truth", "answers", "loc_ans")
 _OWN = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbors", "generation_prompts")
-
-
-class Fields:
-    """A record of which is remembered what was read, so that what was not can be named."""
-
-    def __init__(self, record: Record, path: str = ""):
-        self.record, self.path = record, path
-        self.used: set[str] = {"case_id", "id", "source_id"}
-        self.inner: list[Fields] = []
-
-    def __contains__(self, name: str) -> bool:
-        return not _is_nothing(self.record.get(name))
-
-    def take(self, name: str) -> Any:
-        """A field's value; None where it is not there."""
-        self.used.add(name)
-        return self.record.get(name)
-
-    def within(self, name: str, value: object = None) -> Fields:
-        """The fields of an object, by default the one in field ``name``.
-
-        Raises:
-            BadRecord: it is no object.
-        """
-        value = self.take(name) if value is None else value
-        if not isinstance(value, Mapping):
-            raise BadRecord(
-                f"'{_shown(self.path + name)}' must be an object, not {type(value).__name__} {short(repr(value))}"
-            )
-        self.used.add(name)
-        self.inner.append(Fields(value, f"{self.path}{name}."))
-        return self.inner[-1]
-
-    def first(self, names: tuple[str, ...]) -> str | None:
-        """The first of the names under which something stands."""
-        return next((name for name in names if name in self), None)
-
-    def unused(self) -> Iterator[str]:
-        """Names of what stands there and was not read."""
-        for name in self.record:
-            if name not in self.used and name in self:
-                yield _shown(f"{self.path}{name}")
-        for fields in self.inner:
-            yield from fields.unused()
 
 
 @dataclass(frozen=True)
@@ -121,133 +63,12 @@ def is_record(content: Record) -> bool:
     return any(shape.fits(content) for shape in SHAPES)
 
 
-# --- records of one level ------------------------------------------------------------------------------------------
-
-
-def _flat(fields: Fields, prompt: str = "prompt", target: str = "target_new", subject: str = "subject") -> Draft:
-    """A fact from fields of one level, under any of the names that they have in the field's data sets."""
-    truth = fields.first(_TRUTHS)
-    given = None if truth is None else fields.take(truth)
-    draft: Draft = {
-        "subject": fields.take(subject),
-        "prompt": fields.take(prompt),
-        "target_new": fields.take(target),
-        "target_true": given,
-        "paraphrases": [
-            text for name in _PARAPHRASES if name in fields or name == "paraphrases" for text in _texts(fields, name)
-        ],
-        "neighbors": _neighbors(fields, given),
-        "portability": _portability(fields, target),
-        "names": {"subject": subject, "prompt": prompt, "target_new": target, "target_true": truth or "target_true"},
-    }
-    for name in ("generation_prompts", "rewordings", "answers", "separator", "chat"):
-        draft[name] = fields.take(name)
-    return draft
-
-
-def _neighbors(fields: Fields, truth: object) -> list[object]:
-    """Prompts whose answers must not change, from every field that holds such."""
-    found = [*as_list(fields.take("neighbors"), "neighbors")]
-    for prompt in as_list(fields.take("neighborhood_prompts"), "neighborhood_prompts"):
-        found.append({"prompt": prompt, "answer": truth})
-    for _, prompt, answers in _asked(fields, "locality"):
-        found.append({"prompt": prompt, "answer": answers})
-    for prompt, answer in _PAIRS_OF_NEIGHBORS:
-        if prompt in fields:
-            text = text_of(fields.take(prompt), prompt)
-            if text.startswith("nq question:"):  # as Natural Questions are asked in published work
-                text = text.rstrip("?") + "?"
-            found.append({"prompt": text, "answer": _or_none(fields.take(answer))})
-    return found
-
-
-def _portability(fields: Fields, target: str) -> list[object]:
-    """Prompts whose answers follow from the edit, by group."""
-    found: list[object] = [
-        {"group": group or None, "prompt": prompt, "answers": answers}
-        for group, prompt, answers in _asked(fields, "portability")
-    ]
-    for group, prompt, answer in _PAIRS_OF_PROBES:
-        if prompt in fields:
-            prompts, answers = fields.take(prompt), fields.take(answer)
-            pairs = (
-                _side_by_side(prompts, answers, prompt, answer) if isinstance(prompts, list) else [(prompts, answers)]
-            )
-            found += [{"group": group, "prompt": text, "answers": right} for text, right in pairs]
-    if "personas" in fields:
-        found.append({"group": "personas", "prompt": fields.take("personas"), "answers": fields.take(target)})
-    return found
-
-
-def _asked(fields: Fields, name: str) -> Iterator[tuple[str, object, object]]:
-    """Group, prompt and answers of each item of a field: a list of items, or named groups of them."""
-    value = fields.take(name)
-    if _is_nothing(value):
-        return
-    groups = {"": value}
-    if isinstance(value, Mapping) and not any(key in value for key in _PROMPTS):
-        groups = {str(group): items for group, items in value.items()}
-    for group, items in groups.items():
-        for item in (
-            [items] if isinstance(items, (Mapping, str)) else as_list(items, _shown(f"{name}.{group}".rstrip(".")))
-        ):
-            if isinstance(item, Mapping) and item.get("group") is not None:  # of a fact that was read before
-                group = str(item["group"])
-            yield from _items(fields, name, group, item)
-
-
-def _items(fields: Fields, name: str, group: str, item: object) -> Iterator[tuple[str, object, object]]:
-    """Group, prompt and answers of an item: a prompt, an object of one, or one that holds several side by side."""
-    if isinstance(item, str):
-        yield group, item, None
-        return
-    inner = fields.within(name, item if item is not None else ())
-    inner.used.add("group")
-    prompt, answer = inner.first(_PROMPTS), inner.first(_ANSWERS)
-    if prompt is None:
-        raise BadRecord(f"'{name}' holds an item without 'prompt': {short(repr(item))}")
-    prompts, answers = inner.take(prompt), None if answer is None else inner.take(answer)
-    if isinstance(prompts, list):
-        for text, right in _side_by_side(prompts, answers, f"{name}.{prompt}", f"{name}.{answer}"):
-            yield group, text, _or_none(right)
-    else:
-        yield group, prompts, _or_none(answers)
-
-
-def _side_by_side(prompts: list[Any], answers: object, prompt: str, answer: str) -> list[tuple[object, object]]:
-    """Prompts and answers of two lists of one length."""
-    rights = [None] * len(prompts) if _is_nothing(answers) else as_list(answers, answer)
-    if len(rights) != len(prompts):
-        raise BadRecord(f"'{prompt}' has {len(prompts)} items and '{answer}' {len(rights)}; expected as many")
-    return list(zip(prompts, rights, strict=True))
-
-
-def _texts(fields: Fields, name: str) -> list[object]:
-    value = fields.take(name)
-    return [value] if isinstance(value, str) and name != "paraphrases" else as_list(value, name)
-
-
-def _shown(name: str) -> str:
-    return short(repr(name)[1:-1], 60)
-
-
-def _or_none(value: object) -> object:
-    return None if _is_nothing(value) else value
-
-
-def _is_nothing(value: object) -> bool:
-    """Whether a field says nothing: empty text, no item, or lists of such."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_nothing, value))
-    return value is None or value == "" or value == {}
-
-
 # --- layouts ------------------------------------------------------------------------------------------------------
 
 
 def _named(**names: str) -> Callable[[Fields, ZsreTarget], list[Draft]]:
     """The reader of a flat layout whose prompt, target or subject is called otherwise."""
-    return lambda fields, _: [_flat(fields, **names)]
+    return lambda fields, _: [flat(fields, **names)]
 
 
 def _has(*names: str) -> Callable[[Record], bool]:
@@ -258,7 +79,7 @@ def _own(fields: Fields, _: ZsreTarget) -> list[Draft]:
     """The user's own fields; a name that is all but one of them is taken for a slip."""
     fields.used |= {"record", "target_true_ids"}
     lacking = [name for name in _OWN if name not in fields.record]
-    draft = _flat(fields)
+    draft = flat(fields)
     for given in fields.unused() if lacking else ():
         near = difflib.get_close_matches(given, lacking, 1, cutoff=0.85)
         if near:
@@ -277,7 +98,7 @@ def _zsre(fields: Fields, target: ZsreTarget) -> list[Draft]:
         raise BadRecord(
             "'answers' is empty, and they are what is edited to; the 'alternative' (alt) can be chosen instead"
         )
-    draft = _flat(fields, "src", "answers" if target == "answer" else "alt")
+    draft = flat(fields, "src", "answers" if target == "answer" else "alt")
     fields.used.add("alt")
     if (
         target == "alternative"
@@ -287,14 +108,14 @@ def _zsre(fields: Fields, target: ZsreTarget) -> list[Draft]:
         raise BadRecord(
             f"'alt' is the true answer '{short(str(truths[0]))}' itself: as an alternative there is nothing to edit"
         )
-    return [{**draft, "answers": None, "target_true": None if target == "answer" else _or_none(truths)}]
+    return [{**draft, "answers": None, "target_true": None if target == "answer" else or_none(truths)}]
 
 
 def _nested_counterfact(fields: Fields, _: ZsreTarget) -> list[Draft]:
     edit = fields.within("requested_rewrite")
-    draft = _flat(fields)
+    draft = flat(fields)
     rewrite = _rewrite(edit)
-    return [{**draft, **rewrite, "neighbors": _neighbors(fields, rewrite["target_true"])}]
+    return [{**draft, **rewrite, "neighbors": neighbors(fields, rewrite["target_true"])}]
 
 
 def _rewrite(edit: Fields) -> Draft:
@@ -308,11 +129,11 @@ def _mquake(fields: Fields, _: ZsreTarget) -> list[Draft]:
     drafts = []
     for item in as_list(fields.take("requested_rewrite"), "requested_rewrite"):
         edit = fields.within("requested_rewrite", item)
-        drafts.append({**_rewrite(edit), "paraphrases": _texts(edit, "question")})
+        drafts.append({**_rewrite(edit), "paraphrases": texts(edit, "question")})
     if not drafts:
         raise BadRecord("'requested_rewrite' is an empty list; an edit is needed")
     right = [fields.take("new_answer"), *as_list(fields.take("new_answer_alias"), "new_answer_alias")]
-    probes = [{"group": "multi-hop", "prompt": text, "answers": right} for text in _texts(fields, "questions")]
+    probes = [{"group": "multi-hop", "prompt": text, "answers": right} for text in texts(fields, "questions")]
     for item in as_list(fields.take("new_single_hops"), "new_single_hops"):
         hop = fields.within("new_single_hops", item)
         right = [hop.take("answer"), *as_list(hop.take("answer_alias"), "answer_alias")]
@@ -334,11 +155,11 @@ def _languages(record: Record) -> bool:
 def _bmike(fields: Fields, _: ZsreTarget) -> list[Draft]:
     """The edit is made in English (or the only language); the same questions in the others must follow from it."""
     edited = "en" if "en" in fields else next(iter(fields.record))
-    draft = _flat(fields.within(edited), "src", "alt")
+    draft = flat(fields.within(edited), "src", "alt")
     for language in fields.record:
         if language == edited:
             continue
-        other = _flat(fields.within(language), "src", "alt")
+        other = flat(fields.within(language), "src", "alt")
         asked = [other["prompt"], *other["paraphrases"]]
         draft["portability"] += [{"group": language, "prompt": text, "answers": other["target_new"]} for text in asked]
         draft["portability"] += [{**probe, "group": language} for probe in other["portability"]]
@@ -370,9 +191,9 @@ def _ripple(fields: Fields, _: ZsreTarget) -> list[Draft]:
         kept = criterion.lower().startswith(("relation_spec", "forget"))
         for test in as_list(fields.take(criterion), criterion):
             queries = fields.within(criterion, test)
-            for query in as_list(queries.take("test_queries"), _shown(f"{criterion}.test_queries")):
+            for query in as_list(queries.take("test_queries"), shown(f"{criterion}.test_queries")):
                 asked = queries.within("test_queries", query)
-                text, right = asked.take("prompt"), _or_none(asked.take("answers"))
+                text, right = asked.take("prompt"), or_none(asked.take("answers"))
                 if kept:
                     draft["neighbors"].append({"prompt": text, "answer": right})
                 else:
