@@ -195,7 +195,7 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
-        self._say(given.remarks())
+        self.say_remarks(given)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
             self._start()
@@ -231,7 +231,7 @@ class Editor:
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model."""
         found = facts_from(facts, skip_bad)
-        self._say(found.remarks())
+        self.say_remarks(found)
         given, unreadable = readable(self.session, found.facts, skip_bad, edited=False)
         say_left_out(self.session, [*found.bad, *unreadable])
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
@@ -268,11 +268,12 @@ class Editor:
         )
         export_model(self.loaded, Path(folder), card)
 
-    # --- inside ---------------------------------------------------------------------------------------------------
-
-    def _say(self, remarks: Iterable[str]) -> None:
-        for remark in remarks:
+    def say_remarks(self, facts: FactSet) -> None:
+        """Report how facts were understood, as `edit` and `evaluate` do before they begin."""
+        for remark in facts.remarks():
             self.session.reporter.say(remark)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""
