@@ -28,7 +28,7 @@ def target(
     rows, lookups, answers = [], [], []
     for template in templates:
         text, end = fill(template, fact)
-        tokens, start = encoder.with_target(text, fact.target_new)
+        tokens, start = encoder.with_target(text, fact.target_new, fact.separator)
         rows.append(tokens.ids[:-1])
         lookups.append(tokens.last_token_of(end))
         answers.append((start - 1, tokens.ids[start:]))

@@ -43,6 +43,7 @@ def test_guide_examples_run_as_written(capsys):
     [
         "README.md",
         "docs/guide.md",
+        "docs/facts.md",
         "docs/evaluation.md",
         "docs/LOG.md",
         "docs/methods.md",

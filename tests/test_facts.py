@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sphere_edit.editing.moments import read_passages
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts import datasets
+from sphere_edit.facts import hub
+from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.fact import MAX_TEXT, Fact, Neighbor
 from sphere_edit.facts.prompts import fill
 from sphere_edit.facts.readers import facts_from, read_facts
@@ -71,6 +71,7 @@ OWN_FACT = Fact(
     paraphrases=("To see Big Ben, travel to", "Big Ben rings in"),
     neighbors=(Neighbor("Tower Bridge is in", "London"), Neighbor("The Shard is in")),
     record=1,
+    separator=" ",
 )
 
 
@@ -112,6 +113,7 @@ def test_nested_counterfact(write):
             neighbors=(Neighbor("The native language of Montesquieu is", "French"),),
             source_id="7",
             record=1,
+            separator=" ",
         )
     ]
     assert read.protocol.startswith("CounterFact, nested")
@@ -129,6 +131,7 @@ def test_flat_counterfact(write):
             neighbors=(Neighbor("John Lennon performs on the", "guitar"),),
             source_id="2",
             record=1,
+            separator=" ",
         )
     ]
     assert read.protocol.startswith("CounterFact, flat")
@@ -162,21 +165,21 @@ def test_public_data_sets_are_fetched_once_and_only_whole(tmp_path, monkeypatch)
     records = [{"subject": f"S{n}", "prompt": "{} is", "target_new": "x", "ground_truth": "y"} for n in range(3)]
     page = tmp_path / "page.json"
     page.write_text(json.dumps(records))
-    monkeypatch.setitem(datasets.DATASETS, "counterfact", datasets.DataSet(page.as_uri(), 3))
+    monkeypatch.setitem(hub.DATASETS, "counterfact", hub.DataSet(page.as_uri(), 3))
     assert len(read_facts("counterfact").facts) == 3
     page.unlink()
     assert len(read_facts("counterfact", limit=2).facts) == 2, "it is in the cache"
-    monkeypatch.setitem(datasets.DATASETS, "zsre", datasets.DataSet(page.as_uri(), 3))
+    monkeypatch.setitem(hub.DATASETS, "zsre", hub.DataSet(page.as_uri(), 3))
     with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched from .*Give a local copy"):
         read_facts("zsre")
     page.write_text(json.dumps(records[:2]))
     with pytest.raises(SphereEditError, match="it has 2 records and not 3"):
         read_facts("zsre")
-    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *args, **kwargs: cut_short())
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *args, **kwargs: cut_short())
     with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched"):
         read_facts("zsre")
     monkeypatch.undo()
-    monkeypatch.setitem(datasets.DATASETS, "zsre", datasets.DataSet(page.as_uri(), 3))
+    monkeypatch.setitem(hub.DATASETS, "zsre", hub.DataSet(page.as_uri(), 3))
     page.write_text(json.dumps(records)[:-9])
     with pytest.raises(SphereEditError, match="data set 'zsre' could not be fetched"):
         read_facts("zsre")
@@ -259,7 +262,7 @@ def test_csv_cells_take_bars_and_stay_empty(write):
 
 def test_the_subject_may_stand_in_the_prompt_composed_otherwise(write):
     (fact,) = read_facts(write("f.jsonl", lines({**OWN, "subject": " Zoë ", "prompt": "Zoe\u0308 is in "}))).facts
-    assert (fact.subject, fact.prompt, fact.filled_prompt) == ("Zoë", "{} is in", "Zoë is in")
+    assert (fact.subject, fact.prompt, fact.filled_prompt) == ("Zoë", "{} is in ", "Zoë is in ")
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("neighbours", "neighbors"), ("paraphrase", "paraphrases")])
@@ -398,21 +401,19 @@ def test_facts_from_memory():
         ),
         ({"prompt": "Big Ben, Big Ben is in"}, "the subject 'Big Ben' occurs 2 times in the prompt"),
         ({"prompt": "{} and {} are in"}, "the prompt '{} and {} are in' holds '{}' 2 times; it takes one subject"),
-        ({"prompt": "Big Ben: {} is in"}, "the subject 'Big Ben' occurs in the prompt 'Big Ben: {} is in' beside its"),
         ({"prompt": "The clock\nis\n\nin"}, "the subject 'Big Ben' does not occur in the prompt 'The clock is in'"),
         ({"target_new": " \t"}, "'target_new' is empty"),
         ({"subject": ""}, "'subject' is empty"),
         ({"target_new": None}, "'target_new' is missing"),
-        ({"subject": 5}, "'subject' must be text, not int 5"),
+        ({"subject": float("inf")}, "'subject' must be text, not float inf"),
         ({"prompt": ["{} is in"]}, "'prompt' must be text, not list ['{} is in']"),
-        ({"target_true": {"str": "London"}}, "'target_true' must be text, not dict {'str': 'London'}"),
+        ({"target_true": {"text": "London"}}, "'target_true' must be text, not dict {'text': 'London'}"),
         ({"paraphrases": "Big Ben is"}, "'paraphrases' must be a list, not str 'Big Ben is'"),
         ({"paraphrases": [None]}, "'paraphrases' is missing"),
         ({"neighbors": [7]}, "each neighbor is a prompt or {prompt, answer}, not 7"),
         ({"neighbors": [{"answer": "x"}]}, "each neighbor is a prompt or {prompt, answer}, not {'answer': 'x'}"),
-        ({"neighbors": [{"prompt": "a", "answer": 3}]}, "'neighbors.answer' must be text, not int 3"),
+        ({"neighbors": [{"prompt": "a", "answer": {}}]}, "'neighbors.answer' must be text, not dict {}"),
         ({"neighbors": ["{} is a"]}, "the neighbor '{} is a' holds '{}'; it is about another subject"),
-        ({"target_true": " Vienna "}, "target_new and target_true are both 'Vienna': there is nothing to edit"),
         ({"subject": "Big \ud800Ben"}, "'subject' is not valid Unicode (it holds half of a surrogate pair)"),
         ({"prompt": "{} is \x1b[31m in"}, r"'prompt' holds control characters: '{} is \x1b[31m in'"),
         ({"target_new": "Vienna\x00"}, r"'target_new' holds control characters: 'Vienna\x00'"),
@@ -437,14 +438,12 @@ def test_a_bad_field_is_told_with_its_record_number(write, change, reason):
         (5, "expected an object with subject, prompt and target_new, found int"),
         (None, "expected an object with subject, prompt and target_new, found NoneType"),
         (["a", "b", "c"], "expected an object with subject, prompt and target_new, found list"),
-        ({"requested_rewrite": {"subject": "a"}}, "not laid out as expected (KeyError: 'target_true')"),
-        ({"requested_rewrite": "a"}, "not laid out as expected (TypeError: "),
+        ({"requested_rewrite": {"subject": "a"}}, "'requested_rewrite.prompt' is missing"),
+        ({"requested_rewrite": "a"}, "'requested_rewrite' must be an object, not str 'a'"),
         ({**NESTED, "neighborhood_prompts": "a b"}, "'neighborhood_prompts' must be a list, not str 'a b'"),
-        ({**FLAT, "ground_truth": "piano"}, "target_new and target_true are both 'piano'"),
-        ({**ZSRE, "answers": []}, "not laid out as expected (IndexError: "),
+        ({**ZSRE, "answers": []}, "'answers' is empty, and they are what is edited to"),
         ({**ZSRE, "answers": "uniform"}, "'answers' must be a list, not str 'uniform'"),
         ({**ZSRE, "src": "What is it?"}, "the subject 'UniFirst' does not occur in the prompt 'What is it?'"),
-        ({**ZSRE, "loc": 5}, "not laid out as expected (AttributeError: "),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -505,9 +504,16 @@ def test_a_line_of_100_mb_is_neither_a_traceback_nor_held_in_memory(write):
         ("Big Ben,{} is in,\n", "record 2: 'target_new' is missing"),
         ("Big Ben,{} is in\n", "record 2: 'target_new' is missing"),
         ("Big Ben,{} is in,Rome,Paris,Oslo\n", "record 2: more fields than the header's 4"),
-        ("Big Ben,{} is in,Rome,[5]\n", "record 2: 'paraphrases' must be text, not int 5"),
+        (
+            'Big Ben,{} is in,Rome,"[""a"", ""b"""\n',
+            """record 2: 'paraphrases' begins as a JSON list and is none: ["a", "b\"""",
+        ),
+        ("Big Ben,{} is in,Rome,[{}]\n", "record 2: 'paraphrases' must be text, not dict {}"),
         ("Big Ben,{} is in,Ro\x07me,\n", r"record 2: 'target_new' holds control characters: 'Ro\x07me'"),
-        ("Big Ben,{} is in,Rome," + "[" * 9999 + "\n", None),
+        (
+            "Big Ben,{} is in,Rome," + "[" * 99 + "\n",
+            f"record 2: 'paraphrases' begins as a JSON list and is none: {'[' * 79}…",
+        ),
         ("Big Ben,{} is in,Rome,[" + "9" * 5000 + "]\n", None),
     ],
 )
@@ -552,7 +558,7 @@ UNREADABLE = {
     "deep.json": (b"[" * 100_000, ": not valid JSON (nested too deeply)"),
     "digits.json": (b"[" + b"9" * 5000 + b"]", ": not valid JSON (a number of thousands of digits)"),
     "text.json": (b'"Vienna"', ": expected a list of records, found str"),
-    "other.json": (b'{"data": []}', ": expected a list of records, found dict"),
+    "other.json": (b'{"data": []}', ": no usable fact in it"),
     "columns.csv": (b"subject,prompt\na,b\n", ": the header lacks the column 'target_new' (found: subject, prompt)"),
     "german.csv": (b"subject;prompt;target_new\n", ": the header lacks the column 'subject' (found: subject;prompt"),
     "no-header.csv": (b"\na,a is,b\n", ": the header lacks the column 'subject' (found: nothing)"),
@@ -606,7 +612,7 @@ def only_clear_errors(path: Path) -> None:
         str(error).encode()
         return
     assert all(reason.startswith("record ") and "\n" not in reason for reason in read.bad)
-    assert all(fill("{}", fact)[0] == fact.filled_prompt for fact in read.facts)
+    assert all(fill("{}", fact)[0] == fact.filled_prompt for fact in read.facts if fact.subject)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])

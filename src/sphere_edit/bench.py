@@ -15,10 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings, first_error, make_settings, read_settings_file
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.readers import FactSet, read_facts
 from sphere_edit.files import plain_errors, write_json, write_text
 from sphere_edit.models.loading import full_name

@@ -195,6 +195,7 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
+        self.say_remarks(given)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
             self._start()
@@ -230,7 +231,8 @@ class Editor:
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model."""
         found = facts_from(facts, skip_bad)
-        given, unreadable = readable(self.session, found.facts, skip_bad)
+        self.say_remarks(found)
+        given, unreadable = readable(self.session, found.facts, skip_bad, edited=False)
         say_left_out(self.session, [*found.bad, *unreadable])
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
 
@@ -265,6 +267,11 @@ class Editor:
             run.config, run.history, [facts[index] for index in run.history.retained], run.current_metrics()
         )
         export_model(self.loaded, Path(folder), card)
+
+    def say_remarks(self, facts: FactSet) -> None:
+        """Report how facts were understood, as `edit` and `evaluate` do before they begin."""
+        for remark in facts.remarks():
+            self.session.reporter.say(remark)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

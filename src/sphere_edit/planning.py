@@ -16,7 +16,7 @@ from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Source
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.scores import score_facts
-from sphere_edit.facts.fact import Fact, Neighbor
+from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.models.forward import last_hidden
@@ -143,7 +143,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _with_truth(fact: Fact) -> Fact:
-    neighbors = tuple(Neighbor(n.prompt, n.answer or fact.target_new) for n in fact.neighbors)
+    neighbors = tuple(replace(n, answer=n.answer or fact.target_new) for n in fact.neighbors)
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors)
 
 

@@ -18,8 +18,10 @@ from sphere_edit.cli.options import (
     ModelDtype,
     Project,
     SkipBad,
+    Target,
     TrustRemoteCode,
     TrustRun,
+    ZsreTarget,
     given,
 )
 from sphere_edit.cli.screen import out, reporter, say_bad
@@ -34,7 +36,7 @@ def edit(
     facts: Annotated[
         str | None,
         typer.Argument(
-            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name[:split])."
+            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name[/config][:split])."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
@@ -63,6 +65,7 @@ def edit(
     limit: Limit = None,
     skip: Annotated[int, typer.Option(help="Leave out the first N facts.")] = 0,
     shuffle: Annotated[int | None, typer.Option(help="Put the facts in a random order first, with this seed.")] = None,
+    target: ZsreTarget = Target.answer,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
     eval_sample: Annotated[
         int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. \\[default: all]")
@@ -118,7 +121,7 @@ def edit(
         return
     more = None
     if facts is not None and decision.act is not Act.RESUME:
-        more = read_facts(facts, limit=limit, skip_bad=skip_bad, skip=skip, shuffle=shuffle)
+        more = read_facts(facts, limit=limit, skip_bad=skip_bad, zsre_target=target.value, skip=skip, shuffle=shuffle)
     if decision.act is Act.START:
         editor = _begun(model, decision.folder, over, trust_remote_code)
     else:
@@ -135,9 +138,9 @@ def edit(
 
 def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remote_code: bool) -> Editor:
     """A model to be edited into a new folder; what can be refused before it is loaded, is."""
-    from sphere_edit.editing.moments import read_passages
     from sphere_edit.editing.settings import make_settings
     from sphere_edit.editor import Editor
+    from sphere_edit.facts.corpus import read_passages
     from sphere_edit.files import cache_dir, check_room
 
     chosen = make_settings(*settings)

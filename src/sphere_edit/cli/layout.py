@@ -45,6 +45,7 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     from sphere_edit.files import check_room
     from sphere_edit.planning import estimate
 
+    editor.say_remarks(facts)
     planned, _ = editor.check(facts, skip_bad, skip_known)
     cost = estimate(editor.session, planned, editor.run)
     out.print(_settings_table(editor, planned))

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sphere_edit.cli.layout import write_report
-from sphere_edit.cli.options import Device, Dtype, Json, Limit, ModelDtype, ModelOrRun, SkipBad, TrustRemoteCode, given
+from sphere_edit.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    ModelDtype,
+    ModelOrRun,
+    SkipBad,
+    Target,
+    TrustRemoteCode,
+    ZsreTarget,
+    given,
+)
 from sphere_edit.cli.screen import out, reporter
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import csv_cell
@@ -23,6 +35,7 @@ def evaluate(
     model: ModelOrRun,
     facts: Annotated[str, typer.Argument(help="Facts to ask for, as for edit.")],
     limit: Limit = None,
+    target: ZsreTarget = Target.answer,
     skip_bad: SkipBad = False,
     device: Device = None,
     dtype: ModelDtype = None,
@@ -37,7 +50,7 @@ def evaluate(
     from sphere_edit.reporting.results import draw
     from sphere_edit.reporting.views import Metrics
 
-    asked = read_facts(facts, limit=limit, skip_bad=skip_bad)
+    asked = read_facts(facts, limit=limit, skip_bad=skip_bad, zsre_target=target.value)
     if json_file is not None:
         check_room(json_file.absolute().parent, 0)
     editor = _opened(model, device, dtype, trust_remote_code, only_to_read=True)

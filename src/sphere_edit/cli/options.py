@@ -33,6 +33,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Target(str, Enum):
+    """What a ZsRE record is edited to."""
+
+    answer = "answer"
+    alternative = "alternative"
+
+
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")]
 Corpus = Annotated[
@@ -44,6 +51,9 @@ ModelDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Numbers the model computes with. \\[default: its own]")
 ]
 Limit = Annotated[int | None, typer.Option(help="Take only the first N facts.")]
+ZsreTarget = Annotated[
+    Target, typer.Option("--target", help="What a ZsRE record is edited to: the true answer or the false alternative.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 TrustRun = Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
 from sphere_edit.models.forward import activations
@@ -25,7 +25,6 @@ from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
 
-_MAX_PASSAGES = 20_000
 _SAMPLE_LENGTH = 128
 _SAMPLE_ROWS = 64
 _WINDOW_BATCHES = 2  # padded batches' worth of tokens in a window, between two looks at the convergence
@@ -93,69 +92,6 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         passages.append(tokens(text))
         room -= len(passages[-1])
     return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
-
-
-def read_passages(source: str) -> list[str]:
-    """Passages of a ``.txt`` or ``.jsonl`` file or of a hub data set (``owner/name[/config][:split]``) with a ``text`` field.
-
-    Raises:
-        SphereEditError: it cannot be read, or holds fewer than two passages.
-    """
-    try:
-        path = Path(source).expanduser()
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else None
-    except UnicodeDecodeError as error:
-        raise SphereEditError(f"corpus {source} is not valid UTF-8 text (byte {error.start})") from None
-    except (OSError, RuntimeError) as error:
-        raise SphereEditError(f"corpus {source} cannot be read: {error}") from None
-    if text is not None:
-        if path.suffix == ".jsonl":
-            passages = [
-                _text_of(line, number, source) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-            ]
-        elif path.suffix in (".txt", ".md"):
-            passages = [" ".join(part.split()) for part in text.split("\n\n")]
-        else:
-            raise SphereEditError(f"corpus {source}: expected a .txt or .jsonl file, or a hub data set")
-    elif path.suffix in (".txt", ".jsonl", ".md") or source.count("/") > 2:
-        raise SphereEditError(f"there is no corpus file '{source}'")
-    else:
-        passages = _hub_passages(source)
-    passages = [passage for passage in passages if passage.strip()]
-    if len(passages) < 2:
-        raise SphereEditError(
-            f"corpus {source} holds {len(passages)} passages; at least 2 are needed, hundreds are better"
-        )
-    return passages
-
-
-def _text_of(line: str, number: int, source: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise SphereEditError(f"corpus {source}, line {number}: expected a JSON object with a 'text' field")
-    return text
-
-
-def _hub_passages(name: str) -> list[str]:
-    import datasets
-
-    place, _, split = name.partition(":")
-    owner, _, rest = place.partition("/")
-    repository, _, config = rest.partition("/")
-    try:
-        stream = datasets.load_dataset(
-            f"{owner}/{repository}" if rest else owner, config or None, split=split or "train", streaming=True
-        )
-        return [str(row["text"]) for row in itertools.islice(stream, _MAX_PASSAGES)]
-    except Exception as error:  # the library raises whatever its storage raised
-        reason = " ".join(str(error).split())[:300]
-        raise SphereEditError(
-            f"corpus '{name}' is neither a file nor a data set with a 'text' field: {reason}"
-        ) from None
 
 
 def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:

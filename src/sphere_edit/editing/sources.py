@@ -23,7 +23,7 @@ from sphere_edit.editing.targets import (
 )
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import Encoder, joined
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
@@ -297,7 +297,7 @@ def target_rows(
     loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
 ) -> Iterator[tuple[list[int], TargetRows]]:
     """The facts, cut into chunks: their indices and tokens."""
-    coded = [encoder.with_target(fact.filled_prompt, fact.target_new) for fact in facts]
+    coded = [encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator) for fact in facts]
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
         chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
         answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
@@ -359,7 +359,8 @@ class FromGradients(Feed):
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
         """One a target token."""
-        return len(encoder.encode(joined(fact.target_new)).ids)
+        tokens, start = encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator)
+        return len(tokens.ids) - start
 
 
 class TargetLoss(Source):

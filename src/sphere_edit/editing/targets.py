@@ -194,7 +194,7 @@ class FactPrompts:
         rows, subjects, starts, targets = [], [], [], []
         for template in templates:
             text, end = fill(template, fact)
-            tokens, start = encoder.with_target(text, fact.target_new)
+            tokens, start = encoder.with_target(text, fact.target_new, fact.separator)
             rows.append(tokens.ids[:-1])
             subjects.append(tokens.last_token_of(end))
             starts.append(start)

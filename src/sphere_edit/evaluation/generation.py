@@ -12,7 +12,7 @@ from typing import Any
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.scores import Answer, FactScores, grouped, questions
+from sphere_edit.evaluation.scores import FactScores, Question, grouped, questions
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.generation import generate, seeded
@@ -40,25 +40,39 @@ def with_answers(
     encoder = Encoder(loaded.tokenizer)
     asked = [question for fact in facts for question in questions(fact)]
     sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
-    said = continuations(loaded, _coded(loaded, [q.prompt for q in asked], chat), sizes, max_tokens, reporter)
-    pairs = iter(zip(asked, said, strict=True))
+    coded = _coded(loaded, [q.prompt for q in asked], chat)
+    said = continuations(loaded, coded, sizes, max_tokens, reporter)
+    pairs = iter(zip(asked, coded, said, strict=True))
     found = []
     for fact, score in zip(facts, scores, strict=True):
         told = []
         for prompt in score.prompts():
-            question, ids = next(pairs)
-            text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-            told.append(replace(prompt, said=text, begins=_begins(ids, text, question.right, chat)))
+            question, before, ids = next(pairs)
+            text = _said(loaded.tokenizer, before, ids)
+            told.append(replace(prompt, said=text, begins=_begins(ids, text, question, chat)))
         found.append(grouped(fact, told))
     return found
 
 
-def _begins(ids: list[int], text: str, answer: Answer, chat: bool) -> bool | None:
-    """The generated verdict. An answer that the unedited model gave is a number of its tokens, cut anywhere, and is compared as tokens;
-    what it gave to the plain prompt says nothing about a chat.
+def _said(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    """The text of ``ids`` as they stand after ``before``; some tokenizers drop a text's first space when they decode it alone."""
+    whole, lead = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in ([*before, *ids], before)
+    )
+    return whole[len(lead) :] if whole.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _begins(ids: list[int], text: str, question: Question, chat: bool) -> bool | None:
+    """The generated verdict: the whole text, seam included, begins with the prompt and a right answer.
+
+    An answer that the unedited model gave is a number of its tokens, cut anywhere, and is compared as tokens; what it gave to the plain
+    prompt says nothing about a chat. In a chat, and in runs begun before facts kept their separator, spaces at the seam do not count.
     """
+    answer = question.right
     if answer.ids is None:
-        return begins_with(text, answer.text)
+        prompt, separator = ("", "") if chat or answer.separator is None else (question.prompt, answer.separator)
+        return any(begins_with(prompt + text, prompt + separator + right) for right in (answer.text, *answer.others))
     if chat:
         return None
     wanted = list(answer.ids)[: len(ids) or 1]  # where the model ends its text, nothing can follow
@@ -96,7 +110,7 @@ def continuations(
 def _coded(loaded: LoadedModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     if not chat:
         encoder = Encoder(loaded.tokenizer)
-        return [encoder.encode(prompt.rstrip()).ids for prompt in prompts]
+        return [encoder.encode(prompt).ids for prompt in prompts]
     check_chat(loaded)
     return [
         list(
@@ -155,7 +169,7 @@ def score_texts(
     """
     encoder = Encoder(loaded.tokenizer)
     prompts = [(index, prompt) for index, fact in enumerate(facts) for prompt in _writing_prompts(fact)]
-    coded = [encoder.encode(prompt.rstrip()).ids for _, prompt in prompts]
+    coded = [encoder.encode(prompt).ids for _, prompt in prompts]
     with seeded(loaded.device, seed):
         lengths = [_TEXT_TOKENS] * len(coded)
         said = continuations(loaded, coded, lengths, max_tokens, reporter, "writing", do_sample=True, top_k=5)

@@ -13,10 +13,10 @@ measured of a prompt is judged in four protocols (`sphere_edit.evaluation.catalo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sphere_edit.facts.fact import Fact, Neighbor
+from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import last_hidden, next_token_scores
 from sphere_edit.models.generation import greedy_continuations
@@ -82,16 +82,21 @@ class FactScores:
 
 @dataclass(frozen=True)
 class Answer:
-    """What may follow a prompt: a text, or the very tokens a model said."""
+    """What may follow a prompt: a text, or the very tokens a model said.
+
+    ``separator`` stands between the prompt and the text (None: by the rule of older runs); ``others`` are right as well, if generated.
+    """
 
     text: str
     ids: tuple[int, ...] | None = None
+    separator: str | None = None
+    others: tuple[str, ...] = field(default=(), compare=False)
 
     def after(self, prompt: str, encoder: Encoder) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer after it."""
         if self.ids is not None:
             return encoder.encode(prompt).ids, list(self.ids)
-        tokens, start = encoder.with_target(prompt, self.text)
+        tokens, start = encoder.with_target(prompt, self.text, self.separator)
         return tokens.ids[:start], tokens.ids[start:]
 
 
@@ -101,15 +106,16 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
     To be called with the unedited model in place: what it says is then what the edit is compared with.
     """
     encoder = Encoder(loaded.tokenizer)
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str, str | None]] = []
     for fact in facts:
         if fact.target_true is None:
-            asked.append((fact.filled_prompt, fact.target_new))
-        asked += [(neighbor.prompt, fact.target_new) for neighbor in fact.neighbors if neighbor.answer is None]
+            asked.append((fact.filled_prompt, fact.target_new, fact.separator))
+        silent = [neighbor for neighbor in fact.neighbors if neighbor.answer is None]
+        asked += [(n.prompt, fact.target_new, fact.separator_of(n, fact.target_new)) for n in silent]
     if not asked:
         return list(facts)
-    lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.with_target(*pair) for pair in asked)]
-    prompts = [encoder.encode(prompt).ids for prompt, _ in asked]
+    lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.with_target(*each) for each in asked)]
+    prompts = [encoder.encode(prompt).ids for prompt, *_ in asked]
     said = iter(greedy_continuations(loaded, prompts, lengths))
 
     def answer() -> tuple[str, tuple[int, ...]]:
@@ -121,8 +127,13 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
         if fact.target_true is None:
             text, ids = answer()
             fact = replace(fact, target_true=text, target_true_ids=ids)
-        neighbors = tuple(n if n.answer is not None else Neighbor(n.prompt, *answer()) for n in fact.neighbors)
-        completed.append(replace(fact, neighbors=neighbors))
+        neighbors = []
+        for neighbor in fact.neighbors:
+            if neighbor.answer is None:
+                text, ids = answer()
+                neighbor = replace(neighbor, answer=text, answer_ids=ids)
+            neighbors.append(neighbor)
+        completed.append(replace(fact, neighbors=tuple(neighbors)))
     return completed
 
 
@@ -137,10 +148,17 @@ class Question:
 
 def questions(fact: Fact) -> list[Question]:
     """All prompts of a complete fact: its own, its paraphrases, its neighbours."""
-    new = Answer(fact.target_new)
-    truth = Answer(_known(fact.target_true), fact.target_true_ids)
-    own = [Question(prompt, new, truth) for prompt in (fact.filled_prompt, *fact.paraphrases)]
-    return own + [Question(n.prompt, Answer(_known(n.answer), n.answer_ids), new) for n in fact.neighbors]
+    new, truth = fact.target_new, _known(fact.target_true)
+    asked = []
+    for prompt in (fact.filled_prompt, *fact.paraphrases):
+        right = Answer(new, None, fact.separator_after(prompt, new), fact.answers)
+        rival = Answer(truth, fact.target_true_ids, fact.separator_after(prompt, truth))
+        asked.append(Question(prompt, right, rival))
+    for neighbor in fact.neighbors:
+        answer = _known(neighbor.answer)
+        right = Answer(answer, neighbor.answer_ids, fact.separator_of(neighbor, answer), neighbor.answers)
+        asked.append(Question(neighbor.prompt, right, Answer(new, None, fact.separator_of(neighbor, new))))
+    return asked
 
 
 def score_facts(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.seam import separator_between, word_places
 
 MAX_TEXT = 10_000  # characters in any one field
+_PLACE = re.compile(r"\{\s*(?:subject|\d*)\s*\}", re.IGNORECASE)
+_OTHER_PLACE = re.compile(
+    r"\{\s*\w*\s*\}|<\s*subject\s*>|\[\s*subject\s*\]|%s", re.IGNORECASE
+)  # what others write for {}
 
 
 class BadRecord(SphereEditError):
@@ -19,21 +28,39 @@ class BadRecord(SphereEditError):
 class Neighbor:
     """A prompt about something else whose answer must not change; without ``answer``, the unedited model's own counts.
 
-    ``answer_ids`` are that answer's tokens as the model said them, where it was the model that said it.
+    ``answer_ids`` are that answer's tokens as the model said them, where it was the model that said it; ``answers`` are others that are right too.
     """
 
     prompt: str
     answer: str | None = None
     answer_ids: tuple[int, ...] | None = None
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose answer follows from the edit (a second hop, another name of the subject): portability, by named group."""
+
+    group: str
+    prompt: str
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fact:
     """One edit: after ``prompt`` with ``subject`` in it, the model should say ``target_new``.
 
-    ``prompt`` holds one ``{}`` where the subject stands. ``target_true`` is what the model should have said before.
-    ``generation_prompts`` begin texts about the subject, for fluency. ``record`` is the number, from 1, of its record in the file it was read from; ``source_id`` the data set's own id;
-    ``target_true_ids`` the tokens of target_true where the unedited model was asked for it.
+    Attributes:
+        subject: what the fact is about; empty where a record gives none, and then ``prompt`` is the whole text.
+        prompt: holds one ``{}`` where the subject stands; white space at its end is part of it.
+        target_true: what the model should have said before.
+        generation_prompts: begin texts about the subject, for fluency.
+        source_id: the data set's own id.
+        record: the number, from 1, of its record in the file it was read from.
+        target_true_ids: the tokens of target_true where the unedited model was asked for it.
+        separator: what stands between the prompt and target_new; None in runs begun before it was kept, which go on by their rule (`joined`).
+        answers, true_answers: other right answers beside target_new, other old ones beside target_true.
+        portability, rewordings, chat: kept for what will measure and use them; nothing does yet.
     """
 
     subject: str
@@ -46,16 +73,38 @@ class Fact:
     source_id: str = ""
     record: int = 0
     target_true_ids: tuple[int, ...] | None = None
+    separator: str | None = None
+    answers: tuple[str, ...] = ()
+    true_answers: tuple[str, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    rewordings: tuple[str, ...] = ()
+    chat: bool | None = None
 
     @property
     def filled_prompt(self) -> str:
         """The prompt with the subject in it."""
-        return self.prompt.replace("{}", self.subject)
+        return self.prompt.replace("{}", self.subject) if self.subject else self.prompt
 
     @property
     def key(self) -> tuple[str, str]:
         """Two facts with one key say something about the same thing: the later one supersedes the earlier."""
         return _folded(self.subject), _folded(self.prompt)
+
+    @property
+    def separator_was_set(self) -> bool:
+        """Whether the record said what stands before its answer, otherwise than would have been guessed."""
+        return self.separator is not None and self.separator != separator_between(self.filled_prompt, self.target_new)
+
+    def separator_after(self, prompt: str, answer: str) -> str | None:
+        """What stands between one of the fact's own prompts and an answer; None for the rule of older runs.
+
+        What a record sets holds for its paraphrases and its old answer too.
+        """
+        return self.separator if self.separator is None or self.separator_was_set else separator_between(prompt, answer)
+
+    def separator_of(self, neighbor: Neighbor, answer: str) -> str | None:
+        """What stands between a neighbour's prompt and an answer; None for the rule of older runs."""
+        return None if self.separator is None else separator_between(neighbor.prompt, answer)
 
     def bare(self) -> Fact:
         """The fact with nothing to ask but whether its new answer is given: no paraphrases, neighbours or rival."""
@@ -67,99 +116,192 @@ class Fact:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Fact:
-        """The fact that ``as_dict`` described."""
-        neighbors = tuple(
-            Neighbor(neighbor["prompt"], neighbor["answer"], _ids(neighbor["answer_ids"]))
-            for neighbor in record["neighbors"]
+        """The fact that ``as_dict`` described, here or in an older version, which lacks fields."""
+        changed: dict[str, Any] = {name: tuple(record.get(name, ())) for name in _LISTS}
+        changed["neighbors"] = tuple(
+            Neighbor(item["prompt"], item["answer"], _ids(item["answer_ids"]), tuple(item.get("answers", ())))
+            for item in record["neighbors"]
         )
-        changed = {
-            "paraphrases": tuple(record["paraphrases"]),
-            "generation_prompts": tuple(record["generation_prompts"]),
-            "neighbors": neighbors,
-            "target_true_ids": _ids(record["target_true_ids"]),
-        }
-        return cls(**{**record, **changed})
+        changed["portability"] = tuple(
+            Probe(item["group"], item["prompt"], tuple(item["answers"])) for item in record.get("portability", ())
+        )
+        return cls(**{**record, **changed, "target_true_ids": _ids(record["target_true_ids"])})
+
+
+_LISTS = ("paraphrases", "generation_prompts", "answers", "true_answers", "rewordings")
 
 
 def make_fact(
-    subject: object,
     prompt: object,
     target_new: object,
+    subject: object = None,
     target_true: object = None,
     paraphrases: object = (),
     neighbors: object = (),
     generation_prompts: object = (),
+    answers: object = (),
+    portability: object = (),
+    rewordings: object = (),
+    separator: object = None,
+    chat: object = None,
     source_id: str = "",
     record: int = 0,
+    names: Mapping[str, str] | None = None,
 ) -> Fact:
     """Check the values of a record and build the fact.
 
-    ``prompt`` may hold ``{}`` or the subject itself, once; in paraphrases and generation prompts ``{}`` stands for the subject too.
+    Args:
+        prompt: holds ``{}`` or the subject itself, once; in paraphrases and generation prompts ``{}`` stands for the subject too.
+        target_new, target_true: a text, or several right answers, of which the first is the one edited to (or away from).
+        neighbors: prompts, or objects with ``prompt``, ``answer`` and ``answers``.
+        separator: what stands between prompt and answer; guessed from both where it is None.
+        names: what the record itself calls these fields, for messages.
 
     Raises:
         BadRecord: a field is missing, empty, of a wrong type, too long or not valid Unicode; the prompt lacks its
-            subject or holds it twice; the target is what the model should have said before.
+            subject, or holds it more than once without a ``{}`` that says which is meant.
     """
-    subject = _text(subject, "subject")
-    prompt = _text(prompt, "prompt")
-    target_new = _text(target_new, "target_new")
+    named = {name: name for name in ("subject", "prompt", "target_new", "target_true")} | dict(names or {})
+    about = "" if subject is None else text_of(subject, named["subject"]).strip()
+    text = text_of(prompt, named["prompt"])
+    wanted, *others = answers_of(target_new, named["target_new"])
+    truths = [] if target_true is None else answers_of(target_true, named["target_true"])
+    known = bool(truths) and wanted.strip() == truths[0].strip()  # the truth in both fields: no old answer is given
+    template = _template(text, about, named["subject"])
+    if separator is not None and not isinstance(separator, str):
+        raise BadRecord(f"'separator' must be text, not {type(separator).__name__} {short(repr(separator))}")
+    if chat is not None and not isinstance(chat, bool):
+        raise BadRecord(f"'chat' must be true or false, not {short(repr(chat))}")
     fact = Fact(
-        subject=subject.strip(),
-        prompt=_template(prompt, subject.strip()),
-        target_new=target_new.rstrip(),
-        target_true=None if target_true is None else _text(target_true, "target_true").rstrip(),
-        paraphrases=_texts(paraphrases, "paraphrases", subject.strip()),
+        subject=about,
+        prompt=template,
+        target_new=wanted,
+        target_true=None if known else next(iter(truths), None),
+        true_answers=() if known else tuple(truths[1:]),
+        paraphrases=_texts(paraphrases, "paraphrases", about),
         neighbors=tuple(_neighbor(item) for item in as_list(neighbors, "neighbors")),
-        generation_prompts=_texts(generation_prompts, "generation_prompts", subject.strip()),
+        generation_prompts=_texts(generation_prompts, "generation_prompts", about),
+        answers=tuple(dict.fromkeys(a for a in (*others, *_answers(answers)) if a != wanted)),
+        portability=tuple(_probe(item, about) for item in as_list(portability, "portability")),
+        rewordings=_texts(rewordings, "rewordings", about),
+        chat=chat,
         source_id=source_id,
         record=record,
     )
-    if fact.target_true is not None and fact.target_true.strip() == fact.target_new.strip():
-        raise BadRecord(
-            f"target_new and target_true are both '{short(fact.target_new.strip())}': there is nothing to edit"
-        )
-    return fact
+    guess = separator_between(fact.filled_prompt, wanted)
+    return replace(fact, separator=guess if separator is None else separator)
 
 
-def _template(prompt: str, subject: str) -> str:
-    prompt = prompt.rstrip()
-    if "{}" in prompt:
-        if prompt.count("{}") > 1:
-            raise BadRecord(
-                f"the prompt '{short(prompt)}' holds '{{}}' {prompt.count('{}')} times; it takes one subject"
-            )
-        if any(subject in part for part in prompt.split("{}")):
-            raise BadRecord(f"the subject '{short(subject)}' occurs in the prompt '{short(prompt)}' beside its '{{}}'")
+def _template(prompt: str, subject: str, name: str) -> str:
+    """The prompt with ``{}`` where its subject stands."""
+    if not subject:
+        if mark := _PLACE.search(prompt):
+            raise BadRecord(f"'{name}' is missing: the prompt '{short(prompt)}' holds '{mark[0]}' for it")
         return prompt
-    count = prompt.count(subject)
-    if count != 1:
-        found = "does not occur" if count == 0 else f"occurs {count} times"
+    places = word_places(prompt, subject)
+    own = [(at, at + len(subject)) for at in places] if "{}" in subject else []
+    marks = [m.start() for m in re.finditer(r"\{\}", prompt) if not any(a <= m.start() < b for a, b in own)]
+    if len(marks) > 1 or (marks and own):
+        count = prompt.count("{}")
+        raise BadRecord(f"the prompt '{short(prompt)}' holds '{{}}' {count} times; it takes one subject")
+    if marks:
+        return prompt
+    if len(places) == 1:
+        return prompt[: places[0]] + "{}" + prompt[places[0] + len(subject) :]
+    if places:
+        shown = f"{prompt[: places[0]]}{{}}{prompt[places[0] + len(subject) :]}"
         raise BadRecord(
-            f"the subject '{short(subject)}' {found} in the prompt '{short(prompt)}'; expected once, or '{{}}' in its place"
+            f"the subject '{short(subject)}' occurs {len(places)} times in the prompt '{short(prompt)}'; put '{{}}' where it is meant, as in "
+            f"'{short(shown)}'"
         )
-    return prompt.replace(subject, "{}")
+    raise BadRecord(
+        f"the subject '{short(subject)}' does not occur in the prompt '{short(prompt)}'; {_hint(prompt, subject)}"
+    )
+
+
+def _hint(prompt: str, subject: str) -> str:
+    """What to do about a subject that is not found in its prompt."""
+    if mark := _OTHER_PLACE.search(prompt):
+        return f"where '{mark[0]}' stands, write '{{}}'"
+    at = prompt.find(subject)
+    if at >= 0:
+        word = next(m[0] for m in re.finditer(r"\S+", prompt) if m.end() > at)
+        return f"it is only part of '{short(word)}' there; put '{{}}' in its place if that is meant"
+    found = re.search(re.escape(subject), prompt, re.IGNORECASE)
+    if found:
+        return f"it stands there as '{short(found[0])}': write the subject so, or '{{}}' in its place"
+    return "expected once, or '{}' in its place"
+
+
+def _filled(text: str, subject: str) -> str:
+    """A text with the subject for ``{}``, unless the ``{}`` is the subject's own."""
+    return text if not subject or ("{}" in subject and subject in text) else text.replace("{}", subject)
 
 
 def _neighbor(item: object) -> Neighbor:
-    answer = None
     if isinstance(item, str):
-        prompt = _text(item, "neighbors").rstrip()
-    elif isinstance(item, dict) and "prompt" in item:
-        prompt, answer = _text(item["prompt"], "neighbors.prompt").rstrip(), item.get("answer")
-    else:
+        item = {"prompt": item}
+    if not isinstance(item, Mapping) or "prompt" not in item:
         raise BadRecord(f"each neighbor is a prompt or {{prompt, answer}}, not {short(repr(item))}")
+    prompt, given = text_of(item["prompt"], "neighbors.prompt"), item.get("answer")
     if "{}" in prompt:
         raise BadRecord(f"the neighbor '{short(prompt)}' holds '{{}}'; it is about another subject, which stands in it")
-    return Neighbor(prompt, None if answer is None else _text(answer, "neighbors.answer").rstrip())
+    right = () if given is None else tuple(answers_of(given, "neighbors.answer"))
+    return Neighbor(prompt, next(iter(right), None), None, (*right[1:], *_answers(item.get("answers"))))
+
+
+def _probe(item: object, subject: str) -> Probe:
+    if not isinstance(item, Mapping):
+        raise BadRecord(f"each item of portability is {{group, prompt, answers}}, not {short(repr(item))}")
+    prompt = _filled(text_of(item.get("prompt"), "portability.prompt"), subject)
+    group = item.get("group")
+    return Probe("" if group is None else text_of(group, "portability.group"), prompt, _answers(item.get("answers")))
 
 
 def _texts(value: object, name: str, subject: str) -> tuple[str, ...]:
-    return tuple(_text(text, name).rstrip().replace("{}", subject) for text in as_list(value, name))
+    return tuple(_filled(text_of(text, name), subject) for text in as_list(value, name))
 
 
-def _text(value: object, name: str) -> str:
+def _answers(value: object) -> tuple[str, ...]:
+    return () if value is None or value in ([], (), "") else tuple(answers_of(value, "answers"))
+
+
+def answers_of(value: object, name: str) -> list[str]:
+    """The right answers of a field, the first first: a text, ``{"str": …}``, or a list of these.
+
+    Raises:
+        BadRecord: there is none, or one that is no text.
+    """
+    found = list(dict.fromkeys(text_of(item, name).rstrip() for item in _leaves(value, name)))
+    if not found:
+        raise BadRecord(f"'{name}' is an empty list; an answer is needed")
+    return found
+
+
+def _leaves(value: object, name: str) -> Iterator[object]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item, name)
+    elif isinstance(value, Mapping) and ("str" in value or "value" in value):
+        yield value["str"] if "str" in value else value["value"]
+        yield from _leaves(value.get("aliases") or [], name)
+    else:
+        yield value
+
+
+def text_of(value: object, name: str) -> str:
+    """A field's text in Unicode's composed form; numbers and truth values as JSON writes them.
+
+    Raises:
+        BadRecord: it is missing, empty, something else, too long or not valid Unicode.
+    """
     if value is None:
         raise BadRecord(f"'{name}' is missing")
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        try:
+            value = json.dumps(value)
+        except ValueError:  # Python's own limit
+            raise BadRecord(f"'{name}' is a number of thousands of digits") from None
     if not isinstance(value, str):
         raise BadRecord(f"'{name}' must be text, not {type(value).__name__} {short(repr(value))}")
     if not value.strip():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.seam import joined
 from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "FULLWIDTH", "IDEOGRAPHIC")
+_ANCHORS = ("\n", ".", "a", "。")  # what an answer is cut from where it would grow together with its prompt
 _OPENERS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -107,23 +107,63 @@ class Encoder:
         last = tokens.last_token_of(subject_end)
         return tokens.ids[: last + 1], last
 
-    def with_target(self, prompt: str, target: str) -> tuple[Tokens, int]:
-        """Tokens of the prompt followed by the target, and the index of the target's first token."""
-        prompt = prompt.rstrip()
-        tokens = self.encode(prompt + joined(target))
-        return tokens, tokens.first_token_after(len(prompt) + len(joined(target)) - len(joined(target).lstrip()))
+    def with_target(self, prompt: str, target: str, separator: str | None = None) -> tuple[Tokens, int]:
+        """Tokens of the prompt, then of ``separator`` and target, and the index where the latter begin.
 
+        Those of the prompt are what the prompt alone leads to, its white space included: no token holds a piece of both sides. Where the
+        tokenizer makes one of the whole text, the two are cut apart. Without a separator, the rule of runs begun before facts kept theirs.
 
-def joined(target: str) -> str:
-    """The target as it follows a prompt: after one space, but for scripts written without (Chinese, Japanese, Thai, …)."""
-    letter = next((char for char in target if char.isalnum()), target[0])
-    if target[0].isspace() or unicodedata.name(letter, "").startswith(_UNSPACED):
-        return target
-    return " " + target
+        Raises:
+            SphereEditError: the tokenizer makes no token of the target, or the two cannot be cut apart.
+        """
+        if separator is None:
+            return self._as_before(prompt, target)
+        head, whole = self.encode(prompt), self.encode(prompt + separator + target)
+        start = len(head.ids)
+        if whole.ids[:start] != head.ids:
+            whole = self._cut(head, prompt, separator + target)
+        first = len(prompt) + len(separator) + len(target) - len(target.lstrip())
+        whole.first_token_after(first)
+        return whole, _not_dropped(list(range(start, len(whole.ids))), first + 1)[0]
+
+    def _as_before(self, prompt: str, target: str) -> tuple[Tokens, int]:
+        """The prompt without white space at its end, one space where the target's first letter asks for it, and the target's first token.
+
+        That token may lie behind the space. Only where it holds a piece of the prompt too, it is cut apart.
+        """
+        prompt, rest = prompt.rstrip(), joined(target)
+        tokens = self.encode(prompt + rest)
+        start = tokens.first_token_after(len(prompt) + len(rest) - len(rest.lstrip()))
+        if tokens.spans[start][0] < len(prompt):
+            return self.with_target(prompt, target, rest[: len(rest) - len(target)])
+        return tokens, start
+
+    def _cut(self, head: Tokens, prompt: str, rest: str) -> Tokens:
+        """The prompt's own tokens, and those that ``rest`` has after something it does not grow together with."""
+        for anchor in _ANCHORS:
+            try:
+                before, both = self.encode(anchor), self.encode(anchor + rest)
+            except SphereEditError:  # no token for this one
+                continue
+            count, shift = len(before.ids), len(prompt) - len(anchor)
+            if both.ids[:count] == before.ids and len(both.ids) > count:
+                spans = [(max(first + shift, len(prompt)), last + shift) for first, last in both.spans[count:]]
+                return Tokens(head.ids + both.ids[count:], head.spans + spans)
+        raise SphereEditError(
+            f"the tokenizer grows the prompt '…{prompt[-40:]}' and its answer '{rest[:40]}' together; a \"separator\" in the record would keep them apart"
+        )
 
 
 def fill(template: str, fact: Fact, prompt: str | None = None) -> tuple[str, int]:
-    """The fact's prompt (or another with ``{}``) in a context template, and where its subject ends in characters."""
+    """The fact's prompt (or another with ``{}``) in a context template, and where its subject ends in characters.
+
+    Raises:
+        SphereEditError: the fact has no subject.
+    """
+    if not fact.subject:
+        raise SphereEditError(
+            f"'{fact.prompt[:60]}' comes without the subject that it is about; add \"subject\" to its record"
+        )
     prompt = fact.prompt if prompt is None else prompt
     before, after = prompt.split("{}")
     lead, trail = template.split("{}", 1)

@@ -170,6 +170,7 @@ def _settings(run: Series) -> list[tuple[str, str]]:
     return [
         ("model", f"{model.source} ({model.family}, {model.dtype})"),
         ("weights' SHA-256", model.fingerprint),
+        ("facts read as", "; ".join(run.protocols)),
         ("method", f"{run.method} {json.dumps(config.method_options)}"),
         ("SPHERE", json.dumps(sphere.model_dump()) if sphere else "off"),
         ("matrices", ", ".join(config.matrices)),

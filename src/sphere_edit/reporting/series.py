@@ -16,7 +16,7 @@ from sphere_edit.evaluation.intervals import summarise
 from sphere_edit.files import plain_errors
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import read_unedited
-from sphere_edit.runs.records import Batch, Evaluation, FinalRecheck, GuardStop, RunConfig, Unedited
+from sphere_edit.runs.records import Batch, Evaluation, FactsAccepted, FinalRecheck, GuardStop, RunConfig, Unedited
 from sphere_edit.runs.weights import RunWeights
 
 
@@ -51,6 +51,7 @@ class Series:
     current: bool  # whether the last evaluation is of where the run stands now, and of all facts
     evaluated: str | None  # which facts that was of, and when
     kin: int = 0  # how many runs of the same method, with or without SPHERE like this one, stand before it
+    protocols: tuple[str, ...] = ()  # how the records of its facts were understood
 
     @classmethod
     def read(cls, folder: str | Path) -> Series:
@@ -105,6 +106,7 @@ class Series:
             history.guard,
             current,
             None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
+            protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )
 
     def judged(self, key: str) -> list[float | None]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sphere_edit.editing.moments import read_passages
 from sphere_edit.editing.settings import Settings
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityTasks
@@ -20,6 +19,7 @@ from sphere_edit.evaluation.generation import check_chat, score_texts, with_answ
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
+from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity

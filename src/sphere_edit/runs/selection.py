@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sphere_edit.editing.methods import METHODS
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
@@ -47,14 +48,19 @@ def say_left_out(session: Session, records: Sequence[str]) -> None:
         session.reporter.say(f"{len(records)} records left out; the first: {records[0]}")
 
 
-def readable(session: Session, facts: Sequence[Fact], skip_bad: bool) -> tuple[list[Fact], list[str]]:
-    """Facts whose every prompt this model's tokenizer can place and its positions can hold, and what is wrong elsewhere."""
+def readable(
+    session: Session, facts: Sequence[Fact], skip_bad: bool, edited: bool = True
+) -> tuple[list[Fact], list[str]]:
+    """Facts whose every prompt this model's tokenizer can place and its positions can hold, and what is wrong elsewhere.
+
+    Those to be ``edited`` need a subject, where the method writes at it.
+    """
     encoder = Encoder(session.loaded.tokenizer)
     limit = getattr(session.loaded.model.config, "max_position_embeddings", float("inf")) - _TEMPLATE_ROOM
     usable, bad = [], []
     for fact in facts:
         try:
-            _check_readable(session, encoder, fact, limit)
+            _check_readable(session, encoder, fact, limit, edited)
         except SphereEditError as error:
             bad.append(f"record {fact.record}: {error}")
         else:
@@ -64,13 +70,19 @@ def readable(session: Session, facts: Sequence[Fact], skip_bad: bool) -> tuple[l
     return usable, bad
 
 
-def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float) -> None:
-    if session.method.needs.feed.at_subjects:
+def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float, edited: bool) -> None:
+    if edited and session.method.needs.feed.at_subjects:
+        if not fact.subject:
+            free = ", ".join(sorted(name for name, kind in METHODS.items() if not kind().needs.feed.at_subjects))
+            raise SphereEditError(
+                f"'{short(fact.prompt)}' comes without a 'subject', and {session.method.name} writes at its last token; add it, or take a method "
+                f"that needs none ({free})"
+            )
         encoder.subject_end(*fill("{}", fact))
         encoder.subject_end(*fill("{}", fact, KL_PROMPT))
     longest = max((fact.target_new, fact.target_true or ""), key=len)
     for prompt in (fact.filled_prompt, *fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors)):
-        size = len(encoder.with_target(prompt, longest)[0].ids)
+        size = len(encoder.with_target(prompt, longest, fact.separator)[0].ids)
         if size > limit:
             raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
 
