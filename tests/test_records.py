@@ -39,8 +39,9 @@ def model(tmp_path_factory):
 def batch(number: int, facts=(), rewritten=(), **more) -> Batch:
     targets = {"loss_before": None, "loss_after": None, "probability_after": None, "evaluations": []}
     kind = more.pop("kind", "edit" if facts else "rewrite")
+    rechecked = list(more.pop("rechecked", ()))
     return Batch(
-        number=number, kind=kind, facts=list(facts), superseded=[], rewritten=list(rewritten), targets=targets,
+        number=number, kind=kind, facts=list(facts), superseded=[], rechecked=rechecked, rewritten=list(rewritten), targets=targets,
         matrices={}, seconds={}, **more,
     )  # fmt: skip
 
