@@ -267,7 +267,7 @@ class Editor:
             run.config, run.history, [facts[index] for index in run.history.retained], run.current_metrics()
         )
         for sentence in export_model(self.loaded, self.weights, Path(folder), card):
-            self.reporter.say(sentence)
+            self.session.reporter.say(sentence)
 
     def say_remarks(self, facts: FactSet) -> None:
         """Report how facts were understood, as `edit` and `evaluate` do before they begin."""

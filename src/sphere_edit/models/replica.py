@@ -106,9 +106,10 @@ class Replica:
                 shutil.copyfile(file, folder / file.name)
         for name, place in self._places.items():
             content = tensor_bytes(self._as_stored(name, self._weights.deployed(name)))
-            with plain_errors(folder / place.file.name), (folder / place.file.name).open("rb+") as file:
-                file.seek(place.start)
-                file.write(content)
+            copy = folder / place.file.name
+            with plain_errors(copy), copy.open("rb+") as opened:
+                opened.seek(place.start)
+                opened.write(content)
 
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""

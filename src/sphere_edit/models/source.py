@@ -164,7 +164,8 @@ def companions(folder: Path, code: bool = False) -> Companions:
     """
     home = [folder.resolve(), (folder / "config.json").resolve().parent]
     weights = {file.name for file in weight_files(folder)} | {"README.md"}
-    taken, left = [], []
+    taken: list[Path] = []
+    left: list[Path] = []
     for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
         name = path.relative_to(folder).as_posix()
         hidden = path.is_dir() and path.name.startswith(".")
