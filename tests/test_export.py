@@ -17,7 +17,7 @@ from families import tiny, tiny_model
 from sphere_edit.export import export_model, whole_card
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel, load_model
-from sphere_edit.models.source import stored_tensors, weight_files
+from sphere_edit.models.source import Companions, stored_tensors, weight_files
 from sphere_edit.models.spelling import both_config, both_tokenizer
 from sphere_edit.models.weights import EditedWeights
 
@@ -133,6 +133,16 @@ def test_weights_that_the_files_do_not_hold_so_are_written_anew(tmp_path):
     assert all(torch.equal(value, loaded.model.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_shards_that_are_gone_leave_a_whole_model_all_the_same(tmp_path):
+    source = save_source("llama", tmp_path / "source")
+    loaded, weights = edited(source)
+    weight_files(source)[0].unlink()
+    (told,) = export_model(loaded, weights, tmp_path / "out", CARD)
+    assert "lacks 1 of the" in told
+    assert load_model(tmp_path / "out", "cpu").fingerprint != loaded.fingerprint
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Paris") == loaded.tokenizer("Paris")
+
+
 def test_a_model_without_files_is_written_for_both_transformers_and_names_no_path(tmp_path):
     loaded, weights = edited(tiny("llama"))
     loaded.model.config._name_or_path = str(tmp_path)
@@ -155,6 +165,9 @@ def test_pickles_code_other_weights_and_links_to_elsewhere_stay_behind(tmp_path)
     source = save_source("llama", tmp_path / "source")
     (tmp_path / "secret.json").write_text("{}")
     (source / "settings.json").symlink_to(tmp_path / "secret.json")
+    (tmp_path / "secret.md").write_text("a secret")
+    (source / "README.md").unlink()
+    (source / "README.md").symlink_to(tmp_path / "secret.md")
     for name in ("pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "modeling_llama.py", "model.gguf"):
         (source / name).write_bytes(b"x")
     (source / "pytorch_model.bin.index.json").write_text("{}")
@@ -171,7 +184,8 @@ def test_pickles_code_other_weights_and_links_to_elsewhere_stay_behind(tmp_path)
         "modeling_llama.py",
         "model.gguf",
     }
-    assert all(name in told for name in (*left, "original"))
+    assert all(name in told for name in (*left, "original", "README.md"))
+    assert "a secret" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_files_of_a_hub_cache_are_links_and_come_along(tmp_path):
@@ -195,14 +209,16 @@ def test_the_card_keeps_licence_and_text_of_the_original(tmp_path):
     (tmp_path / "README.md").write_text(
         "---\nlicense: apache-2.0\nlanguage: [en, de]\nmodel-index: [{name: x}]\n---\n# Original\nIts text.\n"
     )
-    card = whole_card(CARD, "maker/model", tmp_path)
+    card = whole_card(CARD, "maker/model", Companions((), (), tmp_path / "README.md"))
     front, text = card.removeprefix("---\n").split("---\n", 1)
     assert front.splitlines()[0] == "license: apache-2.0"
     assert "base_model: maker/model" in front
     assert "model-index" not in card, "what the original measured is not measured on the edited model"
     assert text.index("# Edited") < text.index("# Original\nIts text.")
     (tmp_path / "README.md").write_text("---\n*[&\n---\nText")
-    assert whole_card(CARD, str(tmp_path), tmp_path).startswith("---\nlibrary_name: transformers\n---\n\n# Edited")
+    assert whole_card(CARD, None, Companions((), (), tmp_path / "README.md")).startswith(
+        "---\nlibrary_name: transformers\n---\n\n# Edited"
+    )
 
 
 def test_both_spellings_agree():

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from families import save_tiny
 from sphere_edit.errors import SphereEditError
+from sphere_edit.export import export_model
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.soundness import is_scale
+from sphere_edit.models.weights import EditedWeights
 
 MATRIX = "model.layers.1.mlp.down_proj"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -67,6 +69,29 @@ def test_a_method_of_quantisation_that_transformers_does_not_know(folder, where)
 def test_a_known_method_that_does_not_give_plain_weights_back(folder):
     configure(folder, quantization_config={"quant_method": "quanto", "weights": "int8"})
     assert str(folder) in loading(folder)
+
+
+def test_a_known_method_that_gives_plain_weights_back_loads_and_is_exported_plain(folder, tmp_path):
+    """FP8 on a CPU; the numbers stored are no weights without their scales."""
+    file = folder / "model.safetensors"
+    tensors, scaled = load_file(file), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().max() / 448
+        scaled[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        scaled[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file({**tensors, **scaled}, file, {"format": "pt"})
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    configure(folder, quantization_config=method)
+    loaded = load_model(folder, "cpu")
+    name = f"{MATRIX}.weight"
+    plain = (scaled[name].float() * scaled[f"{name}_scale_inv"]).bfloat16()
+    assert torch.equal(loaded.model.state_dict()[name], plain)
+    assert "quantised" in energy(folder)
+    weights = EditedWeights(loaded.model, loaded.architecture, [MATRIX])
+    (told,) = export_model(loaded, weights, tmp_path / "out", "# Card")
+    assert "its files are F8_E4M3" in told
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert load_model(tmp_path / "out", "cpu").fingerprint == loaded.fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.float64])

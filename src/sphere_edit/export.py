@@ -16,6 +16,7 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.files import folder_in_place, write_text
 from sphere_edit.models.loading import EMBEDDED, LoadedModel
 from sphere_edit.models.replica import Replica
+from sphere_edit.models.source import Companions
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
@@ -39,7 +40,7 @@ def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card
     replica = Replica(loaded, weights)
     with folder_in_place(folder) as temporary:
         replica.write(temporary)
-        write_text(temporary / "README.md", whole_card(card, loaded.source, replica.source))
+        write_text(temporary / "README.md", whole_card(card, _hub_name(loaded, replica), replica.companions))
     told = []
     if replica.why_anew:
         kept = "tokenizer and the rest are the source's own" if replica.source else "so are configuration and tokenizer"
@@ -52,15 +53,15 @@ def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card
     return told
 
 
-def whole_card(card: str, name: str, source: Path | None) -> str:
+def whole_card(card: str, hub: str | None, companions: Companions) -> str:
     """Our card over the original's: licence, language and base model in front, the original's text below."""
-    file = None if source is None else source / "README.md"
-    original = file.read_text("utf-8", errors="replace") if file is not None and file.is_file() else ""
+    file = companions.card
+    original = "" if file is None else file.read_text("utf-8", errors="replace")
     theirs, their_text = _split(original)
     ours, our_text = _split(card)
     front = {key: theirs[key] for key in _KEPT if _is_plain(theirs.get(key))} | ours
-    if source is not None and name != EMBEDDED and not Path(name).is_absolute():  # of the hub
-        front["base_model"] = name
+    if hub is not None:
+        front["base_model"] = hub
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     below = (
         f"\n---\n\n*What follows is the card of the original model.*\n\n{their_text.strip()}\n"
@@ -68,6 +69,12 @@ def whole_card(card: str, name: str, source: Path | None) -> str:
         else ""
     )
     return f"---\n{head}---\n\n{our_text.strip()}\n{below}"
+
+
+def _hub_name(loaded: LoadedModel, replica: Replica) -> str | None:
+    """The original's name on the hub, None for a model of this machine."""
+    here = replica.source is None or loaded.source == EMBEDDED or Path(loaded.source).is_absolute()
+    return None if here else loaded.source
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:

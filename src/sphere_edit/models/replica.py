@@ -46,12 +46,12 @@ class Replica:
             type(part).__module__.startswith("transformers_modules") for part in (loaded.model, loaded.tokenizer)
         )
         self.source: Path | None = None
-        self.companions = Companions((), ())
+        self.companions = Companions((), (), None)
         self._places: dict[str, StoredTensor] = {}
         try:
-            self.source = whole_folder(loaded.source, code)
-            self.companions = companions(self.source, code)
-            tensors = stored_tensors(self.source)
+            source = whole_folder(loaded.source, code)
+            self.companions, self.source = companions(source, code), source
+            tensors = stored_tensors(source)
             for name in weights.names:
                 self._places[name] = self._place(tensors, name)
             self.why_anew = ""

@@ -46,10 +46,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Companions:
-    """Files of a source besides its weights: those an export takes along, and the names of those it leaves behind."""
+    """Files of a source besides its weights: those an export takes along, names of those it leaves behind, and the card."""
 
     taken: tuple[Path, ...]
     left: tuple[str, ...]
+    card: Path | None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def companions(folder: Path, code: bool = False) -> Companions:
     leads out of the place where ``config.json`` lies: a model from elsewhere could name any file of this machine.
     """
     home = [folder.resolve(), (folder / "config.json").resolve().parent]
-    weights = {file.name for file in weight_files(folder)} | {"README.md"}
+    weights = {file.name for file in weight_files(folder)}
     taken: list[Path] = []
     left: list[Path] = []
     for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
@@ -173,7 +174,9 @@ def companions(folder: Path, code: bool = False) -> Companions:
             continue
         inside = any(path.resolve().is_relative_to(place) for place in home)
         (taken if path.is_file() and inside and _accompanies(path.name, code) else left).append(path)
-    return Companions(tuple(taken), tuple(path.relative_to(folder).as_posix() for path in left))
+    card = next((path for path in taken if path == folder / "README.md"), None)
+    taken = [path for path in taken if path != card]
+    return Companions(tuple(taken), tuple(path.relative_to(folder).as_posix() for path in left), card)
 
 
 def _accompanies(name: str, code: bool) -> bool:
