@@ -16,7 +16,7 @@ import torch
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import SphereEditError, files, hyperspherical_energy
+from sphere_edit import SphereEditError, export, files, hyperspherical_energy
 from sphere_edit.editing import guard, solving
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.intervals import summarise
@@ -699,7 +699,7 @@ def test_export_is_what_evaluation_saw_and_is_never_half_there(model, tmp_path, 
     with pytest.raises(SphereEditError, match="nothing has been edited yet"):
         editor.save_pretrained(tmp_path / "out")
     editor.edit(fact_records(2))
-    monkeypatch.setattr(editor.tokenizer, "save_pretrained", lambda folder: 1 / 0)
+    monkeypatch.setattr(export, "whole_card", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         editor.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

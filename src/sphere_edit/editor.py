@@ -258,7 +258,7 @@ class Editor:
         return self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Export the edited model: a plain Hugging Face folder with tokenizer, generation config and model card."""
+        """Export the edited model: the source's own files but for the edited tensors, and a model card."""
         stream = self._at_work()
         stream.committer.settle()
         run = stream.run
@@ -266,7 +266,8 @@ class Editor:
         card = model_card(
             run.config, run.history, [facts[index] for index in run.history.retained], run.current_metrics()
         )
-        export_model(self.loaded, Path(folder), card)
+        for sentence in export_model(self.loaded, self.weights, Path(folder), card):
+            self.session.reporter.say(sentence)
 
     def say_remarks(self, facts: FactSet) -> None:
         """Report how facts were understood, as `edit` and `evaluate` do before they begin."""

@@ -1,33 +1,96 @@
-"""A model folder that plain transformers and vLLM load, with a model card that says what was edited and how it measured."""
+"""A folder that plain transformers and vLLM load: the source's own files but for the edited tensors, and a card of the edits."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sphere_edit._version import __version__
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.facts.fact import Fact
-from sphere_edit.files import folder_in_place
-from sphere_edit.models.loading import LoadedModel
-from sphere_edit.models.quiet import quiet
+from sphere_edit.files import folder_in_place, write_text
+from sphere_edit.models.loading import EMBEDDED, LoadedModel
+from sphere_edit.models.replica import Replica
+from sphere_edit.models.source import Companions
+from sphere_edit.models.weights import EditedWeights
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
 from sphere_edit.text import code, markdown, public_name
 
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")  # of the original's card
+_FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
-def export_model(loaded: LoadedModel, folder: Path, card: str) -> None:
-    """Write weights (safetensors), configuration, generation configuration, tokenizer and ``card`` to a new folder.
+
+def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card: str) -> list[str]:
+    """Write the edited model to a new folder: the source's own files, but for the edited tensors and the card.
+
+    Where the edited tensors cannot be found in the source's files, all weights are written anew by transformers.
+
+    Returns:
+        what a user should know of it, in sentences.
 
     Raises:
         SphereEditError: the folder is not empty or cannot be written; nothing half-written is left behind.
     """
-    with folder_in_place(folder) as temporary, quiet():
-        loaded.model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, "utf-8")
+    replica = Replica(loaded, weights)
+    with folder_in_place(folder) as temporary:
+        replica.write(temporary)
+        write_text(temporary / "README.md", whole_card(card, _hub_name(loaded, replica), replica.companions))
+    told = []
+    if replica.why_anew:
+        kept = "tokenizer and the rest are the source's own" if replica.source else "so are configuration and tokenizer"
+        told.append(f"All weights were written anew by transformers, because {replica.why_anew}; {kept}")
+    if replica.companions.left:
+        told.append(
+            f"Left behind, as nothing that loads the edited model needs it: {', '.join(replica.companions.left)} "
+            "(weights in other forms are not edited; code comes along only where it was trusted)"
+        )
+    return told
+
+
+def whole_card(card: str, hub: str | None, companions: Companions) -> str:
+    """Our card over the original's: licence, language and base model in front, the original's text below."""
+    file = companions.card
+    original = "" if file is None else file.read_text("utf-8", errors="replace")
+    theirs, their_text = _split(original)
+    ours, our_text = _split(card)
+    front = {key: theirs[key] for key in _KEPT if _is_plain(theirs.get(key))} | ours
+    if hub is not None:
+        front["base_model"] = hub
+    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    below = (
+        f"\n---\n\n*What follows is the card of the original model.*\n\n{their_text.strip()}\n"
+        if their_text.strip()
+        else ""
+    )
+    return f"---\n{head}---\n\n{our_text.strip()}\n{below}"
+
+
+def _hub_name(loaded: LoadedModel, replica: Replica) -> str | None:
+    """The original's name on the hub, None for a model of this machine."""
+    here = replica.source is None or loaded.source == EMBEDDED or Path(loaded.source).is_absolute()
+    return None if here else loaded.source
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text."""
+    found = _FRONT.match(card)
+    if found is None:
+        return {}, card
+    try:
+        front = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        front = None
+    return (front if isinstance(front, dict) else {}), card[found.end() :]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metrics: Mapping[str, Any] | None) -> str:

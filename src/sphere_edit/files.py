@@ -6,13 +6,15 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
@@ -20,6 +22,7 @@ from torch import Tensor, uint8
 from sphere_edit.errors import SphereEditError
 
 _SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
+_UNFINISHED = ".unfinished"  # how the name of a temporary folder ends
 
 
 class _Damaged(SphereEditError):
@@ -229,21 +232,45 @@ def refuse_existing(path: Path) -> None:
 def folder_in_place(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
+    What a killed process left is removed by the next one that writes beside it: a lock tells the dead from the living.
+
     Raises:
         SphereEditError: ``path`` exists and is not an empty folder, or cannot be written.
     """
     refuse_existing(path)
     with plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        sweep_unfinished(path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        lock = FileLock(_lock_of(temporary))
+        lock.acquire(timeout=0)  # before the folder is there, and until it is gone
         try:
+            temporary.mkdir()
             yield temporary
-            temporary.chmod(0o755)
+            if os.name == "posix":
+                for written in (*temporary.rglob("*"), temporary):
+                    _sync(written)
             if path.exists():
                 path.rmdir()
             temporary.replace(path)
+            _sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            _lock_of(temporary).unlink(missing_ok=True)
+            lock.release()
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Remove the temporary folders of `folder_in_place` whose process is no more."""
+    for found in folder.glob(f".*{_UNFINISHED}.lock"):
+        lock = FileLock(found)
+        with suppress(Timeout, OSError), lock.acquire(timeout=0):
+            shutil.rmtree(found.with_name(found.name.removesuffix(".lock")), ignore_errors=True)
+            found.unlink(missing_ok=True)
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.lock")
 
 
 def copied(source: Path, target: Path) -> None:
@@ -256,12 +283,18 @@ def remove_stale_temporaries(folder: Path) -> None:
     """Remove what an interrupted write left behind."""
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+    sweep_unfinished(folder)
+    sweep_unfinished(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

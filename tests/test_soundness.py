@@ -1,0 +1,204 @@
+"""Weights that are not what they seem are told from their files, in a sentence, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from families import save_tiny
+from sphere_edit.errors import SphereEditError
+from sphere_edit.export import export_model
+from sphere_edit.models.checkpoint import Checkpoint
+from sphere_edit.models.loading import load_model
+from sphere_edit.models.soundness import is_scale
+from sphere_edit.models.weights import EditedWeights
+
+MATRIX = "model.layers.1.mlp.down_proj"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save_tiny("llama", tmp_path / "model", torch.bfloat16)
+
+
+def configure(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def store(folder: Path, **tensors: torch.Tensor) -> None:
+    """Put tensors of the matrix into the folder's only shard: ``weight``, ``weight_scale``, …"""
+    file = folder / "model.safetensors"
+    named = {f"{MATRIX}.{name}": tensor for name, tensor in tensors.items()}
+    save_file({**load_file(file), **named}, file, {"format": "pt"})
+
+
+def loading(folder: Path) -> str:
+    """What loading ends in."""
+    with pytest.raises(SphereEditError) as caught:
+        load_model(folder, "cpu")
+    return str(caught.value)
+
+
+def test_a_plain_model_loads(folder):
+    assert load_model(folder, "cpu").dtype == torch.bfloat16
+    assert Checkpoint(str(folder)).weight(MATRIX).shape == (32, 64)
+
+
+@pytest.mark.parametrize("where", ["config.json", "a part of it", "hf_quant_config.json"])
+def test_a_method_of_quantisation_that_transformers_does_not_know(folder, where):
+    found = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    if where == "config.json":
+        configure(folder, quantization_config=found, _name_or_path="maker/original")
+    elif where == "a part of it":
+        configure(folder, text_config={"quantization_config": found}, base_model="maker/original")
+    else:
+        configure(folder, _name_or_path="maker/original")
+        (folder / where).write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {}}))
+    said = loading(folder)
+    assert "'modelopt'" in said
+    assert "'maker/original'" in said
+    assert "unquantised original" in said
+
+
+def test_a_known_method_that_does_not_give_plain_weights_back(folder):
+    configure(folder, quantization_config={"quant_method": "quanto", "weights": "int8"})
+    assert str(folder) in loading(folder)
+
+
+def test_a_known_method_that_gives_plain_weights_back_loads_and_is_exported_plain(folder, tmp_path):
+    """FP8 on a CPU; the numbers stored are no weights without their scales."""
+    file = folder / "model.safetensors"
+    tensors, scaled = load_file(file), {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().max() / 448
+        scaled[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        scaled[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file({**tensors, **scaled}, file, {"format": "pt"})
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    configure(folder, quantization_config=method)
+    loaded = load_model(folder, "cpu")
+    name = f"{MATRIX}.weight"
+    plain = (scaled[name].float() * scaled[f"{name}_scale_inv"]).bfloat16()
+    assert torch.equal(loaded.model.state_dict()[name], plain)
+    assert "quantised" in energy(folder)
+    weights = EditedWeights(loaded.model, loaded.architecture, [MATRIX])
+    (told,) = export_model(loaded, weights, tmp_path / "out", "# Card")
+    assert "its files are F8_E4M3" in told
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert load_model(tmp_path / "out", "cpu").fingerprint == loaded.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.float64])
+def test_stored_numbers_that_are_no_plain_floats(folder, dtype):
+    store(folder, weight=torch.ones(32, 64).to(dtype))
+    for said in (loading(folder), energy(folder)):
+        assert f"{MATRIX}.weight is stored as" in said
+        assert "float32, bfloat16, float16" in said
+
+
+def energy(folder: Path) -> str:
+    with pytest.raises(SphereEditError) as caught:
+        Checkpoint(str(folder)).weight(MATRIX)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv", "input_scale", "weight_zero_point", "SCB"])
+def test_scales_that_the_model_does_not_take(folder, name):
+    store(folder, **{name: torch.ones(1)})
+    for said in (loading(folder), energy(folder)):
+        assert f"{MATRIX}.{name}" in said
+        assert "quantised" in said
+
+
+def test_packed_weights_in_the_place_of_a_matrix(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(f"{MATRIX}.weight")
+    packed = {f"{MATRIX}.qweight": torch.ones(4, 4, dtype=torch.int32), f"{MATRIX}.scales": torch.ones(4)}
+    save_file({**tensors, **packed}, file, {"format": "pt"})
+    assert "quantised" in loading(folder)
+    assert f"quantised, and holds {MATRIX}.qweight" in energy(folder)
+
+
+def test_names_of_scales_and_of_other_tensors():
+    scales = [
+        "a.weight_scale",
+        "a.weight.absmax",
+        "a.weight.quant_state.bitsandbytes__nf4",
+        "a.g_idx",
+        "a.qzeros",
+        "a.SCB",
+    ]
+    scales += ["a.k_scale", "a.weight_quantizer._amax", "a.scales", "a.weight_scale_2", "a.weight_packed"]
+    assert all(map(is_scale, scales))
+    others = ["a.mlp.down_proj.weight", "a.bias", "a.input_layernorm.weight", "a.rotary_emb.inv_freq", "lm_head.weight"]
+    assert not any(map(is_scale, others))
+
+
+def test_an_adapter_beside_the_weights_and_one_alone(folder, tmp_path):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "maker/base"}))
+    assert "merge_and_unload" in loading(folder)
+    (folder / "config.json").unlink()
+    said = loading(folder)
+    assert "is a LoRA adapter of 'maker/base'" in said
+    assert "merge_and_unload" in said
+
+
+def test_adapter_weights_without_their_configuration(folder):
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    assert "adapter_model.safetensors, a LoRA adapter, which would be left out" in loading(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_pointers_of_git_lfs(folder, name):
+    (folder / name).write_text(POINTER)
+    said = loading(folder)
+    assert f"{name} is a Git LFS pointer" in said
+    assert "git lfs pull" in said
+
+
+def test_a_gguf_file_that_is_a_pointer(tmp_path):
+    (tmp_path / "model.gguf").write_text(POINTER)
+    assert "git lfs pull" in loading(tmp_path / "model.gguf")
+
+
+def test_pickled_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    said = loading(folder)
+    assert "pytorch_model.bin is a pickle" in said
+    assert "save_pretrained(OTHER)" in said
+    assert "is a pickle" in loading(folder / "pytorch_model.bin")
+
+
+def test_one_file_of_a_model(folder):
+    assert "give the folder" in loading(folder / "model.safetensors")
+
+
+def test_a_shard_that_is_cut_short(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    assert f"is cut short: {len(whole) - 100} of {len(whole)} bytes" in loading(folder)
+    for damaged in (whole[:5], b"", b"\xff" * 1000, whole[:8] + b"x" + whole[9:]):
+        file.write_bytes(damaged)
+        assert "no safetensors file, or a damaged one" in loading(folder)
+
+
+def test_a_shard_that_is_not_there_or_elsewhere(folder):
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+    )
+    assert "lacks 1 of the 2 shards" in loading(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    assert "outside its folder" in loading(folder)
+    for damaged in ("{}", '{"weight_map": {"a": 1}}', "[]", "{"):
+        index.write_text(damaged)
+        assert "is damaged" in loading(folder)
