@@ -17,7 +17,8 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, export, files, hyperspherical_energy
-from sphere_edit.editing import guard, solving
+from sphere_edit.editing import batch as solving_module
+from sphere_edit.editing import guard
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.intervals import summarise
 from sphere_edit.evaluation.scores import FactScores
@@ -717,13 +718,13 @@ def test_a_batch_that_makes_weights_infinite_is_not_kept(model, tmp_path, monkey
     editor = start(model, tmp_path / "run")
     editor.edit(fact_records(2))
     before = weights_of(editor)
-    real = solving.Solver._finished
+    real = solving_module.Solver._finished
 
     def infinite(self, *args):
         updates, reports = real(self, *args)
         return {name: LowRankUpdate(u.left * float("inf"), u.right) for name, u in updates.items()}, reports
 
-    monkeypatch.setattr(solving.Solver, "_finished", infinite)
+    monkeypatch.setattr(solving_module.Solver, "_finished", infinite)
     with pytest.raises(SphereEditError, match="batch 2 would make .* infinite or NaN; nothing of it was kept"):
         editor.edit(fact_records(2, start=4))
     assert same(weights_of(editor), before)
