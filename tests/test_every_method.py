@@ -147,7 +147,7 @@ def test_sphere_takes_away_what_it_says(method, models, tmp_path):
         for name in editor.weights.names:
             original = editor.weights.original(name).double()
             change = editor.weights.deployed(name).double() - original
-            share[alpha].append(float((change @ editor.sphere.directions(original)).norm() / change.norm()))
+            share[alpha].append(float((change @ editor.session.sphere.directions(original)).norm() / change.norm()))
     assert min(share[0.0]) > 0.05
     assert max(share[1.0]) < 1e-4, "float32 weights"
 

@@ -134,7 +134,7 @@ def test_a_run_shows_its_preset_and_keeps_it(tmp_path, monkeypatch):
     assert (config["settings"]["targets"]["steps"], config["settings"]["targets"]["lr"]) == (2, 0.2)
     monkeypatch.undo()
     again = Editor.open(tmp_path / "run", Quiet())
-    assert again.preset == "published for Tiny"
+    assert again.session.preset == "published for Tiny"
     assert again.settings == editor.settings
     again.close()
 

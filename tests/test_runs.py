@@ -75,7 +75,7 @@ def without_times(entries: list[dict]) -> list[dict]:
 
 def check_energies(editor):
     """What the journal says of the energies of two batches, against the weights themselves."""
-    alpha = editor.settings.diagnostic_sphere().alpha if editor.sphere is not None else 0
+    alpha = editor.settings.diagnostic_sphere().alpha if editor.session.sphere is not None else 0
     reports = [batch.matrices for batch in editor.run.history.batches]
     for name in editor.weights.names:
         original, now = editor.weights.original(name), editor.weights.deployed(name)
@@ -140,7 +140,7 @@ def test_where_sphere_is_applied_and_from_which_weights(model, tmp_path, basis, 
     first, second = editor.weights.names
     ours, theirs = (e.run.read_update(1)[0] for e in (editor, plain))
     for name in (first, second):
-        projected = editor.sphere(theirs[name], editor.weights.original(name)).dense()
+        projected = editor.session.sphere(theirs[name], editor.weights.original(name)).dense()
         equal = torch.allclose(ours[name].dense(), projected, atol=1e-6, rtol=1e-4)
         assert equal == (name == first or project == "after_all"), (
             "per layer, the second one sees the first one projected"
@@ -148,7 +148,9 @@ def test_where_sphere_is_applied_and_from_which_weights(model, tmp_path, basis, 
     before = editor.weights.snapshot()
     editor.edit(fact_records(2, start=4))
     update = editor.run.read_update(2)[0][first]
-    directions = editor.sphere.directions(before[first] if basis == "current" else editor.weights.original(first))
+    directions = editor.session.sphere.directions(
+        before[first] if basis == "current" else editor.weights.original(first)
+    )
     report = editor.run.history.batches[1].matrices[first]
     assert report["principal_norm"] == pytest.approx(float(update.to(torch.float64).times(directions).norm()), rel=1e-5)
     assert report["principal_norm"] == pytest.approx(0.2 * report["principal_norm_before"], rel=1e-4)
@@ -533,10 +535,10 @@ def test_a_run_keeps_what_was_a_default_when_it_began(model, tmp_path, monkeypat
     editor = Editor.from_pretrained(model, tmp_path / "run", method="alphaedit", **{**QUICK, "layers": None})
     editor.edit(fact_records(2))
     editor.close()
-    monkeypatch.setattr(type(editor.method).model_fields["l2"], "default", 1e9)
+    monkeypatch.setattr(type(editor.session.method).model_fields["l2"], "default", 1e9)
     with opened(tmp_path / "run") as later:
-        assert later.method == editor.method
-        assert later.sphere == editor.sphere
+        assert later.session.method == editor.session.method
+        assert later.session.sphere == editor.session.sphere
         assert later.session.layers == editor.session.layers
 
 
@@ -583,7 +585,7 @@ def test_a_superseding_fact_is_written_as_readily_as_a_new_one(model, tmp_path):
     history = editor.run.history
     for name in editor.weights.names:
         _, seen = editor.run.read_update(2)
-        alone = editor.method.after_batch({}, seen[name], editor._stream.committer.statistics[name])["system"]
+        alone = editor.session.method.after_batch({}, seen[name], editor._stream.committer.statistics[name])["system"]
         kept = editor._stream.committer.states[name]["system"]
         torch.testing.assert_close(kept, alone, atol=1e-9 * float(alone.norm()), rtol=1e-6)
     after = editor._stream.committer.states
@@ -827,7 +829,7 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
         for name, system in known.items():
             system += torch.outer(*[seen[name]["keys"][:, place].double()] * 2)
     for name, state in states.items():
-        start = editor.method.start(editor._stream.committer.statistics[name])["system"]
+        start = editor.session.method.start(editor._stream.committer.statistics[name])["system"]
         torch.testing.assert_close(state["system"], start + known[name], rtol=1e-8, atol=1e-10)
     for number in range(len(entries), 0, -1):
         editor._stream.committer.go_to(number)  # digests are compared on the way

@@ -73,12 +73,12 @@ def test_every_trial_is_an_edit_that_is_taken_back_and_the_best_is_kept_for_late
     chosen = {**trials[0].settings, "layers": [1, 2], "options": {"second_moment_weight": 0.07}}
     tuned_file(loaded.fingerprint, "frugal").write_text(json.dumps({"settings": chosen}))
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), method="frugal")
-    assert (editor.session.layers, editor.method.second_moment_weight) == ([1, 2], 0.07)
-    assert editor.preset == "tuned for this model"
+    assert (editor.session.layers, editor.session.method.second_moment_weight) == ([1, 2], 0.07)
+    assert editor.session.preset == "tuned for this model"
     said = Editor.from_pretrained(model, tmp_path / "other", reporter=Quiet(), method="frugal", layers=[0])
-    assert (said.session.layers, said.method.second_moment_weight) == ([0], 0.07), "what is said wins"
+    assert (said.session.layers, said.session.method.second_moment_weight) == ([0], 0.07), "what is said wins"
     plain = Editor.from_pretrained(model, tmp_path / "third", reporter=Quiet(), method="memit")
-    assert plain.preset is None
+    assert plain.session.preset is None
 
 
 def test_a_trial_is_what_a_run_of_one_batch_does(model, tmp_path):
@@ -193,7 +193,7 @@ def test_the_first_run_on_an_unknown_model_calibrates_and_goes_by_what_it_finds(
     assert kept["preset"] == "tuned for this model"
     assert kept["layers"] == chosen["layers"]
     again = Editor.from_pretrained(model, tmp_path / "again", reporter=Quiet(), **UNTUNED)
-    assert again.preset == "tuned for this model"
+    assert again.session.preset == "tuned for this model"
     assert not again.session.would_calibrate
 
 
@@ -237,5 +237,5 @@ def test_of_two_processes_one_calibrates_and_the_other_waits(model, tmp_path, mo
 
     monkeypatch.setattr(editor.session.reporter, "say", finish)
     calibrate(editor, facts_from(fact_records(2)), False)
-    assert editor.preset == "tuned for this model"
+    assert editor.session.preset == "tuned for this model"
     assert editor.session.layers == [1]

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.ability import AbilityTasks
-from sphere_edit.export import export_model, model_card
+from sphere_edit.export import export_run
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
-from sphere_edit.numerics.projection import Sphere
 from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
-from sphere_edit.runs.preparing import create_run, session_of
-from sphere_edit.runs.selection import admit, readable, say_left_out
+from sphere_edit.runs.preparing import create_run, default_folder, session_of
+from sphere_edit.runs.selection import admit, readable, say_left_out, say_remarks
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
-from sphere_edit.runs.trust import is_own
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
 
@@ -80,7 +75,7 @@ class Editor:
             SphereEditError: the model, a setting or the folder cannot be used.
         """
         given = make_settings(settings.model_dump(exclude_unset=True) if settings else {}, options)
-        folder = Path(run) if run is not None else _default_folder(str(model), given.method)
+        folder = Path(run) if run is not None else default_folder(model, given.method)
         if RunFolder.exists(folder):
             raise SphereEditError(f"{folder} holds a run already; Editor.open('{folder}') goes on with it")
         return cls(Session.load(model, given, reporter or RichReporter(), trust_remote_code), folder)
@@ -99,10 +94,7 @@ class Editor:
         """Load the model of a run as it stands after its last batch; unfinished work waits for `resume`.
 
         Args:
-            run: the run folder.
-            reporter: where progress goes.
             device: to use in place of the run's.
-            trust_remote_code: run code that comes with the model.
             model: where the original model is now, if it has moved; its weights must be the same.
             trust_run: use what a run that was begun elsewhere names outside its folder (tasks, references).
             only_to_read: to evaluate, generate or export; the folder need not be writable then.
@@ -115,10 +107,7 @@ class Editor:
         try:
             session = session_of(folder, reporter or RichReporter(), device, trust_remote_code, model)
             editor = cls(session, folder.path)
-            editor._evaluator.trusted = trust_run or is_own(folder.config)
-            if not editor._evaluator.trusted:
-                session.reporter.say(f"This run was begun elsewhere, on '{folder.config.model.source}'")
-            editor._attach(folder)
+            editor._attach(folder, trust_run)
         except BaseException:
             folder.unlock()
             raise
@@ -137,24 +126,9 @@ class Editor:
         return self.session.settings
 
     @property
-    def method(self) -> Method:
-        """The editing method with its options."""
-        return self.session.method
-
-    @property
-    def sphere(self) -> Sphere | None:
-        """The projection; None for the plain method."""
-        return self.session.sphere
-
-    @property
     def weights(self) -> EditedWeights:
         """The edited matrices."""
         return self.session.weights
-
-    @property
-    def preset(self) -> str | None:
-        """Where settings that were not given came from; None for the method's defaults."""
-        return self.session.preset
 
     @property
     def run(self) -> RunFolder | None:
@@ -195,21 +169,15 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
-        self.say_remarks(given)
+        say_remarks(self.session, given)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
-            self._start()
-        run = self._at_work().run
-        if waiting := len(run.history.pending):
-            raise SphereEditError(f"{self.folder} has {waiting} facts waiting; resume it before giving it more")
-        run.add_facts(planned, given.source, given.protocol, left_out)
+            self._attach(create_run(self.session, self.folder))
+        self._at_work().accept(planned, given, left_out)
         return self.resume()
 
     def check(self, given: FactSet, skip_bad: bool, skip_known: bool = False) -> tuple[list[Fact], list[str]]:
-        """The facts to edit and the records left out: no contradictions in a batch, every subject found in its tokens.
-
-        What the settings ask of the evaluation is checked too.
-        """
+        """The facts to edit and the records left out (`admit`)."""
         standing = [] if self.run is None else self.run.facts()
         return admit(self.session, self._evaluator, given, skip_bad, standing if skip_known else None)
 
@@ -231,7 +199,7 @@ class Editor:
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model."""
         found = facts_from(facts, skip_bad)
-        self.say_remarks(found)
+        say_remarks(self.session, found)
         given, unreadable = readable(self.session, found.facts, skip_bad, edited=False)
         say_left_out(self.session, [*found.bad, *unreadable])
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
@@ -241,11 +209,9 @@ class Editor:
 
         Of a run, the scores go into its journal and ``metrics.json``, and what the journal has is not measured again.
         """
-        if self._stream is None:
-            scores = tasks.score(self.loaded, self.settings.seed)
-            return {"unedited": {name: score.as_dict() for name, score in scores.items()}}
-        self._stream.committer.settle()
-        return self._evaluator.ability_of(self._stream.run, tasks)
+        if self._stream is not None:
+            self._stream.committer.settle()
+        return self._evaluator.ability_of(self.run, tasks)
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
@@ -261,32 +227,16 @@ class Editor:
         """Export the edited model: the source's own files but for the edited tensors, and a model card."""
         stream = self._at_work()
         stream.committer.settle()
-        run = stream.run
-        facts = run.facts()
-        card = model_card(
-            run.config, run.history, [facts[index] for index in run.history.retained], run.current_metrics()
-        )
-        for sentence in export_model(self.loaded, self.weights, Path(folder), card):
-            self.session.reporter.say(sentence)
-
-    def say_remarks(self, facts: FactSet) -> None:
-        """Report how facts were understood, as `edit` and `evaluate` do before they begin."""
-        for remark in facts.remarks():
-            self.session.reporter.say(remark)
-
-    # --- inside ---------------------------------------------------------------------------------------------------
+        export_run(self.session, stream.run, Path(folder))
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""
         self._work_by(self.session.with_tuned())
 
-    def _start(self) -> None:
-        self._attach(create_run(self.session, self.folder))
-
-    def _attach(self, run: RunFolder) -> None:
+    def _attach(self, run: RunFolder, trust_run: bool = False) -> None:
         """Work in this run from here on."""
         try:
-            self._stream = Stream(self.session, self._evaluator, run)
+            self._stream = Stream(self.session, self._evaluator, run, trust_run)
         except BaseException:
             run.unlock()
             raise
@@ -297,16 +247,6 @@ class Editor:
         return self._stream
 
 
-@contextmanager
-def opened(run: str | Path, reporter: Reporter | None = None, **options: Any) -> Iterator[Editor]:
+def opened(run: str | Path, reporter: Reporter | None = None, **options: Any) -> closing[Editor]:
     """`Editor.open` as a context that closes the run again."""
-    editor = Editor.open(run, reporter, **options)
-    try:
-        yield editor
-    finally:
-        editor.close()
-
-
-def _default_folder(model: str, method: str) -> Path:
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)
-    return Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return closing(Editor.open(run, reporter, **options))

@@ -18,12 +18,23 @@ from sphere_edit.models.loading import EMBEDDED, LoadedModel
 from sphere_edit.models.replica import Replica
 from sphere_edit.models.source import Companions
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
+from sphere_edit.runs.session import Session
 from sphere_edit.text import code, markdown, public_name
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")  # of the original's card
 _FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
+
+
+def export_run(session: Session, run: RunFolder, folder: Path) -> None:
+    """Export the model of a run, whose last batch must be in place, with a card of its edits; say what a user should know of it."""
+    facts = run.facts()
+    retained = [facts[index] for index in run.history.retained]
+    card = model_card(run.config, run.history, retained, run.current_metrics())
+    for sentence in export_model(session.loaded, session.weights, folder, card):
+        session.reporter.say(sentence)
 
 
 def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card: str) -> list[str]:

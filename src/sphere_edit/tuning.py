@@ -180,7 +180,7 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     if not editor.session.would_calibrate:
         return
     editor.check(given, skip_bad)
-    kept = tuned_file(editor.loaded.fingerprint, editor.method.name)
+    kept = tuned_file(editor.loaded.fingerprint, editor.session.method.name)
     with plain_errors(kept):
         kept.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{kept}.lock")

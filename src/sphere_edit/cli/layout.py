@@ -45,7 +45,7 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     from sphere_edit.files import check_room
     from sphere_edit.planning import estimate
 
-    editor.say_remarks(facts)
+    say_remarks(editor.session, facts)
     planned, _ = editor.check(facts, skip_bad, skip_known)
     cost = estimate(editor.session, planned, editor.run)
     out.print(_settings_table(editor, planned))
@@ -65,9 +65,9 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
     rows = {
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
         "facts": f"{len(planned)} in batches of {settings.batch_size}",
-        "preset": editor.preset or unknown,
-        "method": f"{settings.method} {editor.method.model_dump(mode='json')}",
-        "sphere": "off" if editor.sphere is None else str(editor.sphere.model_dump()),
+        "preset": editor.session.preset or unknown,
+        "method": f"{settings.method} {editor.session.method.model_dump(mode='json')}",
+        "sphere": "off" if editor.session.sphere is None else str(editor.session.sphere.model_dump()),
         "matrices": ", ".join(editor.weights.names),
         "targets": str(settings.targets.model_dump()),
         "second moments": str(settings.moments.model_dump()),

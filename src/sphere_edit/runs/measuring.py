@@ -196,8 +196,11 @@ class Evaluator:
         if self._tasks is not None:
             self.measure_ability(run, after, self._tasks)
 
-    def ability_of(self, run: RunFolder, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
-        """General ability of the unedited model and after the last batch, which must be in place; kept in the run."""
+    def ability_of(self, run: RunFolder | None, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
+        """General ability of the unedited model and, in a run, after its last batch, which must be in place; kept in the run."""
+        if run is None:
+            scores = tasks.score(self.loaded, self.seed)
+            return {"unedited": {name: score.as_dict() for name, score in scores.items()}}
         with self.weights.unedited():
             before = self.measure_ability(run, 0, tasks)
         after = self.measure_ability(run, run.history.head, tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,12 @@ from sphere_edit.runs.trust import remember
 
 _HELDOUT = "heldout.json"  # of a run: token ids of the text that perplexity is measured on
 _PASSAGES = "passages.json"  # and of the ordinary text that its repair reads
+
+
+def default_folder(model: str | Path, method: str) -> Path:
+    """Where a run goes that was given no folder."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)
+    return Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def create_run(session: Session, folder: Path) -> RunFolder:

@@ -42,6 +42,12 @@ def admit(
     return plan.facts, left_out
 
 
+def say_remarks(session: Session, facts: FactSet) -> None:
+    """Tell how facts were understood."""
+    for remark in facts.remarks():
+        session.reporter.say(remark)
+
+
 def say_left_out(session: Session, records: Sequence[str]) -> None:
     """Tell how many records were left out, and why the first was."""
     if records:

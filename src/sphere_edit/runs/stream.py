@@ -14,6 +14,7 @@ from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.repair import repair_steps
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.readers import FactSet
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
@@ -21,6 +22,7 @@ from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
 from sphere_edit.runs.records import FinalRecheck, Finished, GuardStop
 from sphere_edit.runs.selection import next_batch, superseded_by
 from sphere_edit.runs.session import Session
+from sphere_edit.runs.trust import is_own
 
 _LIKELY = 0.5  # mean probability of the answers under the targets alone, below which something is wrong with these
 _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
@@ -29,14 +31,23 @@ _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream fe
 class Stream:
     """A run at work: its model in memory, with the weights and the method's state of its last batch."""
 
-    def __init__(self, session: Session, evaluator: Evaluator, run: RunFolder):
+    def __init__(self, session: Session, evaluator: Evaluator, run: RunFolder, trust_run: bool = False):
         self.session, self.evaluator, self.run, self.reporter = session, evaluator, run, session.reporter
+        evaluator.trusted = trust_run or is_own(run.config)
+        if not evaluator.trusted:
+            self.reporter.say(f"This run was begun elsewhere, on '{run.config.model.source}'")
         evaluator.heldout = heldout_text(run, session.vocabulary)
         self.committer: Committer = committer_of(session, run)
         if run.writable:
             self._tidy()
 
     # --- forward --------------------------------------------------------------------------------------------------
+
+    def accept(self, facts: Sequence[Fact], given: FactSet, left_out: Sequence[str]) -> None:
+        """Take up more facts, of which ``left_out`` names the records that are not among them."""
+        if waiting := len(self.run.history.pending):
+            raise SphereEditError(f"{self.run.path} has {waiting} facts waiting; resume it before giving it more")
+        self.run.add_facts(facts, given.source, given.protocol, left_out)
 
     def go_on(self) -> None:
         """Do whatever the journal says is still to be done."""
