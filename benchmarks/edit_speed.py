@@ -25,6 +25,7 @@ from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.preparing import create_run
 from sphere_edit.runs.records import Batch, GuardStop
 
 STEPS = {"lr": 0.5, "steps": 25}  # published for Qwen2.5-7B, and good for SmolLM2
@@ -76,7 +77,7 @@ def main() -> None:
 def prepared(model: str, run: Path, **settings: Any) -> Editor:
     """An editor whose statistics are ready, so that editing alone is timed."""
     editor = Editor.from_pretrained(model, run, reporter=Quiet(), method="alphaedit", **settings)
-    editor._start()
+    editor._attach(create_run(editor.session, editor.folder))
     return editor
 
 

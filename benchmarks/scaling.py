@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sphere_edit import Editor
 from sphere_edit.facts.fact import Fact
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.preparing import create_run
 from sphere_edit.runs.records import Batch, GuardStop
 
 
@@ -98,7 +99,7 @@ def started(folder: Path, batch_size: int, inner: int = 512, layers: Sequence[in
         model, folder / "run", reporter=Quiet(), method="alphaedit", batch_size=batch_size, layers=list(layers),
         options=options, **settings,
     )  # fmt: skip
-    editor._start()
+    editor._attach(create_run(editor.session, editor.folder))
     return editor
 
 

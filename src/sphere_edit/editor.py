@@ -183,9 +183,8 @@ class Editor:
 
     def resume(self) -> dict[str, Any]:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
-        stream = self._at_work()
-        stream.go_on()
-        return stream.run.metrics()
+        self._at_work().go_on()
+        return self.metrics()
 
     def rollback(self, to: int) -> None:
         """Put the weights back to exactly what they were after batch ``to``; 0 is the original model, bit for bit.
@@ -193,8 +192,6 @@ class Editor:
         Later batches, and facts that were still waiting, are withdrawn.
         """
         self._at_work().roll_back(to)
-
-    # --- looking --------------------------------------------------------------------------------------------------
 
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model."""
