@@ -21,7 +21,7 @@ from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
-from sphere_edit.runs.selection import admit, readable, say_left_out, say_remarks
+from sphere_edit.runs.selection import admit, asked
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
 
@@ -169,7 +169,6 @@ class Editor:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
         given = facts_from(facts, skip_bad)
-        say_remarks(self.session, given)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
             self._attach(create_run(self.session, self.folder))
@@ -195,10 +194,7 @@ class Editor:
 
     def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model."""
-        found = facts_from(facts, skip_bad)
-        say_remarks(self.session, found)
-        given, unreadable = readable(self.session, found.facts, skip_bad, edited=False)
-        say_left_out(self.session, [*found.bad, *unreadable])
+        given = asked(self.session, facts_from(facts, skip_bad), skip_bad)
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
 
     def ability(self, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:

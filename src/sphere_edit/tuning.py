@@ -38,7 +38,7 @@ from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.preparing import measure_ingredients
-from sphere_edit.runs.selection import admit
+from sphere_edit.runs.selection import admit, plan_batches, readable
 from sphere_edit.runs.session import Session
 
 STREAM = 1000  # facts of the stream that a trial's damage is carried on to
@@ -179,7 +179,8 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     """
     if not editor.session.would_calibrate:
         return
-    editor.check(given, skip_bad)
+    usable, _ = readable(editor.session, given.facts, skip_bad)
+    plan_batches(usable, editor.settings.batch_size, skip_bad)
     kept = tuned_file(editor.loaded.fingerprint, editor.session.method.name)
     with plain_errors(kept):
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -44,9 +44,7 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     """Check everything, show what would be done and what it would cost, and do nothing."""
     from sphere_edit.files import check_room
     from sphere_edit.planning import estimate
-    from sphere_edit.runs.selection import say_remarks
 
-    say_remarks(editor.session, facts)
     planned, _ = editor.check(facts, skip_bad, skip_known)
     cost = estimate(editor.session, planned, editor.run)
     out.print(_settings_table(editor, planned))

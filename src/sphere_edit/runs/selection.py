@@ -32,23 +32,32 @@ def admit(
         SphereEditError: a fact cannot be used, or none is left.
     """
     evaluator.check()
+    _say_remarks(session, given)
     usable, unreadable = readable(session, given.facts, skip_bad)
     usable, known = (usable, []) if standing is None else _unknown(session, evaluator, usable, standing)
     plan = plan_batches(usable, session.settings.batch_size, skip_bad)
     left_out = [*given.bad, *unreadable, *known, *plan.bad]
-    say_left_out(session, left_out)
+    _say_left_out(session, left_out)
     if not plan.facts:
         raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
     return plan.facts, left_out
 
 
-def say_remarks(session: Session, facts: FactSet) -> None:
+def asked(session: Session, given: FactSet, skip_bad: bool) -> list[Fact]:
+    """The facts that a model can be asked, edited or not; what is left out is told."""
+    _say_remarks(session, given)
+    usable, unreadable = readable(session, given.facts, skip_bad, edited=False)
+    _say_left_out(session, [*given.bad, *unreadable])
+    return usable
+
+
+def _say_remarks(session: Session, facts: FactSet) -> None:
     """Tell how facts were understood."""
     for remark in facts.remarks():
         session.reporter.say(remark)
 
 
-def say_left_out(session: Session, records: Sequence[str]) -> None:
+def _say_left_out(session: Session, records: Sequence[str]) -> None:
     """Tell how many records were left out, and why the first was."""
     if records:
         session.reporter.say(f"{len(records)} records left out; the first: {records[0]}")
