@@ -25,7 +25,7 @@ from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, session_of
-from sphere_edit.runs.selection import admit, readable, say_left_out
+from sphere_edit.runs.selection import admit, in_forms, readable, say_left_out
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
 from sphere_edit.runs.trust import is_own
@@ -232,7 +232,7 @@ class Editor:
         """Score any facts on the unedited and on the edited model."""
         found = facts_from(facts, skip_bad)
         self.say_remarks(found)
-        given, unreadable = readable(self.session, found.facts, skip_bad, edited=False)
+        given, unreadable = readable(self.session, in_forms(self.session, found.facts), skip_bad, edited=False)
         say_left_out(self.session, [*found.bad, *unreadable])
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
 
