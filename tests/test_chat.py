@@ -136,7 +136,6 @@ def test_a_record_says_its_forms():
         ({"forms": "chat"}, "'forms' must be a list"),
         ({"forms": ["chat", "prose"]}, "'forms' must be some of plain, chat, each once"),
         ({"forms": ["chat", "chat"]}, "each once"),
-        ({"forms": []}, "each once"),
         ({"forms": [["chat"]]}, "each once"),
         ({"forms": ["plain"], "chat": True}, "'chat' is true, but 'forms' says plain"),
     ],

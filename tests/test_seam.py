@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sphere_edit.evaluation.scores import complete_answers, questions, score_facts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from conftest import fact_records
 from families import tiny, tiny_tokenizer
 from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.evaluation.generation import with_answers
+from sphere_edit.evaluation.scores import complete_answers, questions, score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from, read_facts

@@ -130,7 +130,7 @@ class Fact:
     def from_dict(cls, record: dict[str, Any]) -> Fact:
         """The fact that ``as_dict`` described, here or in an older version, which lacks fields."""
         changed: dict[str, Any] = {name: tuple(record.get(name, ())) for name in _LISTS}
-        changed["forms"] = chosen_forms(record.get("chat"), record.get("forms") or None)
+        changed["forms"] = chosen_forms(record.get("chat"), record.get("forms"))
         changed["neighbors"] = tuple(
             Neighbor(item["prompt"], item["answer"], _ids(item["answer_ids"]), tuple(item.get("answers", ())))
             for item in record["neighbors"]
@@ -214,10 +214,10 @@ def chosen_forms(chat: object, forms: object) -> tuple[Form, ...]:
     """
     if chat is not None and not isinstance(chat, bool):
         raise BadRecord(f"'chat' must be true or false, not {short(repr(chat))}")
-    if forms is None:
-        return () if chat is None else ("chat",) if chat else ("plain",)
     given = as_list(forms, "forms")
-    if not given or len(set(map(str, given))) < len(given) or any(form not in FORMS for form in given):
+    if not given:
+        return () if chat is None else ("chat",) if chat else ("plain",)
+    if len(set(map(str, given))) < len(given) or any(form not in FORMS for form in given):
         raise BadRecord(f"'forms' must be some of {', '.join(FORMS)}, each once, not {short(repr(forms))}")
     chosen = tuple(form for form in FORMS if form in given)
     if chat is not None and chat != ("chat" in chosen):
