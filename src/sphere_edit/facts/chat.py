@@ -17,9 +17,8 @@ from sphere_edit.errors import SphereEditError
 
 _SECONDS = 5.0  # in which a template must have rendered its chats
 _MESSAGE, _ANSWER = "A message, number 7.", "An answer, number 8."
-_DAY = datetime.datetime(
-    2024, 7, 26
-)  # it is this day for templates that name one, or a run could not be resumed tomorrow
+_DAY = datetime.datetime(2024, 7, 26, 12)  # for templates that name the day: a run must be the same tomorrow
+_NOW = "strftime_now"  # by which they ask for it
 _PLAIN = "as plain text (--no-chat) facts can be edited all the same"
 
 
@@ -69,8 +68,11 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
         chat = [{"role": "user", "content": message}]
         if answer is not None:
             chat.append({"role": "assistant", "content": answer})
-        options: dict[str, Any] = {"enable_thinking": False, "strftime_now": _DAY.strftime}
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None, **options))
+        template = tokenizer.get_chat_template()
+        if _NOW in template:
+            template = _one_day() + template
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer is None, "enable_thinking": False}
+        return str(tokenizer.apply_chat_template(chat, chat_template=template, **options))
 
     asked, padded, told = _in_time(
         lambda: (rendered(_MESSAGE), rendered(f"  {_MESSAGE}  "), rendered(_MESSAGE, _ANSWER))
@@ -82,6 +84,12 @@ def chat_frame(tokenizer: Any) -> ChatFrame:
     before, _, after = asked.partition(_MESSAGE)
     lead, _, end = told.removeprefix(asked).partition(_ANSWER)
     return ChatFrame(before, after, "" if lead.strip() else lead, end, f"  {_MESSAGE}  " not in padded)
+
+
+def _one_day() -> str:
+    """A macro in a template's own language that says the day it always is."""
+    parts = [f"replace('%{sign}', '{_DAY.strftime('%' + sign)}')" for sign in "aAbBdHIjmMpSyY"]
+    return f"{{% macro {_NOW}(form) %}}{{{{ form | {' | '.join(parts)} }}}}{{% endmacro %}}"
 
 
 def _in_time(render: Callable[[], tuple[str, str, str]]) -> tuple[str, str, str]:

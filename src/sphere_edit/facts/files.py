@@ -158,7 +158,7 @@ def _unwrapped(path: Path, content: Mapping[str, Any]) -> Iterable[Record]:
     values = content[lists[0]] if len(lists) == 1 else list(content.values())
     if len(lists) == 1 or (values and all(isinstance(value, dict) and is_record(value) for value in values)):
         return [
-            {**shared, **record} if isinstance(record, dict) and not shared.keys() & record.keys() else record
+            {**shared, **record} if isinstance(record, dict) and not {"chat", "forms"} & record.keys() else record
             for record in values
         ]
     found = short(", ".join(f"'{short(repr(name)[1:-1], 40)}'" for name in lists or content), 200) or "nothing"
