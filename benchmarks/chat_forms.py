@@ -104,15 +104,15 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def kept(before: Sequence[FactScores], after: Sequence[FactScores]) -> float:
-    """How many of the neighbours that the unedited model answered as expected (strict) the edited one does, in percent."""
+def kept(before: Sequence[FactScores], after: Sequence[FactScores]) -> float | None:
+    """How many of the neighbours that the unedited model answered as expected (strict) the edited one does, in percent; None without any."""
     pairs = [
         (one.correct, other.correct)
         for first, second in zip(before, after, strict=True)
         for one, other in zip(first.neighbors, second.neighbors, strict=True)
     ]
     held = [after for before, after in pairs if before]
-    return 100 * sum(held) / max(1, len(held))
+    return 100 * sum(held) / len(held) if held else None
 
 
 def probability(editor: Editor, fact: Fact) -> float:
@@ -140,7 +140,8 @@ def show(found: dict[str, Any]) -> None:
                 cells.append(f"{result[asked]['after'][name]:.1f} [{low:.0f}, {high:.0f}]")
             first, last = result["perplexity"]
             tail = f"× {last / first:.3f} | {result['divergence']:.4f} | {result['seconds']:.0f}"
-            print(f"| {edited} | {asked} | {' | '.join(cells)} | {result[asked]['kept']:.1f} | {tail} |")
+            kept = result[asked]["kept"]
+            print(f"| {edited} | {asked} | {' | '.join(cells)} | {'–' if kept is None else f'{kept:.1f}'} | {tail} |")
     print()
     print("| question → new answer | asked | before | " + " | ".join(f"edited {name}" for name in found) + " |")
     print("|---|---|---|" + "---|" * len(found))

