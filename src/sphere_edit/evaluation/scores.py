@@ -1,7 +1,7 @@
 """Every prompt of a fact, asked of the model as it stands.
 
 Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new). What was
-measured of a prompt is judged in four protocols (`sphere_edit.evaluation.catalogue`):
+measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalogue`):
 
 - *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
   right answer is lower than that of its rival;
