@@ -75,6 +75,7 @@ def textbook_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:
 def engine_scores(editor: Editor, facts: Sequence[Fact]) -> list[FactScores]:
     """Edit the stream with the engine and evaluate all of it."""
     size = editor.settings.batch_size
+    editor._stream.run.add_facts(facts, "benchmark", "", [])
     for first in range(0, len(facts), size):
         editor._stream.committer.edit(range(first, first + size), facts[first : first + size], [])
     return score_facts(editor.loaded, facts, editor.settings.tokens_per_batch, Quiet())

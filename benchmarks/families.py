@@ -179,7 +179,9 @@ def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[s
     corpus.write_text("".join(json.dumps({"text": world.passage(others)}) + "\n" for _ in range(2000)))
     known, facts = (facts_from(world.facts(people, others)) for people in (calibrated, edited))
     given = make_settings({"batch_size": 7, "moments": {"corpus": str(corpus)}, "evaluation": {"generation": "off"}})
-    defaults = Editor.from_pretrained(model, model.parent / "nothing", given, Quiet()).layers  # before `tune` is known
+    defaults = Editor.from_pretrained(
+        model, model.parent / "nothing", given, Quiet()
+    ).session.layers  # before `tune` is known
     chosen = tune(load_model(str(model)), given, Quiet(), known.facts)[0].settings
     print(f"tune on facts about twelve other people: {chosen}")
     here = {"layers": chosen["layers"]}

@@ -86,6 +86,7 @@ def row(shape: str, folder: Path, device: torch.device, batch_size: int, steps: 
     loop = Committer(run, Solver(weights, source, method, method.sphere, method.sphere, statistics, Quiet()))
     loop.go_to(0)
     facts = made(2 * batch_size)
+    run.add_facts(facts, "made up", "", [])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for first in (0, batch_size):

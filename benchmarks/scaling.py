@@ -59,6 +59,7 @@ def stream(folder: Path, batches: int, batch_size: int) -> tuple[list[float], li
     """Seconds of every batch and peak memory after it, GB."""
     editor = started(folder, batch_size)
     facts = made(batches * batch_size)
+    editor._stream.run.add_facts(facts, "benchmark", "", [])
     seconds, memory = [], []
     for first in range(0, len(facts), batch_size):
         record = edit(editor, facts, range(first, first + batch_size))
@@ -73,6 +74,7 @@ def short(folder: Path, shape: dict[str, Any]) -> tuple[float, float]:
     editor = started(folder, **shape)
     size = shape["batch_size"]
     facts = made(3 * size)
+    editor._stream.run.add_facts(facts, "benchmark", "", [])
     for first in range(0, len(facts), size):
         record = edit(editor, facts, range(first, first + size))
     editor.close()

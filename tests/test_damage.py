@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from conftest import fact_records
 from families import save_tiny, tiny_model
@@ -268,10 +269,14 @@ def test_a_folder_that_cannot_be_written_can_be_asked_and_exported(finished, tmp
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
 
-    def denied(*_, **__):
-        raise PermissionError(13, "Permission denied")
+    acquire = FileLock.acquire
 
-    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    def denied(lock, *args, **options):
+        if Path(lock.lock_file).is_relative_to(copy):
+            raise PermissionError(13, "Permission denied")
+        return acquire(lock, *args, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", denied)
     with pytest.raises(SphereEditError, match="Permission denied"):
         Editor.open(copy, Quiet())
     editor = Editor.open(copy, Quiet(), only_to_read=True)

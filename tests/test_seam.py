@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sphere_edit.evaluation.metrics import complete_answers, questions, score_facts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from conftest import fact_records
 from families import tiny, tiny_tokenizer
 from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.evaluation.generation import with_answers
+from sphere_edit.evaluation.scores import complete_answers, questions, score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from, read_facts
@@ -228,7 +228,7 @@ def test_a_record_sets_the_separator_for_its_own_prompts_and_no_others():
 def test_a_fact_of_an_older_run_goes_on_by_its_rule():
     (fact,) = facts_from(fact_records(1)).facts
     stored = fact.as_dict()
-    for name in ("separator", "answers", "true_answers", "portability", "rewordings", "chat"):
+    for name in ("separator", "answers", "true_answers", "portability", "rewordings", "forms"):
         del stored[name]
     for neighbor in stored["neighbors"]:
         del neighbor["answers"]

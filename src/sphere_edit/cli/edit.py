@@ -12,8 +12,10 @@ import typer
 from sphere_edit.cli.layout import say_metrics, say_plan, say_where, write_report
 from sphere_edit.cli.options import (
     Basis,
+    Chat,
     Corpus,
     Device,
+    Forms,
     Limit,
     ModelDtype,
     Project,
@@ -36,7 +38,7 @@ def edit(
     facts: Annotated[
         str | None,
         typer.Argument(
-            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name[/config][:split])."
+            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name\\[/config]\\[:split])."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
@@ -55,6 +57,8 @@ def edit(
     ] = None,
     project: Annotated[Project | None, typer.Option(help="When to project. \\[default: the method's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. \\[default: 100]")] = None,
+    chat: Chat = None,
+    forms: Forms = None,
     layers: Annotated[
         str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
     ] = None,
@@ -101,6 +105,8 @@ def edit(
             "project": project and project.value,
         },
         "batch_size": batch_size,
+        "chat": chat,
+        "forms": forms and [form.strip() for form in forms.split(",")],
         "layers": None if layers is None else read_layers(layers),
         "moments": {"corpus": corpus},
         "device": device,

@@ -54,6 +54,14 @@ Limit = Annotated[int | None, typer.Option(help="Take only the first N facts.")]
 ZsreTarget = Annotated[
     Target, typer.Option("--target", help="What a ZsRE record is edited to: the true answer or the false alternative.")
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Prompts are messages in the model's own chat, where records say nothing. \\[default: plain]",
+    ),
+]
+Forms = Annotated[str | None, typer.Option(help="Forms of every fact at once: 'plain,chat'; asked in the first.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 TrustRun = Annotated[

@@ -382,7 +382,8 @@ class ContextTokens(Ingredient):
 
     def disk(self, shapes: Sequence[Shape], planned: Planned) -> int:
         """A column a token, float32."""
-        tokens = sum(len(planned.encoder.encode(fact.filled_prompt).ids) - 1 for fact in planned.facts)
+        forms = [form for fact in planned.facts for form in fact.in_each_form()]
+        tokens = sum(len(planned.encoder.asked(form.filled_prompt, form.chat).ids) - 1 for form in forms)
         return sum(4 * inner * tokens for _, inner in shapes)
 
 

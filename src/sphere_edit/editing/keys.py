@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import Encoder, fill
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, over_batches
@@ -28,7 +28,7 @@ class SubjectPrompts:
     @classmethod
     def of(cls, facts: Sequence[Fact], templates: Sequence[str], encoder: Encoder) -> SubjectPrompts:
         """Tokenise; the first template must be the clean one."""
-        rows = [encoder.subject_end(*fill(template, fact))[0] for fact in facts for template in templates]
+        rows = [encoder.at_subject(fact, template)[0] for fact in facts for template in templates]
         return cls(rows, len(facts), len(templates))
 
 
@@ -108,8 +108,8 @@ def context_token_keys(
     They are the context tokens of `ingredients.ContextTokens`, which says why.
     """
     modules = [loaded.model.get_submodule(name) for name in names]
-    rows = [encoder.encode(fact.filled_prompt).ids for fact in facts]
-    subjects = [encoder.subject_end(*fill("{}", fact))[1] for fact in facts]
+    rows = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
+    subjects = [encoder.at_subject(fact)[1] for fact in facts]
 
     def read(chunk: list[tuple[list[int], int]]) -> Iterator[list[Tensor]]:
         inputs, _ = activations(loaded, TokenBatch.of([row for row, _ in chunk], loaded.device), modules)

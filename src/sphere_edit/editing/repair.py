@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.sources import target_rows
+from sphere_edit.editing.sources import in_each_form, target_rows
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -186,7 +186,7 @@ class Repair:
     def _facts(self, leaves: Mapping[str, Tensor]) -> float:
         """The mean loss of some facts, each in one context template; its gradient is added in the leaves."""
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
-        asked = [_in_template(fact, self._context()) for fact in some]
+        asked = in_each_form([_in_template(fact, self._context()) for fact in some])
         total = 0.0
         for _, rows in target_rows(self.loaded, self.encoder, asked, min(2 * _TEXT_TOKENS, self.max_tokens)):
             loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)

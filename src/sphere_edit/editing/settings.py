@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sphere_edit.editing.methods import Method, make_method
 from sphere_edit.editing.moments import MomentSettings
 from sphere_edit.editing.presets import preset_of, read_tuned
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts.fact import short
+from sphere_edit.facts.fact import BadRecord, Form, chosen_forms, short
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.numerics.projection import Sphere
 
@@ -78,6 +78,14 @@ class Settings(BaseModel):
         description="edited layers, or those of each role {gate: …, up: …, down: …}; by default the method's choice",
     )
     batch_size: int = Field(100, ge=1, description="facts in one batch")
+    chat: bool | None = Field(
+        None,
+        description="whether prompts are a user's messages in the model's own chat template, for records that do not say; by "
+        "default plain text",
+    )
+    forms: tuple[Form, ...] | None = Field(
+        None, description="both at once, [plain, chat], or one of them; the first is the one that facts are asked in"
+    )
     recheck: int | None = Field(
         None,
         ge=0,
@@ -99,6 +107,18 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or the checkpoint's own")
     device: str = Field("auto", description="a PyTorch device, or the one that is there")
+
+    @model_validator(mode="after")
+    def _one_choice_of_forms(self) -> Settings:
+        try:
+            self.default_forms()
+        except BadRecord as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def default_forms(self) -> tuple[Form, ...]:
+        """The forms that facts are edited in which do not say; none where nothing was set."""
+        return chosen_forms(self.chat, self.forms)
 
     @field_validator("layers", mode="before")
     @classmethod

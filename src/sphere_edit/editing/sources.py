@@ -60,7 +60,7 @@ class Feed:
 
 @dataclass
 class Report:
-    """What the journal says of a batch's targets: one number a fact, or for a joint descent one a batch."""
+    """What the journal says of a batch's targets: one number a fact and form, or for a joint descent one a batch."""
 
     loss_before: list[float] = field(default_factory=list)
     loss_after: list[float] = field(default_factory=list)
@@ -147,14 +147,20 @@ class OptimisedTargets(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
+        self._take_up(facts)
+        share = len(self._facts) / len(self._forms)
+        self.find(lambda forms: advance(forms * share))
+
+    def _take_up(self, facts: Sequence[Fact]) -> None:
+        """Remember the facts, and each in each of its forms, fact by fact: all that is found is found of these."""
         self._facts, self._reader = list(facts), None
-        self.find(advance)
+        self._forms = in_each_form(facts)
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
         computing = self.computing()
         self.targets: Targets = optimise_targets(
-            computing, self._facts, self.templates, self.layers[-1], self.settings, self._inside, advance
+            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
@@ -169,14 +175,14 @@ class OptimisedTargets(Source):
 
     def _outputs(self) -> Tensor:
         """What the last edited MLP says at the facts' subjects, ``[d, n]``."""
-        prompts = SubjectPrompts.of(self._facts, self.templates[:1], self.encoder)
+        prompts = SubjectPrompts.of(self._forms, self.templates[:1], self.encoder)
         names, layers = self.weights.names, self.layers
         return SubjectReader(self.loaded, prompts, names, layers, True, self.max_tokens).clean_values()
 
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
         if self._reader is None:
-            prompts = SubjectPrompts.of(self._facts, self.templates, self.encoder)
+            prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
             names, layers = self.weights.names, self.layers
             self._reader = SubjectReader(
                 self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts
@@ -186,21 +192,22 @@ class OptimisedTargets(Source):
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
         if list(facts) != self._facts:  # a batch of several groups
-            self._facts, self._reader = list(facts), None
+            self._take_up(facts)
         keys = self._the_reader().all_keys()
         self._reader = None
         return keys
 
     def columns(self, facts: Sequence[Fact]) -> list[int] | None:
-        """One, or one for each context template."""
-        return [1 if self.feed.contexts == "mean" else len(self.templates)] * len(facts)
+        """One for each form, or one for each form and context template."""
+        each = 1 if self.feed.contexts == "mean" else len(self.templates)
+        return [each * len(fact.in_each_form()) for fact in facts]
 
     def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
 
         With the weights as they stand, fact by fact, each prompt without its templates and without its answer.
         """
-        return context_token_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
+        return context_token_keys(self.loaded, self._forms, self.weights.names, self.encoder, self.max_tokens)
 
     def computing(self) -> LoadedModel:
         """The model, or a bfloat16 copy of it, with the edited weights as they stand."""
@@ -275,8 +282,13 @@ class FromTargets(Feed):
         return post_norm or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
-        """One, or one for each context: the bare prompt, and each template."""
-        return 1 + 5 * openers if self.contexts == "each" else 1
+        """One for each form, or one for each context in it: the bare prompt, and each template."""
+        return (1 + 5 * openers if self.contexts == "each" else 1) * len(fact.in_each_form())
+
+
+def in_each_form(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts, each as often as it has forms, in one of them each time."""
+    return [form for fact in facts for form in fact.in_each_form()]
 
 
 @dataclass(frozen=True)
@@ -296,8 +308,8 @@ class TargetRows:
 def target_rows(
     loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
 ) -> Iterator[tuple[list[int], TargetRows]]:
-    """The facts, cut into chunks: their indices and tokens."""
-    coded = [encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator) for fact in facts]
+    """The facts, cut into chunks: their indices and tokens. Of a fact in several forms, the first is taken (`in_each_form`)."""
+    coded = [encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat) for fact in facts]
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
         chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
         answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
@@ -320,7 +332,8 @@ class TargetGradients(Source):
         found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
         told: list[tuple[list[int], list[float]]] = []
         with deterministic(self.loaded.device):
-            for chunk, rows in target_rows(self.loaded, self.encoder, facts, self.max_tokens):
+            forms = in_each_form(facts)
+            for chunk, rows in target_rows(self.loaded, self.encoder, forms, self.max_tokens):
                 graph = Graph(self.loaded, rows.batch, outputs_of=modules)
                 losses = rows.losses(self.loaded, graph.hidden)
                 gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
@@ -329,7 +342,7 @@ class TargetGradients(Source):
                     keys.append(inputs[where].float())
                     residuals.append(-gradient[where].float() / GRADIENT_SCALE)
                 told.append((chunk, losses.tolist()))
-                advance(len(chunk))
+                advance(len(chunk) * len(facts) / len(forms))
         self._losses = in_order(told)
         self._problems = [
             (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
@@ -358,9 +371,10 @@ class FromGradients(Feed):
         return "one backward pass"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
-        """One a target token."""
-        tokens, start = encoder.with_target(fact.filled_prompt, fact.target_new, fact.separator)
-        return len(tokens.ids) - start
+        """One a target token, in each form."""
+        prompt, answer, separator = fact.filled_prompt, fact.target_new, fact.separator
+        coded = [encoder.answered(prompt, answer, separator, form.chat) for form in fact.in_each_form()]
+        return sum(len(tokens.ids) - start for tokens, start in coded)
 
 
 class TargetLoss(Source):
@@ -373,8 +387,9 @@ class TargetLoss(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Tokenise some facts."""
-        self._chunks = list(target_rows(self.loaded, self.encoder, facts, self.max_tokens))
-        self._count = len(facts)
+        forms = in_each_form(facts)
+        self._chunks = list(target_rows(self.loaded, self.encoder, forms, self.max_tokens))
+        self._count = len(forms)
         self._seen: list[float] = []
 
     def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:

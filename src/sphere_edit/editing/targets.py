@@ -14,7 +14,7 @@ from torch import Tensor
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.replay import UpperLayers
@@ -193,13 +193,12 @@ class FactPrompts:
         """The prompts of one fact in every template, the first of which is the bare one."""
         rows, subjects, starts, targets = [], [], [], []
         for template in templates:
-            text, end = fill(template, fact)
-            tokens, start = encoder.with_target(text, fact.target_new, fact.separator)
+            tokens, start, subject = encoder.with_answer(fact, template)
             rows.append(tokens.ids[:-1])
-            subjects.append(tokens.last_token_of(end))
+            subjects.append(subject)
             starts.append(start)
             targets.append(tokens.ids[start:])
-        kl_tokens, kl_subject = encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+        kl_tokens, kl_subject = encoder.at_subject(fact, prompt=KL_PROMPT)
         kl_row = kl_tokens[: kl_subject + 1]
         if rows[0][: subjects[0] + 1] != kl_row:
             rows.append(kl_row)

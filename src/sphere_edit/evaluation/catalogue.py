@@ -68,7 +68,11 @@ GENERATED = Protocol(
     "_generated", "generated", lambda prompt: None if prompt.begins is None else float(prompt.begins),
     page=(), compared=(EFFICACY,),
 )  # fmt: skip
-PROTOCOLS = (LIKELIHOOD, STRICT, PER_TOKEN, GENERATED)
+OTHER_FORM = Protocol(
+    "_other", "strict, other form", lambda prompt: None if prompt.other is None else float(prompt.other),
+    page=(), compared=(),
+)  # fmt: skip
+PROTOCOLS = (LIKELIHOOD, STRICT, PER_TOKEN, GENERATED, OTHER_FORM)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.scores import FactScores, Question, grouped, questions
+from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.generation import generate, seeded
@@ -34,13 +36,13 @@ def with_answers(
 ) -> list[FactScores]:
     """The scores with what the model says, greedily, after every prompt of every fact, and whether it begins with the right answer.
 
-    As many tokens as the right answer has, and at least 12. With ``chat``, the prompt is a user's message in the model's own
-    chat template, and the answer is what the assistant says.
+    As many tokens as the right answer has, and at least 12. With ``chat``, or for a fact that is given in one, the prompt is a user's
+    message in the model's own chat template, and the answer is what the assistant says.
     """
     encoder = Encoder(loaded.tokenizer)
     asked = [question for fact in facts for question in questions(fact)]
     sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
-    coded = _coded(loaded, [q.prompt for q in asked], chat)
+    coded = [encoder.asked(question.prompt, chat or question.chat).ids for question in asked]
     said = continuations(loaded, coded, sizes, max_tokens, reporter)
     pairs = iter(zip(asked, coded, said, strict=True))
     found = []
@@ -48,6 +50,8 @@ def with_answers(
         told = []
         for prompt in score.prompts():
             question, before, ids = next(pairs)
+            if chat or question.chat:
+                ids = list(takewhile(lambda token: token != encoder.chat_end, ids))
             text = _said(loaded.tokenizer, before, ids)
             told.append(replace(prompt, said=text, begins=_begins(ids, text, question, chat)))
         found.append(grouped(fact, told))
@@ -71,9 +75,11 @@ def _begins(ids: list[int], text: str, question: Question, chat: bool) -> bool |
     """
     answer = question.right
     if answer.ids is None:
-        prompt, separator = ("", "") if chat or answer.separator is None else (question.prompt, answer.separator)
+        prompt, separator = (
+            ("", "") if chat or question.chat or answer.separator is None else (question.prompt, answer.separator)
+        )
         return any(begins_with(prompt + text, prompt + separator + right) for right in (answer.text, *answer.others))
-    if chat:
+    if chat and not question.chat:
         return None
     wanted = list(answer.ids)[: len(ids) or 1]  # where the model ends its text, nothing can follow
     return ids[: len(wanted)] == wanted
@@ -107,31 +113,17 @@ def continuations(
         return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), same_length_batches)
 
 
-def _coded(loaded: LoadedModel, prompts: Sequence[str], chat: bool) -> list[list[int]]:
-    if not chat:
-        encoder = Encoder(loaded.tokenizer)
-        return [encoder.encode(prompt).ids for prompt in prompts]
-    check_chat(loaded)
-    return [
-        list(
-            loaded.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-            )
-        )
-        for prompt in prompts
-    ]
-
-
 def check_chat(loaded: LoadedModel) -> None:
-    """Refuse a model without a chat template.
+    """Refuse a model whose answers cannot be asked for in a chat.
 
     Raises:
-        SphereEditError: its tokenizer has none.
+        SphereEditError: its tokenizer has no chat template, or one that cannot be used.
     """
-    if getattr(loaded.tokenizer, "chat_template", None) is None:
+    if not has_chat_template(loaded.tokenizer):
         raise SphereEditError(
             f"'{loaded.source}' has no chat template; use generation: plain, which continues the prompt itself"
         )
+    chat_frame(loaded.tokenizer)
 
 
 # --- fluency and consistency --------------------------------------------------------------------------------------

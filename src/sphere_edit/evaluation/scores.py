@@ -1,13 +1,14 @@
 """Every prompt of a fact, asked of the model as it stands.
 
 Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new). What was
-measured of a prompt is judged in four protocols (`sphere_edit.evaluation.catalogue`):
+measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalogue`):
 
 - *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
   right answer is lower than that of its rival;
 - *strict*: every token of the right answer is the likeliest one, given the answer's tokens before it;
 - *token*: the share of the right answer's tokens that are the likeliest, given those before (the authors' ZsRE numbers);
-- *generated*: what the model says freely and greedily begins with the right answer (`sphere_edit.evaluation.generation`).
+- *generated*: what the model says freely and greedily begins with the right answer (`sphere_edit.evaluation.generation`);
+- *strict, other form*: the strict verdict on the prompt in the form that the fact is not asked in: in a chat, or plain.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class PromptScore:
         accuracy: share of the right answer's tokens that are the likeliest, given those before.
         said: what the model says after the prompt, where it was asked.
         begins: whether that begins with the right answer.
+        other: the strict verdict on the prompt in the other form (in a chat, or plain), where it was asked so.
     """
 
     nll_right: float
@@ -42,6 +44,7 @@ class PromptScore:
     accuracy: float
     said: str | None = None
     begins: bool | None = None
+    other: bool | None = None
 
     @property
     def prefers(self) -> bool:
@@ -85,18 +88,20 @@ class Answer:
     """What may follow a prompt: a text, or the very tokens a model said.
 
     ``separator`` stands between the prompt and the text (None: by the rule of older runs); ``others`` are right as well, if generated.
+    In a ``chat``, the prompt is a user's message.
     """
 
     text: str
     ids: tuple[int, ...] | None = None
     separator: str | None = None
     others: tuple[str, ...] = field(default=(), compare=False)
+    chat: bool = False
 
     def after(self, prompt: str, encoder: Encoder) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer after it."""
         if self.ids is not None:
-            return encoder.encode(prompt).ids, list(self.ids)
-        tokens, start = encoder.with_target(prompt, self.text, self.separator)
+            return encoder.asked(prompt, self.chat).ids, list(self.ids)
+        tokens, start = encoder.answered(prompt, self.text, self.separator, self.chat)
         return tokens.ids[:start], tokens.ids[start:]
 
 
@@ -106,16 +111,16 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
     To be called with the unedited model in place: what it says is then what the edit is compared with.
     """
     encoder = Encoder(loaded.tokenizer)
-    asked: list[tuple[str, str, str | None]] = []
+    asked: list[tuple[str, str, str | None, bool]] = []
     for fact in facts:
         if fact.target_true is None:
-            asked.append((fact.filled_prompt, fact.target_new, fact.separator))
+            asked.append((fact.filled_prompt, fact.target_new, fact.separator, fact.chat))
         silent = [neighbor for neighbor in fact.neighbors if neighbor.answer is None]
-        asked += [(n.prompt, fact.target_new, fact.separator_of(n, fact.target_new)) for n in silent]
+        asked += [(n.prompt, fact.target_new, fact.separator_of(n, fact.target_new), fact.chat) for n in silent]
     if not asked:
         return list(facts)
-    lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.with_target(*each) for each in asked)]
-    prompts = [encoder.encode(prompt).ids for prompt, *_ in asked]
+    lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.answered(*each) for each in asked)]
+    prompts = [encoder.asked(prompt, chat).ids for prompt, *_, chat in asked]
     said = iter(greedy_continuations(loaded, prompts, lengths))
 
     def answer() -> tuple[str, tuple[int, ...]]:
@@ -145,19 +150,25 @@ class Question:
     right: Answer
     other: Answer
 
+    @property
+    def chat(self) -> bool:
+        """Whether it is asked in a chat."""
+        return self.right.chat
+
 
 def questions(fact: Fact) -> list[Question]:
-    """All prompts of a complete fact: its own, its paraphrases, its neighbours."""
+    """All prompts of a complete fact, in its first form: its own, its paraphrases, its neighbours."""
     new, truth = fact.target_new, _known(fact.target_true)
     asked = []
     for prompt in (fact.filled_prompt, *fact.paraphrases):
-        right = Answer(new, None, fact.separator_after(prompt, new), fact.answers)
-        rival = Answer(truth, fact.target_true_ids, fact.separator_after(prompt, truth))
+        right = Answer(new, None, fact.separator_after(prompt, new), fact.answers, fact.chat)
+        rival = Answer(truth, fact.target_true_ids, fact.separator_after(prompt, truth), chat=fact.chat)
         asked.append(Question(prompt, right, rival))
     for neighbor in fact.neighbors:
         answer = _known(neighbor.answer)
-        right = Answer(answer, neighbor.answer_ids, fact.separator_of(neighbor, answer), neighbor.answers)
-        asked.append(Question(neighbor.prompt, right, Answer(new, None, fact.separator_of(neighbor, new))))
+        right = Answer(answer, neighbor.answer_ids, fact.separator_of(neighbor, answer), neighbor.answers, fact.chat)
+        rival = Answer(new, None, fact.separator_of(neighbor, new), chat=fact.chat)
+        asked.append(Question(neighbor.prompt, right, rival))
     return asked
 
 
@@ -179,6 +190,32 @@ def score_facts(
         return PromptScore(right, scored[question.prompt, question.other][0], accuracy)
 
     return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
+
+
+def with_other_form(
+    loaded: LoadedModel, facts: Sequence[Fact], scores: Sequence[FactScores], max_tokens: int, reporter: Reporter
+) -> list[FactScores]:
+    """The scores with the strict verdict on rewrite and paraphrases in the other form: in a chat, or plain for facts asked in one.
+
+    Prompts that are too long for the model as a chat are not asked.
+    """
+    encoder = Encoder(loaded.tokenizer)
+    limit = getattr(loaded.model.config, "max_position_embeddings", float("inf"))
+    asked: list[list[tuple[str, Answer]]] = []
+    for fact in facts:
+        turned = replace(fact, forms=("plain",) if fact.chat else ("chat",))
+        asked.append([(question.prompt, question.right) for question in questions(turned)[: 1 + len(fact.paraphrases)]])
+    readable = {
+        pair: None for pairs in asked for pair in pairs if sum(map(len, pair[1].after(pair[0], encoder))) <= limit
+    }
+    scored = _answer_scores(loaded, list(readable), max_tokens, reporter, "other form") if readable else {}
+    found = []
+    for fact, score, pairs in zip(facts, scores, asked, strict=True):
+        verdicts = [scored[pair][1] == 1.0 if pair in scored else None for pair in pairs]
+        verdicts += [None] * len(fact.neighbors)
+        told = [replace(prompt, other=said) for prompt, said in zip(score.prompts(), verdicts, strict=True)]
+        found.append(grouped(fact, told))
+    return found
 
 
 def grouped(fact: Fact, scores: Iterable[PromptScore]) -> FactScores:

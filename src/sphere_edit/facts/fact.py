@@ -8,11 +8,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.seam import separator_between, word_places
 
+Form = Literal["plain", "chat"]  # how a prompt is given to a model: as it is, or as a user's message in a chat
+FORMS: tuple[Form, ...] = get_args(Form)
 MAX_TEXT = 10_000  # characters in any one field
 _PLACE = re.compile(r"\{\s*(?:subject|\d*)\s*\}", re.IGNORECASE)
 _OTHER_PLACE = re.compile(
@@ -60,7 +62,8 @@ class Fact:
         target_true_ids: the tokens of target_true where the unedited model was asked for it.
         separator: what stands between the prompt and target_new; None in runs begun before it was kept, which go on by their rule (`joined`).
         answers, true_answers: other right answers beside target_new, other old ones beside target_true.
-        portability, rewordings, chat: kept for what will measure and use them; nothing does yet.
+        portability, rewordings: kept for what will measure and use them; nothing does yet.
+        forms: those in which it is edited, the first of which is the one it is asked in; none were said: plain.
     """
 
     subject: str
@@ -78,12 +81,21 @@ class Fact:
     true_answers: tuple[str, ...] = ()
     portability: tuple[Probe, ...] = ()
     rewordings: tuple[str, ...] = ()
-    chat: bool | None = None
+    forms: tuple[Form, ...] = ()
 
     @property
     def filled_prompt(self) -> str:
         """The prompt with the subject in it."""
         return self.prompt.replace("{}", self.subject) if self.subject else self.prompt
+
+    @property
+    def chat(self) -> bool:
+        """Whether its prompts are a user's messages in a chat: in the first of its forms."""
+        return self.forms[:1] == ("chat",)
+
+    def in_each_form(self) -> list[Fact]:
+        """The fact once for each of its forms, in that form alone."""
+        return [replace(self, forms=(form,)) for form in self.forms] if len(self.forms) > 1 else [self]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -118,6 +130,7 @@ class Fact:
     def from_dict(cls, record: dict[str, Any]) -> Fact:
         """The fact that ``as_dict`` described, here or in an older version, which lacks fields."""
         changed: dict[str, Any] = {name: tuple(record.get(name, ())) for name in _LISTS}
+        changed["forms"] = chosen_forms(record.get("chat"), record.get("forms"))
         changed["neighbors"] = tuple(
             Neighbor(item["prompt"], item["answer"], _ids(item["answer_ids"]), tuple(item.get("answers", ())))
             for item in record["neighbors"]
@@ -125,7 +138,8 @@ class Fact:
         changed["portability"] = tuple(
             Probe(item["group"], item["prompt"], tuple(item["answers"])) for item in record.get("portability", ())
         )
-        return cls(**{**record, **changed, "target_true_ids": _ids(record["target_true_ids"])})
+        given = {name: value for name, value in record.items() if name != "chat"}
+        return cls(**{**given, **changed, "target_true_ids": _ids(record["target_true_ids"])})
 
 
 _LISTS = ("paraphrases", "generation_prompts", "answers", "true_answers", "rewordings")
@@ -144,6 +158,7 @@ def make_fact(
     rewordings: object = (),
     separator: object = None,
     chat: object = None,
+    forms: object = None,
     source_id: str = "",
     record: int = 0,
     names: Mapping[str, str] | None = None,
@@ -155,6 +170,7 @@ def make_fact(
         target_new, target_true: a text, or several right answers, of which the first is the one edited to (or away from).
         neighbors: prompts, or objects with ``prompt``, ``answer`` and ``answers``.
         separator: what stands between prompt and answer; guessed from both where it is None.
+        chat, forms: whether the prompt is a message in a chat, or the forms in which the fact is edited.
         names: what the record itself calls these fields, for messages.
 
     Raises:
@@ -170,8 +186,6 @@ def make_fact(
     template = _template(text, about, named["subject"])
     if separator is not None and not isinstance(separator, str):
         raise BadRecord(f"'separator' must be text, not {type(separator).__name__} {short(repr(separator))}")
-    if chat is not None and not isinstance(chat, bool):
-        raise BadRecord(f"'chat' must be true or false, not {short(repr(chat))}")
     fact = Fact(
         subject=about,
         prompt=template,
@@ -184,12 +198,31 @@ def make_fact(
         answers=tuple(dict.fromkeys(a for a in (*others, *_answers(answers)) if a != wanted)),
         portability=tuple(_probe(item, about) for item in as_list(portability, "portability")),
         rewordings=_texts(rewordings, "rewordings", about),
-        chat=chat,
+        forms=chosen_forms(chat, forms),
         source_id=source_id,
         record=record,
     )
     guess = separator_between(fact.filled_prompt, wanted)
     return replace(fact, separator=guess if separator is None else separator)
+
+
+def chosen_forms(chat: object, forms: object) -> tuple[Form, ...]:
+    """The forms in which a fact is edited, from what a record or the settings say: ``chat``, or ``forms``; none where neither does.
+
+    Raises:
+        BadRecord: they are no forms, or contradict one another.
+    """
+    if chat is not None and not isinstance(chat, bool):
+        raise BadRecord(f"'chat' must be true or false, not {short(repr(chat))}")
+    given = as_list(forms, "forms")
+    if not given:
+        return () if chat is None else ("chat",) if chat else ("plain",)
+    if len(set(map(str, given))) < len(given) or any(form not in FORMS for form in given):
+        raise BadRecord(f"'forms' must be some of {', '.join(FORMS)}, each once, not {short(repr(forms))}")
+    chosen = tuple(form for form in FORMS if form in given)
+    if chat is not None and chat != ("chat" in chosen):
+        raise BadRecord(f"'chat' is {str(chat).lower()}, but 'forms' says {' and '.join(chosen)}; give one of them")
+    return tuple(sorted(chosen, key=given.index))
 
 
 def _template(prompt: str, subject: str, name: str) -> str:

@@ -17,7 +17,7 @@ from sphere_edit.facts.shapes import is_record
 
 MAX_LINE = 1 << 20  # bytes of one JSONL line
 MAX_FILE = 1 << 30  # bytes of a JSON or CSV file, which are parsed whole
-_LISTS = ("paraphrases", "neighbors", "generation_prompts", "answers", "portability", "rewordings", "locality")
+_LISTS = ("paraphrases", "neighbors", "generation_prompts", "answers", "portability", "rewordings", "locality", "forms")
 
 
 def read_records(path: Path, source: object) -> Iterator[Record | BadRecord]:
@@ -147,15 +147,20 @@ def _json(path: Path) -> Iterable[Record]:
 def _unwrapped(path: Path, content: Mapping[str, Any]) -> Iterable[Record]:
     """The records within an object that is none itself: its only list, or its values where all are records.
 
+    ``chat`` or ``forms`` beside them hold for those that say nothing of it themselves.
+
     Raises:
         SphereEditError: there are none, or several lists that may be meant.
     """
+    shared = {name: content[name] for name in ("chat", "forms") if name in content}
+    content = {name: value for name, value in content.items() if name not in shared}
     lists = [name for name, value in content.items() if isinstance(value, list)]
-    if len(lists) == 1:
-        return content[lists[0]]
-    values = list(content.values())
-    if values and all(isinstance(value, dict) and is_record(value) for value in values):
-        return values
+    values = content[lists[0]] if len(lists) == 1 else list(content.values())
+    if len(lists) == 1 or (values and all(isinstance(value, dict) and is_record(value) for value in values)):
+        return [
+            {**shared, **record} if isinstance(record, dict) and not {"chat", "forms"} & record.keys() else record
+            for record in values
+        ]
     found = short(", ".join(f"'{short(repr(name)[1:-1], 40)}'" for name in lists or content), 200) or "nothing"
     kind = "lists" if lists else "no list but"
     raise SphereEditError(

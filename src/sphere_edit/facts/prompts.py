@@ -1,11 +1,16 @@
-"""Prompts as tokens: where the subject ends and the target begins, found by character offsets."""
+"""Prompts as tokens: where the subject ends and the target begins, found by character offsets.
+
+Whatever form a fact is given in, plain or chat, it is `Encoder` that makes tokens of it (`at_subject`, `with_answer`, `asked`, `answered`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.chat import ChatFrame, chat_frame
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.seam import joined
 from sphere_edit.models.generation import generate, seeded
@@ -47,21 +52,78 @@ class Encoder:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def encode(self, text: str) -> Tokens:
+    @cached_property
+    def frame(self) -> ChatFrame:
+        """What the model's chat template puts around a message.
+
+        Raises:
+            SphereEditError: it has none, or one that cannot be used.
+        """
+        return chat_frame(self.tokenizer)
+
+    # --- facts and their prompts, in either form ------------------------------------------------------------------
+
+    def at_subject(self, fact: Fact, template: str = "{}", prompt: str | None = None) -> tuple[list[int], int]:
+        """Ids of a fact's prompt (or another with ``{}``) in a context template, cut after its subject, and the subject's last token.
+
+        In a chat, the context stands within the user's message, before the prompt.
+        """
+        text, end = self._read(*fill(template, fact, prompt), chat=fact.chat)
+        return self.subject_end(text, end, chat=fact.chat)
+
+    def with_answer(self, fact: Fact, template: str = "{}") -> tuple[Tokens, int, int]:
+        """Tokens of a fact's prompt in a context template and of its new answer; the answer's first token, and the subject's last one."""
+        message, place = fill(template, fact)
+        tokens, start = self.answered(message, fact.target_new, fact.separator, fact.chat)
+        return tokens, start, tokens.last_token_of(self._read(message, place, fact.chat)[1])
+
+    def asked(self, prompt: str, chat: bool = False) -> Tokens:
+        """Tokens of a prompt; in a chat those of the whole chat, up to where the assistant begins to speak."""
+        return self.encode(self._read(prompt, 0, chat)[0], chat)
+
+    def answered(self, prompt: str, answer: str, separator: str | None, chat: bool = False) -> tuple[Tokens, int]:
+        """Tokens of a prompt and an answer, and the answer's first; in a chat the template says what stands between them."""
+        text, _ = self._read(prompt, 0, chat)
+        return self.with_target(text, answer, self.frame.lead if chat else separator, chat)
+
+    def _read(self, message: str, place: int, chat: bool) -> tuple[str, int]:
+        """A prompt as the model reads it, and where character ``place`` of it is then."""
+        return self.frame.around(message, place) if chat else (message, place)
+
+    @cached_property
+    def chat_end(self) -> int | None:
+        """The token that ends what the assistant says, if it is a special one."""
+        ids = self.tokenizer(self.frame.end.lstrip(), add_special_tokens=False)["input_ids"] or [None]
+        return ids[0] if ids[0] in self.tokenizer.all_special_ids else None
+
+    # --- texts ----------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, chat: bool = False) -> Tokens:
         """Tokens of a whole text, special ones in front kept, special ones behind (an EOS) dropped.
+
+        A chat has its special tokens in its text, and gets no others; nor does a text that begins with BOS itself.
 
         Raises:
             SphereEditError: the tokenizer changes the text, so that characters cannot be followed.
         """
+        start = self.tokenizer.bos_token
+        whole = chat or bool(start and text.startswith(start))
         if self.tokenizer.is_fast:
-            coded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+            coded = self.tokenizer(
+                text,
+                add_special_tokens=not whole,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
             ids, special = list(coded["input_ids"]), list(coded["special_tokens_mask"])
             spans = [
                 (0, 0) if hidden else tuple(span) for span, hidden in zip(coded["offset_mapping"], special, strict=True)
             ]
         else:
-            ids = list(self.tokenizer(text)["input_ids"])
-            special = list(self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True))
+            ids = list(self.tokenizer(text, add_special_tokens=not whole)["input_ids"])
+            special = [0] * len(ids)
+            if not whole:
+                special = list(self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True))
             spans = self._spans_by_decoding(text, ids, special)
         while ids and special[-1]:
             ids.pop(), special.pop(), spans.pop()
@@ -101,13 +163,15 @@ class Encoder:
         found = (separator, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return [next((token for token in found if token is not None), 0)]
 
-    def subject_end(self, text: str, subject_end: int) -> tuple[list[int], int]:
+    def subject_end(self, text: str, subject_end: int, chat: bool = False) -> tuple[list[int], int]:
         """Ids of ``text`` cut after the subject, and the index of the subject's last token (``text[:subject_end]``)."""
-        tokens = self.encode(text)
+        tokens = self.encode(text, chat)
         last = tokens.last_token_of(subject_end)
         return tokens.ids[: last + 1], last
 
-    def with_target(self, prompt: str, target: str, separator: str | None = None) -> tuple[Tokens, int]:
+    def with_target(
+        self, prompt: str, target: str, separator: str | None = None, chat: bool = False
+    ) -> tuple[Tokens, int]:
         """Tokens of the prompt, then of ``separator`` and target, and the index where the latter begin.
 
         Those of the prompt are what the prompt alone leads to, its white space included: no token holds a piece of both sides. Where the
@@ -118,10 +182,10 @@ class Encoder:
         """
         if separator is None:
             return self._as_before(prompt, target)
-        head, whole = self.encode(prompt), self.encode(prompt + separator + target)
+        head, whole = self.encode(prompt, chat), self.encode(prompt + separator + target, chat)
         start = len(head.ids)
         if whole.ids[:start] != head.ids:
-            whole = self._cut(head, prompt, separator + target)
+            whole = self._cut(head, prompt, separator + target, chat)
         first = len(prompt) + len(separator) + len(target) - len(target.lstrip())
         whole.first_token_after(first)
         return whole, _not_dropped(list(range(start, len(whole.ids))), first + 1)[0]
@@ -138,11 +202,11 @@ class Encoder:
             return self.with_target(prompt, target, rest[: len(rest) - len(target)])
         return tokens, start
 
-    def _cut(self, head: Tokens, prompt: str, rest: str) -> Tokens:
+    def _cut(self, head: Tokens, prompt: str, rest: str, chat: bool) -> Tokens:
         """The prompt's own tokens, and those that ``rest`` has after something it does not grow together with."""
         for anchor in _ANCHORS:
             try:
-                before, both = self.encode(anchor), self.encode(anchor + rest)
+                before, both = self.encode(anchor, chat), self.encode(anchor + rest, chat)
             except SphereEditError:  # no token for this one
                 continue
             count, shift = len(before.ids), len(prompt) - len(anchor)

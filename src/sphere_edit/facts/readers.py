@@ -86,7 +86,7 @@ def _unmeasured(facts: Iterable[Fact]) -> Counter[str]:
         found.update(
             f"portability, {short(probe.group, 40)}" if probe.group else "portability" for probe in fact.portability
         )
-        found.update({"rewordings": len(fact.rewordings), "chat": int(fact.chat is not None)})
+        found.update({"rewordings": len(fact.rewordings)})
     return +found
 
 
@@ -169,7 +169,7 @@ def _digest(facts: Iterable[Fact]) -> str:
 def _told(fact: Fact) -> dict[str, Any]:
     """The fact's fields, without those of later versions where they say nothing: it keeps the hash it had before there were any."""
     fields = fact.as_dict()
-    for name in ("generation_prompts", "answers", "true_answers", "portability", "rewordings", "chat"):
+    for name in ("generation_prompts", "answers", "true_answers", "portability", "rewordings", "forms"):
         if not fields[name]:
             del fields[name]
     if fact.separator is None or fact.separator + fact.target_new == joined(fact.target_new):

@@ -6,19 +6,21 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sphere_edit.editing.settings import Settings
+from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
-from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
+from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
+from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.fact import Fact
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
@@ -33,7 +35,7 @@ from sphere_edit.runs.records import Ability, Evaluation, Unedited
 from sphere_edit.runs.trust import refuse_untrusted
 
 METRICS_SCHEMA = 2
-_SCORING = 1  # to be raised whenever the same model and facts would get other scores
+_SCORING = 2  # to be raised whenever the same model and facts would get other scores
 _AGES = 10  # classes of age that retention tells apart
 
 
@@ -85,16 +87,33 @@ class Evaluator:
             self._tasks = AbilityTasks(settings.tasks, settings.task_dir, settings.task_limit)
 
     def score(self, facts: Sequence[Fact], title: str, say: bool = False) -> list[FactScores]:
-        """Scores of complete facts by the model as it stands; with ``say`` also what it says, if the settings want that."""
+        """Scores of complete facts by the model as it stands; with ``say`` also in the other form, and what it says, if the settings want that."""
         scores = score_facts(self.loaded, facts, self.max_tokens, self.reporter, title)
+        if say and self._chats:
+            scores = with_other_form(self.loaded, facts, scores, self.max_tokens, self.reporter)
         if not say or self.settings.generation == "off":
             return scores
         chat = self.settings.generation == "chat"
         return with_answers(self.loaded, facts, scores, chat, self.max_tokens, self.reporter)
 
     def knows(self, facts: Sequence[Fact], title: str) -> list[bool]:
-        """Whether the model as it stands gives each fact's new answer (strict)."""
-        return [score.rewrite.correct for score in self.score([fact.bare() for fact in facts], title)]
+        """Whether the model as it stands gives each fact's new answer (strict), in every form that it is edited in."""
+        asked = [(number, form.bare()) for number, fact in enumerate(facts) for form in fact.in_each_form()]
+        scores = self.score([form for _, form in asked], title)
+        unknown = {number for (number, _), score in zip(asked, scores, strict=True) if not score.rewrite.correct}
+        return [number not in unknown for number in range(len(facts))]
+
+    @cached_property
+    def _chats(self) -> bool:
+        """Whether prompts can be asked in a chat too; where a template is there that cannot be used, that is told."""
+        if not has_chat_template(self.loaded.tokenizer):
+            return False
+        try:
+            chat_frame(self.loaded.tokenizer)
+        except SphereEditError as error:
+            self.reporter.say(f"Nothing is asked in a chat: {error}")
+            return False
+        return True
 
     def before_and_after(self, facts: Sequence[Fact], edited: bool) -> BeforeAndAfter:
         """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.errors import SphereEditError, refused_records
+from sphere_edit.facts.chat import has_chat_template
 from sphere_edit.facts.fact import Fact, short
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import Evaluator
@@ -33,7 +34,8 @@ def admit(
     """
     evaluator.check()
     _say_remarks(session, given)
-    usable, unreadable = readable(session, given.facts, skip_bad)
+    facts = in_forms(session, given.facts)
+    usable, unreadable = readable(session, facts, skip_bad)
     usable, known = (usable, []) if standing is None else _unknown(session, evaluator, usable, standing)
     plan = plan_batches(usable, session.settings.batch_size, skip_bad)
     left_out = [*given.bad, *unreadable, *known, *plan.bad]
@@ -46,9 +48,29 @@ def admit(
 def asked(session: Session, given: FactSet, skip_bad: bool) -> list[Fact]:
     """The facts that a model can be asked, edited or not; what is left out is told."""
     _say_remarks(session, given)
-    usable, unreadable = readable(session, given.facts, skip_bad, edited=False)
+    usable, unreadable = readable(session, in_forms(session, given.facts), skip_bad, edited=False)
     _say_left_out(session, [*given.bad, *unreadable])
     return usable
+
+
+def in_forms(session: Session, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts, those that do not say in which forms they are edited with the run's.
+
+    Where a chat model is edited in plain text because nobody said anything, that is told.
+
+    Raises:
+        SphereEditError: a fact is about a chat, and the model has no chat template that can be used.
+    """
+    default, tokenizer = session.settings.default_forms(), session.loaded.tokenizer
+    chosen = [fact if fact.forms else replace(fact, forms=default) for fact in facts]
+    if any("chat" in fact.forms for fact in chosen):
+        Encoder(tokenizer).frame  # noqa: B018 - told before any work, not fact by fact
+    elif has_chat_template(tokenizer) and not any(fact.forms for fact in chosen):
+        session.reporter.say(
+            "This model has a chat template, and its facts are edited as plain text: `--chat` edits them in a chat, `--forms plain,chat` in both. "
+            "How much holds in a chat is measured as 'strict, other form'"
+        )
+    return chosen
 
 
 def _say_remarks(session: Session, facts: FactSet) -> None:
@@ -93,13 +115,15 @@ def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float
                 f"'{short(fact.prompt)}' comes without a 'subject', and {session.method.name} writes at its last token; add it, or take a method "
                 f"that needs none ({free})"
             )
-        encoder.subject_end(*fill("{}", fact))
-        encoder.subject_end(*fill("{}", fact, KL_PROMPT))
+        for form in fact.in_each_form():
+            encoder.at_subject(form)
+            encoder.at_subject(form, prompt=KL_PROMPT)
     longest = max((fact.target_new, fact.target_true or ""), key=len)
     for prompt in (fact.filled_prompt, *fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors)):
-        size = len(encoder.with_target(prompt, longest, fact.separator)[0].ids)
-        if size > limit:
-            raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
+        for form in fact.in_each_form():
+            size = len(encoder.answered(prompt, longest, fact.separator, form.chat)[0].ids)
+            if size > limit:
+                raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
 
 
 def _unknown(
