@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, context_token_keys, interleaved
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
     GRADIENT_SCALE,
     Targets,
@@ -23,12 +24,15 @@ from sphere_edit.editing.targets import (
 )
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.forms import forms_of, others_in_place
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
+
+_OTHERS_COUNT = 12.0  # how much more a token of other things in a subject's place counts than another context token
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Feed:
 
 @dataclass
 class Report:
-    """What the journal says of a batch's targets: one number a fact, or for a joint descent one a batch."""
+    """What the journal says of a batch's targets: one number a form of a fact, or for a joint descent one a batch."""
 
     loss_before: list[float] = field(default_factory=list)
     loss_after: list[float] = field(default_factory=list)
@@ -147,14 +151,21 @@ class OptimisedTargets(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
+        self._take_up(facts)
+        share = len(self._facts) / len(self._forms)
+        self.find(lambda forms: advance(forms * share))
+
+    def _take_up(self, facts: Sequence[Fact]) -> None:
+        """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
         self._facts, self._reader = list(facts), None
-        self.find(advance)
+        sinks = partial(attention_sinks, self.loaded, self.layers[-1])
+        self._forms = [form for fact in facts for form in forms_of(fact, self.encoder, sinks)]
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
         computing = self.computing()
         self.targets: Targets = optimise_targets(
-            computing, self._facts, self.templates, self.layers[-1], self.settings, self._inside, advance
+            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
@@ -169,14 +180,14 @@ class OptimisedTargets(Source):
 
     def _outputs(self) -> Tensor:
         """What the last edited MLP says at the facts' subjects, ``[d, n]``."""
-        prompts = SubjectPrompts.of(self._facts, self.templates[:1], self.encoder)
+        prompts = SubjectPrompts.of(self._forms, self.templates[:1], self.encoder)
         names, layers = self.weights.names, self.layers
         return SubjectReader(self.loaded, prompts, names, layers, True, self.max_tokens).clean_values()
 
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
         if self._reader is None:
-            prompts = SubjectPrompts.of(self._facts, self.templates, self.encoder)
+            prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
             names, layers = self.weights.names, self.layers
             self._reader = SubjectReader(
                 self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts
@@ -186,21 +197,31 @@ class OptimisedTargets(Source):
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
         if list(facts) != self._facts:  # a batch of several groups
-            self._facts, self._reader = list(facts), None
+            self._take_up(facts)
         keys = self._the_reader().all_keys()
         self._reader = None
         return keys
 
     def columns(self, facts: Sequence[Fact]) -> list[int] | None:
-        """One, or one for each context template."""
-        return [1 if self.feed.contexts == "mean" else len(self.templates)] * len(facts)
+        """One for each form, or one for each form and context template."""
+        each = 1 if self.feed.contexts == "mean" else len(self.templates)
+        return [each * len(forms_of(fact, self.encoder)) for fact in facts]
 
     def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
 
-        With the weights as they stand, fact by fact, each prompt without its templates and without its answer.
+        With the weights as they stand, fact by fact, each prompt without its templates and without its answer. After them those of
+        `others_in_place`, each of which counts `_OTHERS_COUNT` times.
         """
-        return context_token_keys(self.loaded, self._facts, self.weights.names, self.encoder, self.max_tokens)
+        own = self._context_tokens_of(self._forms)
+        others = [other for fact in self._facts for other in others_in_place(fact, self.encoder)]
+        if not others:
+            return own
+        beside = [keys * _OTHERS_COUNT**0.5 for keys in self._context_tokens_of(others)]
+        return [torch.cat(parts, dim=1).contiguous() for parts in zip(own, beside, strict=True)]
+
+    def _context_tokens_of(self, facts: Sequence[Fact]) -> list[Tensor]:
+        return context_token_keys(self.loaded, facts, self.weights.names, self.encoder, self.max_tokens)
 
     def computing(self) -> LoadedModel:
         """The model, or a bfloat16 copy of it, with the edited weights as they stand."""
@@ -275,8 +296,9 @@ class FromTargets(Feed):
         return post_norm or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
-        """One, or one for each context: the bare prompt, and each template."""
-        return 1 + 5 * openers if self.contexts == "each" else 1
+        """One for each form, or one for each form and context: the bare prompt, and each template."""
+        each = 1 + 5 * openers if self.contexts == "each" else 1
+        return each * len(forms_of(fact, encoder))
 
 
 @dataclass(frozen=True)
