@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sphere_edit.evaluation.metrics import complete_answers, score_facts
 from torch import Tensor
 
 from sphere_edit import Editor
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.problem import State
 from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
+from sphere_edit.evaluation.scores import complete_answers, score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet
