@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.forms import contexts
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel
@@ -28,7 +29,7 @@ class SubjectPrompts:
     @classmethod
     def of(cls, facts: Sequence[Fact], templates: Sequence[str], encoder: Encoder) -> SubjectPrompts:
         """Tokenise; the first template must be the clean one."""
-        rows = [encoder.at_subject(fact, template)[0] for fact in facts for template in templates]
+        rows = [encoder.at_subject(fact, template)[0] for fact in facts for template in contexts(fact, templates)]
         return cls(rows, len(facts), len(templates))
 
 
@@ -119,6 +120,19 @@ def context_token_keys(
     asked = list(zip(rows, subjects, strict=True))
     found = over_batches(asked, max_tokens, read, lambda pair: len(pair[0]))
     return [_columns(torch.cat(vectors)) for vectors in zip(*found, strict=True)]
+
+
+def attention_sinks(loaded: LoadedModel, layer: int, ids: list[int]) -> set[int]:
+    """Indices of the tokens at which attention rests, by how long what stands there after ``layer`` is.
+
+    The first of the row, and those more than twice as long as the middle one of the rest (massive activations, arXiv:2402.17762).
+    """
+    site = loaded.architecture.decoder_layers(loaded.model)[layer]
+    _, hidden = activations(loaded, TokenBatch.of([ids], loaded.device), output_of=site)
+    assert hidden is not None
+    lengths = hidden[0].float().norm(dim=-1)
+    longer = lengths > 2 * lengths[1:].median() if len(ids) > 1 else torch.ones_like(lengths, dtype=torch.bool)
+    return {0, *longer.nonzero().flatten().tolist()}
 
 
 def _averaged(clean: Tensor, others: Tensor | None = None) -> Tensor:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, context_token_keys, interleaved
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
     GRADIENT_SCALE,
     Targets,
@@ -23,12 +24,15 @@ from sphere_edit.editing.targets import (
 )
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.forms import others_in_place, written_forms
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
+
+_OTHERS_COUNT = 12.0  # how much more a token of other things in a subject's place counts than another context token
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Feed:
 
 @dataclass
 class Report:
-    """What the journal says of a batch's targets: one number a fact and form, or for a joint descent one a batch."""
+    """What the journal says of a batch's targets: one number a form of a fact, or for a joint descent one a batch."""
 
     loss_before: list[float] = field(default_factory=list)
     loss_after: list[float] = field(default_factory=list)
@@ -152,9 +156,10 @@ class OptimisedTargets(Source):
         self.find(lambda forms: advance(forms * share))
 
     def _take_up(self, facts: Sequence[Fact]) -> None:
-        """Remember the facts, and each in each of its forms, fact by fact: all that is found is found of these."""
+        """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
         self._facts, self._reader = list(facts), None
-        self._forms = in_each_form(facts)
+        sinks = partial(attention_sinks, self.loaded, self.layers[-1])
+        self._forms = written_forms(facts, self.encoder, sinks)
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
@@ -200,14 +205,28 @@ class OptimisedTargets(Source):
     def columns(self, facts: Sequence[Fact]) -> list[int] | None:
         """One for each form, or one for each form and context template."""
         each = 1 if self.feed.contexts == "mean" else len(self.templates)
-        return [each * len(fact.in_each_form()) for fact in facts]
+        return [each * len(written_forms([fact], self.encoder)) for fact in facts]
 
     def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
 
-        With the weights as they stand, fact by fact, each prompt without its templates and without its answer.
+        With the weights as they stand, fact by fact, each prompt without its templates and without its answer. After them those of
+        `others_in_place`, each of which counts `_OTHERS_COUNT` times.
         """
-        return context_token_keys(self.loaded, self._forms, self.weights.names, self.encoder, self.max_tokens)
+        own = self._context_tokens_of(self._forms)
+        others = [
+            other
+            for fact in self._facts
+            for single in fact.in_each_form()
+            for other in others_in_place(single, self.encoder)
+        ]
+        if not others:
+            return own
+        beside = [keys * _OTHERS_COUNT**0.5 for keys in self._context_tokens_of(others)]
+        return [torch.cat(parts, dim=1).contiguous() for parts in zip(own, beside, strict=True)]
+
+    def _context_tokens_of(self, facts: Sequence[Fact]) -> list[Tensor]:
+        return context_token_keys(self.loaded, facts, self.weights.names, self.encoder, self.max_tokens)
 
     def computing(self) -> LoadedModel:
         """The model, or a bfloat16 copy of it, with the edited weights as they stand."""
@@ -282,8 +301,9 @@ class FromTargets(Feed):
         return post_norm or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
-        """One for each form, or one for each context in it: the bare prompt, and each template."""
-        return (1 + 5 * openers if self.contexts == "each" else 1) * len(fact.in_each_form())
+        """One for each form, or one for each form and context: the bare prompt, and each template."""
+        each = 1 + 5 * openers if self.contexts == "each" else 1
+        return each * len(written_forms([fact], encoder))
 
 
 def in_each_form(facts: Sequence[Fact]) -> list[Fact]:

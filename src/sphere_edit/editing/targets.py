@@ -14,6 +14,7 @@ from torch import Tensor
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.forms import contexts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
@@ -192,7 +193,7 @@ class FactPrompts:
     def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> FactPrompts:
         """The prompts of one fact in every template, the first of which is the bare one."""
         rows, subjects, starts, targets = [], [], [], []
-        for template in templates:
+        for template in contexts(fact, templates):
             tokens, start, subject = encoder.with_answer(fact, template)
             rows.append(tokens.ids[:-1])
             subjects.append(subject)

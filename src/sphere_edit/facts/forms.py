@@ -1,0 +1,75 @@
+"""The forms in which a fact is written: more than one where its subject is the first token of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder, fill
+
+_OPENER = "\n"  # what stands before a fact that is not to be the first of a row: a line's end
+_OTHERS = (
+    *("The", "In", "It", "She", "America", "People", "Water", "Music", "John", "Winter"),
+    *("History", "Time", "Africa", "Europe", "Love", "Science", "Money", "Today", "God", "Peace"),
+)
+
+
+class BareForm(Fact):
+    """A form that is written in the bare prompt alone, and in no context template."""
+
+
+def begins_its_row(fact: Fact, encoder: Encoder) -> bool:
+    """Whether the last token of a fact's subject is the first of its prompt."""
+    return encoder.at_subject(fact)[1] == 0
+
+
+def written_forms(
+    facts: Sequence[Fact], encoder: Encoder, sinks: Callable[[list[int]], set[int]] = lambda ids: set()
+) -> list[Fact]:
+    """All that is written for some facts, fact by fact: each of a fact's forms (plain, chat), as `forms_of` says."""
+    return [form for fact in facts for single in fact.in_each_form() for form in forms_of(single, encoder, sinks)]
+
+
+def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]] = lambda ids: set()) -> list[Fact]:
+    """The fact, or the two that are written in its place where the row's first token would be where it is written.
+
+    Attention rests on the first token of a row, whatever that is (arXiv:2309.17453). All texts have much the same key there: what
+    is written there is written into every text, and nothing of the subject can be read from it. Such a fact has two forms, each
+    with a longer subject:
+
+    - with a line's end before it, for the subject inside a text;
+    - with the prompt up to its longest token behind it, for the bare prompt: that token has read the subject, and says what is asked.
+
+    A prompt that is nothing but its subject has the first form only. A tokenizer that begins every row with a token of its own
+    never comes to this.
+
+    Args:
+        sinks: indices of those of some token ids at which attention rests too; they are passed over.
+    """
+    if not begins_its_row(fact, encoder):
+        return [fact]
+    text, end = fill("{}", fact)
+    inside = replace(fact, subject=_OPENER + text[:end], prompt="{}" + text[end:])
+    tokens = encoder.encode(text)
+    avoided = sinks(tokens.ids)
+    places = [
+        (number in avoided, -len(text[max(start, end) : stop].strip()), stop)
+        for number, (start, stop) in enumerate(tokens.spans)
+        if text[max(start, end) : stop].strip()
+    ]
+    if not places:
+        return [inside]
+    *_, place = min(places)
+    bare = {**vars(fact), "subject": text[:place], "prompt": "{}" + text[place:]}
+    return [inside, BareForm(**bare)]
+
+
+def contexts(fact: Fact, templates: Sequence[str]) -> list[str]:
+    """The context templates in which a form of a fact is written, as many as there are; the bare one comes first."""
+    return ["{}"] * len(templates) if isinstance(fact, BareForm) else list(templates)
+
+
+def others_in_place(fact: Fact, encoder: Encoder) -> list[Fact]:
+    """The fact's prompt about other things, for a fact that `begins_its_row`: what these are read by is to stay what it is."""
+    return [replace(fact, subject=word) for word in _OTHERS] if begins_its_row(fact, encoder) else []
