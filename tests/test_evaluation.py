@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,12 @@ from sphere_edit.evaluation.generation import (
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
 from sphere_edit.evaluation.scores import FactScores, PromptScore, complete_answers, questions, score_facts
+from sphere_edit.facts.fact import Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.forward import last_hidden
+from sphere_edit.models.generation import end_tokens
+from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.progress import Quiet
 from sphere_edit.runs import measuring as evaluator
 from test_runs import METHODS, QUICK
@@ -159,6 +164,88 @@ def test_generated_answers_are_those_of_plain_greedy_decoding_and_agree_with_the
                 assert prompt.begins
                 seen += 1
     assert seen > 0
+
+
+def own_scores(loaded, facts):
+    """The summary of the unedited model on facts without answers: it is asked for them, and then asked whether it gives them."""
+    complete = complete_answers(loaded, facts)
+    scores = with_answers(loaded, complete, score_facts(loaded, complete, 256, Quiet()), False, 256, Quiet())
+    return complete, summarise(scores)
+
+
+OWN = {f"specificity{protocol}": 100.0 for protocol in ("", "_strict", "_token", "_generated")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_models_own_answers_count_as_its_own_in_every_protocol_wherever_it_ends_its_text(family, at):
+    loaded = tiny(family, torch.float32)
+    facts = [replace(fact, neighbors=(*fact.neighbors, Neighbor("Where is the"))) for fact in facts_of(6)]
+    silent = [tuple(replace(neighbor, answer=None) for neighbor in fact.neighbors) for fact in facts]
+    longer = ["", " in Germany and Spanish in Paris"] * 3  # as many tokens of the model's own are its answer
+    facts = [
+        replace(fact, neighbors=neighbors, target_new=fact.target_new + more)
+        for fact, neighbors, more in zip(facts, silent, longer, strict=True)
+    ]
+    encoder = Encoder(loaded.tokenizer)
+    asked = sorted({neighbor.prompt for fact in facts for neighbor in fact.neighbors})
+    (said,) = continuations(loaded, [encoder.encode(asked[0]).ids], [at + 1], 256, Quiet())
+    loaded.model.generation_config.eos_token_id = [2, said[at]]  # what it says there ends its text from here on
+    complete, found = own_scores(loaded, facts)
+    assert {name: found[name] for name in OWN} == OWN
+    answers = [n.answer_ids for fact in complete for n in fact.neighbors if n.prompt == asked[0]]
+    assert any(len(ids) == min(at, said.index(said[at])) + 1 and ids[-1] == said[at] for ids in answers), (
+        "no answer ends where the text does, and the test says nothing"
+    )
+
+
+def test_the_model_ending_its_text_elsewhere_is_another_answer():
+    """Also where an older run kept what followed the end; and a model that goes on where it used to end has changed its answer."""
+    loaded = tiny("llama", torch.float32)
+    (fact,) = (replace(fact, neighbors=fact.neighbors[1:]) for fact in facts_of(1))
+    ids = Encoder(loaded.tokenizer).encode(fact.neighbors[0].prompt).ids
+    (said,) = continuations(loaded, [ids], [4], 256, Quiet())
+    verdicts = {}
+    for name, answer, end in [("older", [said[0], 5, 7], said[0]), ("longer", [said[0], 2], 2), ("at once", [2], 2)]:
+        loaded.model.generation_config.eos_token_id = end
+        neighbors = (replace(fact.neighbors[0], answer="x", answer_ids=tuple(answer)),)
+        asked = replace(fact, target_true="x", neighbors=neighbors)
+        scores = score_facts(loaded, [asked], 256, Quiet())
+        (told,) = with_answers(loaded, [asked], scores, False, 256, Quiet())
+        verdicts[name] = told.neighbors[0].begins
+    assert verdicts == {"older": True, "longer": False, "at once": False}
+
+
+def test_an_answer_with_a_special_token_in_it_is_read_as_it_was_asked():
+    loaded = tiny("llama", torch.float32)
+    (fact,) = facts_of(1)
+    head, encoder = loaded.model.get_output_embeddings().weight, Encoder(loaded.tokenizer)
+    hidden = last_hidden(loaded, TokenBatch.of([encoder.encode(fact.filled_prompt).ids], loaded.device))[0, -1]
+    with torch.no_grad():
+        head[0] = hidden / hidden.norm() * 50  # <pad> is what it says first
+    (said,) = continuations(loaded, [encoder.encode(fact.filled_prompt).ids], [2], 256, Quiet())
+    assert said[0] == 0
+    fact = replace(fact, target_new="<pad>", separator="", target_true="x", paraphrases=(), neighbors=())
+    scores = score_facts(loaded, [fact], 256, Quiet())
+    (told,) = with_answers(loaded, [fact], scores, False, 256, Quiet())
+    assert told.rewrite.correct
+    assert told.rewrite.begins
+    assert "<pad>" not in told.rewrite.said
+
+
+@pytest.mark.slow
+def test_smollm2s_own_answers_count_as_its_own_in_every_protocol(smollm2):
+    """After whole sentences, where it often ends its text at once or after a word, and before answers of one token and of many."""
+    prompts = ["The capital of France is", "Thank you.", "Berlin is the capital of Germany.", "2 + 2 =", "Yes", "The end."]
+    prompts += ["Goodbye!", "Q: What is the capital of Italy?\nA:", "I am done.<|im_end|>", "The river of Paris is the Seine."]
+    records = [
+        {**record, "target_true": None, "target_new": new, "paraphrases": [], "neighbors": prompts}
+        for record, new in zip(fact_records(2), ["Lyon", "a town of some thousand people in the east"], strict=True)
+    ]
+    complete, found = own_scores(smollm2, facts_from(records).facts)
+    assert {name: found[name] for name in OWN} == OWN
+    ends = end_tokens(smollm2)
+    assert any(ends & {*n.answer_ids} for fact in complete for n in fact.neighbors), "it ends no text"
 
 
 def test_a_chat_asks_through_the_models_own_template_and_says_where_there_is_none(tmp_path):

@@ -7,17 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.evaluation.scores import FactScores, Question, grouped, questions
+from sphere_edit.evaluation.scores import FactScores, PromptScore, Question, answer_ends, grouped, questions
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.generation import generate, seeded
+from sphere_edit.models.generation import generate, seeded, until_end
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import over_batches, same_length_batches
 from sphere_edit.progress import Reporter
@@ -43,46 +42,64 @@ def with_answers(
     asked = [question for fact in facts for question in questions(fact)]
     sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
     coded = [encoder.asked(question.prompt, chat or question.chat).ids for question in asked]
-    said = continuations(loaded, coded, sizes, max_tokens, reporter)
+    said = continuations(loaded, coded, sizes, max_tokens, reporter, end=True)
     pairs = iter(zip(asked, coded, said, strict=True))
     found = []
     for fact, score in zip(facts, scores, strict=True):
         told = []
         for prompt in score.prompts():
             question, before, ids = next(pairs)
-            if chat or question.chat:
-                ids = list(takewhile(lambda token: token != encoder.chat_end, ids))
-            text = _said(loaded.tokenizer, before, ids)
-            told.append(replace(prompt, said=text, begins=_begins(ids, text, question, chat)))
+            told.append(_told(loaded, encoder, prompt, question, before, ids, chat))
         found.append(grouped(fact, told))
     return found
 
 
-def _said(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+def _told(
+    loaded: LoadedModel,
+    encoder: Encoder,
+    score: PromptScore,
+    question: Question,
+    before: list[int],
+    ids: list[int],
+    chat: bool,
+) -> PromptScore:
+    """The score with what was said, ``ids`` after ``before``, and the generated verdict of it.
+
+    An answer that the unedited model gave is a number of its tokens, cut anywhere, its end of text included, and is compared as tokens; what
+    it gave to the plain prompt says nothing about a chat. Of other answers the text is compared, special tokens in it included.
+    """
+    ends, tokenizer = answer_ends(loaded, encoder, chat or question.chat), loaded.tokenizer
+    ids = until_end(ids, ends)
+    words = [token for token in ids if token not in ends]
+    said, answer = _said(tokenizer, before, words, special=False), question.right
+    if answer.ids is None:
+        begins: bool | None = _begins(_said(tokenizer, before, words, special=True), question, chat)
+    elif chat and not question.chat:
+        begins = None
+    else:
+        wanted = until_end(answer.ids, ends)  # runs begun earlier kept what the model went on to say after its end
+        begins = ids[: len(wanted)] == wanted
+    return replace(score, said=said, begins=begins)
+
+
+def _said(tokenizer: Any, before: list[int], ids: list[int], special: bool) -> str:
     """The text of ``ids`` as they stand after ``before``; some tokenizers drop a text's first space when they decode it alone."""
-    whole, lead = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in ([*before, *ids], before)
+    whole, lead, alone = (
+        tokenizer.decode(part, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        for part in ([*before, *ids], before, ids)
     )
-    return whole[len(lead) :] if whole.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True)
+    return whole[len(lead) :] if whole.startswith(lead) else alone
 
 
-def _begins(ids: list[int], text: str, question: Question, chat: bool) -> bool | None:
-    """The generated verdict: the whole text, seam included, begins with the prompt and a right answer.
+def _begins(text: str, question: Question, chat: bool) -> bool:
+    """Whether the whole text, seam included, begins with the prompt and a right answer.
 
-    An answer that the unedited model gave is a number of its tokens, cut anywhere, and is compared as tokens; what it gave to the plain
-    prompt says nothing about a chat. In a chat, and in runs begun before facts kept their separator, spaces at the seam do not count.
+    In a chat, and in runs begun before facts kept their separator, spaces at the seam do not count.
     """
     answer = question.right
-    if answer.ids is None:
-        prompt, separator = (
-            ("", "") if chat or question.chat or answer.separator is None else (question.prompt, answer.separator)
-        )
-        return any(begins_with(prompt + text, prompt + separator + right) for right in (answer.text, *answer.others))
-    if chat and not question.chat:
-        return None
-    wanted = list(answer.ids)[: len(ids) or 1]  # where the model ends its text, nothing can follow
-    return ids[: len(wanted)] == wanted
+    plain = not (chat or question.chat) and answer.separator is not None
+    prompt, separator = (question.prompt, answer.separator) if plain else ("", "")
+    return any(begins_with(prompt + text, f"{prompt}{separator}{right}") for right in (answer.text, *answer.others))
 
 
 def begins_with(said: str, answer: str) -> bool:

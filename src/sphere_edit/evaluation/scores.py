@@ -20,7 +20,7 @@ from typing import Any
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import last_hidden, next_token_scores
-from sphere_edit.models.generation import greedy_continuations
+from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import Predictions, TokenBatch, over_batches
 from sphere_edit.progress import Reporter
@@ -105,8 +105,14 @@ class Answer:
         return tokens.ids[:start], tokens.ids[start:]
 
 
+def answer_ends(loaded: LoadedModel, encoder: Encoder, chat: bool) -> frozenset[int]:
+    """The tokens that end an answer: those that end a text of the model, and in a chat the one that ends a turn."""
+    ends = end_tokens(loaded)
+    return ends | {encoder.chat_end} if chat and encoder.chat_end is not None else ends
+
+
 def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
-    """Facts with every missing true answer filled by the model's own greedy one, as many tokens as the new target has.
+    """Facts with every missing true answer filled by the model's own greedy one: as many tokens as the new target has, fewer where it ends its text.
 
     To be called with the unedited model in place: what it says is then what the edit is compared with.
     """
@@ -121,7 +127,8 @@ def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
         return list(facts)
     lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.answered(*each) for each in asked)]
     prompts = [encoder.asked(prompt, chat).ids for prompt, *_, chat in asked]
-    said = iter(greedy_continuations(loaded, prompts, lengths))
+    ends = [answer_ends(loaded, encoder, chat) for *_, chat in asked]
+    said = iter(greedy_continuations(loaded, prompts, lengths, ends))
 
     def answer() -> tuple[str, tuple[int, ...]]:
         ids = next(said)

@@ -28,12 +28,23 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
+def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """The tokens that end a text of this model, by its generation settings."""
+    end = loaded.model.generation_config.eos_token_id
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
+
+
+def until_end(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """What a model said, up to the token that ends its text, and with it: that nothing follows is part of what it said."""
+    return list(ids[: next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))])
+
+
 @torch.no_grad()
 def greedy_continuations(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], lengths: Sequence[int], ends: Sequence[frozenset[int]]
 ) -> list[list[int]]:
-    """The ``lengths[i]`` likeliest next tokens of each prompt (token ids), one after another."""
-    rows = [list(prompt) for prompt in prompts]
+    """The ``lengths[i]`` likeliest next tokens of each prompt (token ids), one after another, up to one of ``ends[i]`` (`until_end`)."""
+    said: list[list[int]] = [[] for _ in prompts]
 
     def likeliest(chunk: list[list[int]]) -> list[int]:
         batch = TokenBatch.of(chunk, loaded.device)
@@ -42,10 +53,15 @@ def greedy_continuations(
         return tokens.tolist()
 
     for step in range(max(lengths, default=0)):
-        pending = [row for row, length in zip(rows, lengths, strict=True) if step < length]
-        for row, token in zip(pending, over_batches(pending, _GREEDY_TOKENS, likeliest), strict=True):
-            row.append(token)
-    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        pending = [
+            index
+            for index, (ids, length, last) in enumerate(zip(said, lengths, ends, strict=True))
+            if step < length and last.isdisjoint(ids[-1:])
+        ]
+        rows = [[*prompts[index], *said[index]] for index in pending]
+        for index, token in zip(pending, over_batches(rows, _GREEDY_TOKENS, likeliest), strict=True):
+            said[index].append(token)
+    return said
 
 
 @torch.no_grad()
@@ -54,27 +70,28 @@ def generate(
     rows: Sequence[Sequence[int]],
     new_tokens: int,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    end: bool = False,
     **options: Any,
 ) -> list[list[int]]:
     """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
 
-    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends.
-    They are not touched, so that several threads can ask one model.
+    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends;
+    with ``end``, the token that ends it is kept (`until_end`). They are not touched, so that several threads can ask one model.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    end = loaded.model.generation_config.eos_token_id
+    ends = end_tokens(loaded)
     ids = torch.tensor(rows, device=loaded.device)
     # transformers fills whatever a request leaves at None from the model's own settings, and some can only be None (a list of
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
-    view.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=0)
+    view.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
     said = view.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
         logits_processor=LogitsProcessorList(processors),
     ).tolist()
-    ends = set(end if isinstance(end, list) else [end])
     given = len(rows[0])
-    return [row[: next((i for i in range(given, len(row)) if row[i] in ends), len(row))] for row in said]
+    found = [row[:given] + until_end(row[given:], ends) for row in said]
+    return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
