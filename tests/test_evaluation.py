@@ -236,8 +236,9 @@ def test_an_answer_with_a_special_token_in_it_is_read_as_it_was_asked():
 @pytest.mark.slow
 def test_smollm2s_own_answers_count_as_its_own_in_every_protocol(smollm2):
     """After whole sentences, where it often ends its text at once or after a word, and before answers of one token and of many."""
-    prompts = ["The capital of France is", "Thank you.", "Berlin is the capital of Germany.", "2 + 2 =", "Yes", "The end."]
-    prompts += ["Goodbye!", "Q: What is the capital of Italy?\nA:", "I am done.<|im_end|>", "The river of Paris is the Seine."]
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    prompts = ["The capital of France is", "Berlin is the capital of Germany.", "The end.", "Q: Where is Rome?\nA:"]
+    prompts += [chat.format(text) for text in ("Say yes.", "What is 2 + 2?", "Hi!")]
     records = [
         {**record, "target_true": None, "target_new": new, "paraphrases": [], "neighbors": prompts}
         for record, new in zip(fact_records(2), ["Lyon", "a town of some thousand people in the east"], strict=True)

@@ -77,9 +77,10 @@ class Report:
             values += getattr(other, name)
 
     def as_dict(self) -> dict[str, Any]:
-        """Means, None where nothing was measured, and every count of evaluations."""
+        """Means, None where nothing was measured; and of every fact how likely it became, and after how many evaluations."""
         means = {name: sum(values) / len(values) if values else None for name, values in vars(self).items()}
-        return {**means, "evaluations": self.evaluations}
+        each = {"probabilities": [float(f"{value:.3g}") for value in self.probability_after]}
+        return {**means, "evaluations": self.evaluations, **(each if self.probability_after else {})}
 
 
 class Source:

@@ -27,6 +27,8 @@ _VOCABULARY_ROWS = {"cpu": 16}  # positions whose logits are normalised at one t
 _MANY_ROWS = 256  # on an accelerator, where each block costs the start of some kernels
 _TOKENS = {"cpu": 512}  # replayed at once: what stays in a processor's cache
 _MANY_TOKENS = 4096
+LONG_ANSWER = 8  # tokens beyond which an answer takes more steps
+_TOKENS_A_ROUND = 5  # then, as many tokens as ``steps`` suffice for: measured on answers of 15 to 106 tokens (docs/quality.md)
 
 
 class TargetSettings(BaseModel):
@@ -43,7 +45,12 @@ class TargetSettings(BaseModel):
         description="Adam's learning rate (v_lr; 1 unless given), else the longest step as a share of ‖h‖ (normalised "
         "0.1, polyak 0.35)",
     )
-    steps: int = Field(13, ge=2, description="loss evaluations; one update fewer (v_num_grad_steps), so two at least")
+    steps: int = Field(
+        13,
+        ge=2,
+        description="loss evaluations; one update fewer (v_num_grad_steps), so two at least. With normalised and polyak, more for "
+        "answers of more than 8 tokens: in proportion, so many for each five",
+    )
     weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
     clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")
@@ -76,6 +83,10 @@ class TargetSettings(BaseModel):
         return self.model_copy(
             update={"lr": self.step_rule().rate, "compute": compute, "tokens": self.tokens_on(device)}
         )
+
+    def steps_for(self, tokens: int) -> int:
+        """Loss evaluations that a target of so many tokens may take: in proportion to them beyond `LONG_ANSWER`; Adam's are as published."""
+        return self.steps if self.rule == "adam" else self.steps * max(tokens if tokens > LONG_ANSWER else 0, _TOKENS_A_ROUND) // _TOKENS_A_ROUND
 
     def step_rule(self) -> StepRule:
         """A fresh one, for the facts that are optimised together."""
@@ -184,6 +195,11 @@ class FactPrompts:
         return len(self.targets) if len(self.rows) > len(self.targets) else 0
 
     @property
+    def answer_tokens(self) -> int:
+        """Tokens of the answer, after the template that makes the most of it."""
+        return max(map(len, self.targets))
+
+    @property
     def replayed_tokens(self) -> int:
         """Tokens in one evaluation of the loss: from the subject's last token on, padded."""
         spans = (len(row) - subject for row, subject in zip(self.rows, self.subjects, strict=True))
@@ -257,9 +273,9 @@ class _Descent:
         )
 
     def run(self, advance: Advance) -> list[_Found]:
-        steps = self.settings.steps
         found = [_Found(h, torch.empty(0)) for h in self.h]
-        for step in range(1, steps + 1):
+        allowed = torch.tensor([self.settings.steps_for(fact.answer_tokens) for fact in self.prompts])
+        for step in range(1, int(allowed.max()) + 1):
             evaluation = self._evaluate()
             now = evaluation.loss
             for index, value, chance in zip(self.active, now.tolist(), evaluation.probability.tolist(), strict=True):
@@ -269,11 +285,12 @@ class _Descent:
             self.sure += evaluation.surest.int()
             if self.settings.most_probable:
                 finished |= self.sure >= self.settings.most_probable
-            if step == steps:
-                finished[:] = True
+            limits = allowed[self.active]
+            finished |= (limits <= step).to(finished.device)
             for number in finished.nonzero().flatten().tolist():
                 found[self.active[number]].delta = self.delta[number].detach()
-            advance(len(self.active) / steps + int(finished.sum()) * (steps - step) / steps)
+            done = torch.where(finished.cpu(), limits - step + 1, 1) / limits
+            advance(float(done.sum()))
             if bool(finished.all()):
                 break
             gradient = self._gradient(evaluation)

@@ -190,6 +190,11 @@ class Encoder:
         whole.first_token_after(first)
         return whole, _not_dropped(list(range(start, len(whole.ids))), first + 1)[0]
 
+    def answer_of(self, fact: Fact) -> list[int]:
+        """Ids of the fact's new answer as it stands after its own prompt."""
+        tokens, start = self.with_target(fact.filled_prompt, fact.target_new, fact.separator)
+        return tokens.ids[start:]
+
     def _as_before(self, prompt: str, target: str) -> tuple[Tokens, int]:
         """The prompt without white space at its end, one space where the target's first letter asks for it, and the target's first token.
 

@@ -110,7 +110,7 @@ def read_facts(
         shuffle: put the facts in a random order with this seed.
 
     Raises:
-        SphereEditError: naming every bad record by its number, from 1.
+        SphereEditError: naming every bad record by its number, from 1; or no record has the ``alternative`` that was asked for.
     """
     if limit is not None and limit < 1:
         raise SphereEditError(f"--limit takes a positive number of facts, not {limit}")
@@ -131,6 +131,7 @@ def _fact_set(
     facts: list[Fact] = []
     bad: list[str] = []
     protocols: dict[str, None] = {}
+    alternative = False
     ignored: Counter[str] = Counter()
     for number, record in records:
         try:
@@ -145,6 +146,7 @@ def _fact_set(
             bad.append(f"record {number}: not laid out as expected (nested too deeply)")
             continue
         facts += found
+        alternative |= shape.alternative
         ignored.update(set(unused))
         protocols[shape.protocol.format(zsre_target=zsre_target)] = None
         if limit is not None and len(facts) >= limit:
@@ -155,6 +157,11 @@ def _fact_set(
         raise refused_records(f"{source}: {many} cannot be used (--skip-bad goes on without)", bad)
     if not facts:
         raise SphereEditError(f"{source}: no usable fact in it" + (f" ({len(bad)} bad records)" if bad else ""))
+    if zsre_target == "alternative" and not alternative:
+        raise SphereEditError(
+            f"{source} has no ZsRE record, and only these have an alternative (alt) to be edited to; leave --target alternative out. "
+            f"Its facts were read as {'; '.join(protocols)}"
+        )
     return FactSet(facts, bad, "; ".join(protocols), source, _digest(facts), {} if source == "demo" else ignored)
 
 

@@ -20,11 +20,12 @@ _OWN = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighb
 
 @dataclass(frozen=True)
 class Shape:
-    """How a kind of record is told, what it is called, and what turns it into facts."""
+    """How a kind of record is told, what it is called, what turns it into facts, and whether it can be edited to an alternative (alt)."""
 
     fits: Callable[[Record], bool]
     protocol: str
     read: Callable[[Fields, ZsreTarget], list[Draft]]
+    alternative: bool = False
 
     def facts(self, record: Record, number: int, zsre_target: ZsreTarget) -> tuple[list[Fact], list[str]]:
         """The facts of a record, and the names of its fields that nothing was read from.
@@ -270,11 +271,13 @@ SHAPES = (
         _has("src", "answers"),
         "ZsRE: src is edited to its {zsre_target}; locality is the Natural Questions prompt and its answer",
         _zsre,
+        alternative=True,
     ),
     Shape(
         _has("src", "alt"),
         "ZsRE without answers, BMIKE-53 in one language: src is edited to alt",
         _named(prompt="src", target="alt"),
+        alternative=True,
     ),
     Shape(
         _has("update", "ans"),

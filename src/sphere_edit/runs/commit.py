@@ -46,11 +46,12 @@ class Committer:
         rechecked: Sequence[int] = (),
         rewritten: Sequence[int] = (),
         clock: Clock | None = None,
+        unanswered: Sequence[int] = (),
     ) -> Batch | GuardStop:
         """Edit one batch and commit it: ``facts`` with their ``indices`` in the run, and the earlier ones they replace.
 
-        Earlier facts that were ``rechecked`` and proved to be forgotten are ``rewritten``: they stand at the end of ``facts``. The time that
-        took is on the ``clock``, if one is given.
+        Of earlier facts that were ``rechecked``, some were ``unanswered``, and of these some are ``rewritten``: they stand at the end of
+        ``facts``. The time that took is on the ``clock``, if one is given.
 
         Where the run is guarded and the batch would leave the safe region, nothing of it stands: what is committed instead
         is the guard's record, which withdraws all facts still waiting.
@@ -73,6 +74,7 @@ class Committer:
             "superseded": list(superseded),
             "rechecked": list(rechecked),
             "rewritten": list(rewritten),
+            **({"unanswered": list(unanswered)} if rechecked else {}),
             "columns": self.source.columns(facts),
         }
         return self._commit(batch, written, seen, deployed, about, clock)

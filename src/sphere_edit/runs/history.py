@@ -102,12 +102,20 @@ class History:
 
     @property
     def forgotten(self) -> list[int]:
-        """What the final recheck found forgotten and no batch has written again since."""
+        """What the final recheck found forgotten, or never taken, and no batch has written again since."""
         if not self.recheck_done:
             return []
         last = self.final_rechecks[-1]
         written = {index for batch in self.batches[last.after :] for index in batch.rewritten}
         return [index for index in last.forgotten if index not in written]
+
+    @property
+    def seen(self) -> set[int]:
+        """Facts that gave their new answer when they were rechecked, be it once."""
+        found = {index for batch in self.batches for index in batch.answered}
+        for recheck in self.final_rechecks:
+            found |= set(recheck.rechecked) - set(recheck.forgotten)
+        return found
 
     @property
     def batch_of(self) -> dict[int, int]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from sphere_edit.editing.diagnosing import MatrixEntry
 from sphere_edit.errors import SphereEditError
@@ -25,12 +25,16 @@ Kind = Literal["edit", "rewrite", "repair"]
 
 
 class TargetsEntry(TypedDict):
-    """How a batch's targets were found: means over its facts, None where nothing was measured (`sources.Report`)."""
+    """How a batch's targets were found: means over its facts, None where nothing was measured (`sources.Report`).
+
+    ``probabilities`` is ``probability_after`` fact by fact; runs begun before it was kept lack it.
+    """
 
     loss_before: float | None
     loss_after: float | None
     probability_after: float | None
     evaluations: list[int]
+    probabilities: NotRequired[list[float]]
 
 
 class RepairEntry(TypedDict):
@@ -96,7 +100,8 @@ class _Written(Record):
         facts: the new facts, by index.
         superseded: earlier facts that they replace.
         rechecked: earlier facts that were asked before the batch.
-        rewritten: those of them that were forgotten and are written again.
+        unanswered: those of them whose new answer the model did not give; None for runs that did not keep it.
+        rewritten: those of these that are written again.
         columns: how many columns of keys each member has, in the order of `members`; None for runs that did not keep it, and where
             there are none.
     """
@@ -107,6 +112,7 @@ class _Written(Record):
     superseded: list[int]
     rechecked: list[int] = Field(alias="asked")
     rewritten: list[int] = Field(alias="again")
+    unanswered: list[int] | None = None
     columns: list[int] | None = None
     repair: RepairEntry | None = None
     targets: TargetsEntry
@@ -120,6 +126,12 @@ class _Written(Record):
         if isinstance(entry, dict) and "kind" not in entry:
             return {**entry, "kind": "repair" if "repair" in entry else "edit" if entry.get("facts") else "rewrite"}
         return entry
+
+    @property
+    def answered(self) -> list[int]:
+        """The earlier facts that gave their new answer before the batch."""
+        missing = set(self.rewritten if self.unanswered is None else self.unanswered)
+        return [index for index in self.rechecked if index not in missing]
 
     @property
     def members(self) -> list[int]:
@@ -155,7 +167,7 @@ class GuardStop(_Written):
 
 
 class FinalRecheck(Record):
-    """At the end of a stream: who was asked, and who had forgotten."""
+    """At the end of a stream: who was asked, and who did not give the new answer."""
 
     event: Literal["look back"] = "look back"
     after: int

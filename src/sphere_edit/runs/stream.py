@@ -12,8 +12,9 @@ from contextlib import suppress
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.repair import repair_steps
+from sphere_edit.editing.targets import LONG_ANSWER
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
@@ -24,7 +25,7 @@ from sphere_edit.runs.selection import next_batch, superseded_by
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.trust import is_own
 
-_LIKELY = 0.5  # mean probability of the answers under the targets alone, below which something is wrong with these
+_LIKELY = 0.5  # mean probability of an answer's tokens under its target alone, below which something is wrong with that
 _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
 
 
@@ -74,22 +75,24 @@ class Stream:
             raise
 
     def _edit_next(self, facts: Sequence[Fact]) -> None:
-        """Edit the next facts waiting, and with them those earlier ones that are found forgotten."""
+        """Edit the next facts waiting, and with them those earlier ones that are not answered."""
         history, clock = self.run.history, Clock()
         batch = self._together(facts, history.pending, self.session.settings.batch_size)
         replaced = superseded_by(facts, batch, history.retained)
         asked = self._due_before(batch, replaced)
-        forgotten = self._forgotten(facts, asked, clock)
-        # a forgotten fact of a subject that the batch is about may have to wait for its next turn
-        rewritten = self._together(facts, [*batch, *forgotten], len(batch) + len(forgotten))[len(batch) :]
+        missing = self._unanswered(facts, asked, clock)
+        # such a fact of a subject that the batch is about may have to wait for its next turn
+        rewritten = self._together(facts, [*batch, *missing], len(batch) + len(missing))[len(batch) :]
         parts = [f"{len(batch)} facts"]
         if asked:
-            parts.append(f"{len(forgotten)} of {len(asked)} earlier ones that were forgotten")
+            never = set(missing) - history.seen
+            parts.append(f"{len(missing) - len(never)} of {len(asked)} earlier ones that were forgotten")
+            parts += [f"{len(never)} that never took"] if never else []
         left = len(history.pending) - len(batch)
         self.reporter.say(f"Batch {history.head + 1}: {', and '.join(parts)}; {left} after it", "bold")
         for index in replaced:
             self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
-        self._write(facts, batch, rewritten, replaced, asked, clock)
+        self._write(facts, batch, rewritten, replaced, asked, missing, clock)
 
     def _repair(self, facts: Sequence[Fact]) -> None:
         """Take back what the stream did to ordinary text, as far as its facts do not need it."""
@@ -103,21 +106,19 @@ class Stream:
         self.committer.repair(retained, repair_text(self.run, self.session.vocabulary), steps, share, settings.seed)
 
     def _final_recheck(self, facts: Sequence[Fact]) -> None:
-        """Ask all facts, once, and rewrite those that are forgotten, in batches without new ones."""
+        """Ask all facts, once, and rewrite those that are not answered, in batches without new ones."""
         run, history = self.run, self.run.history
         if not self.session.settings.recheck:
             return
         if not history.recheck_done:
             clock, asked = Clock(), history.due
-            forgotten = self._forgotten(facts, asked, clock)
-            run.append(FinalRecheck(after=history.head, rechecked=asked, forgotten=forgotten, seconds=clock.seconds))
+            missing = self._unanswered(facts, asked, clock)
+            run.append(FinalRecheck(after=history.head, rechecked=asked, forgotten=missing, seconds=clock.seconds))
         while (waiting := history.forgotten) and history.guard is None:
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
-            self.reporter.say(
-                f"Batch {history.head + 1}: {len(rewritten)} forgotten of {len(asked)} facts asked", "bold"
-            )
-            self._write(facts, [], rewritten, [], [], Clock())
+            self.reporter.say(f"Batch {history.head + 1}: {len(rewritten)} of {len(asked)} facts asked, again", "bold")
+            self._write(facts, [], rewritten, [], [], [], Clock())
 
     # --- back -----------------------------------------------------------------------------------------------------
 
@@ -153,21 +154,52 @@ class Stream:
         due = [index for index in self.run.history.due if index not in gone]
         return due[: (self.session.settings.recheck or 0) * len(batch)]
 
-    def _forgotten(self, facts: Sequence[Fact], asked: Sequence[int], clock: Clock) -> list[int]:
-        """Which of the facts ``asked`` the model does not give the new answer of any more (strict)."""
+    def _unanswered(self, facts: Sequence[Fact], asked: Sequence[int], clock: Clock) -> list[int]:
+        """Which of the facts ``asked`` the model does not give the new answer of (strict): forgotten ones, and those that never took."""
         if not asked:
             return []
         self.committer.settle()
         given = self.evaluator.knows([facts[index] for index in asked], "earlier facts")
         clock.lap("asking earlier facts")
-        forgotten = [index for index, answered in zip(asked, given, strict=True) if not answered]
-        if len(forgotten) > _SATURATED * len(asked):
+        missing = [index for index, answered in zip(asked, given, strict=True) if not answered]
+        history, many = self.run.history, _SATURATED * len(asked)
+        never = [index for index in missing if index not in history.seen]
+        if len(missing) - len(never) > many:
+            back = (
+                f", or go back to an earlier batch (rollback --to N, 1 to {history.head - 1})"
+                if history.head > 1
+                else ""
+            )
             self.reporter.say(
-                f"{len(forgotten)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, and writing them again "
-                "soon harms it more than it helps; stop here, or go back to an earlier batch (rollback)",
+                f"{len(missing) - len(never)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, "
+                f"and writing them again soon harms it more than it helps; stop here{back}",
                 "bold red",
             )
-        return forgotten
+        if len(never) > many:
+            self.reporter.say(
+                f"{len(never)} of {len(asked)} earlier facts never took: since they were written, their new answers were not given once. "
+                + self._advice([facts[index] for index in never]),
+                "bold red",
+            )
+        return missing
+
+    def _advice(self, facts: Sequence[Fact]) -> str:
+        """What to do about facts that the model does not take: their answers are too long for so many steps, or it is read elsewhere."""
+        method, targets = self.session.method, self.session.settings.targets
+        if not method.needs.feed.at_subjects:
+            return f"Other layers or options of {method.name} may write them"
+        sizes = [len(self.committer.source.encoder.answer_of(fact)) for fact in facts]
+        longest, said = max(sizes), []
+        if longest > LONG_ANSWER:
+            said.append(
+                f"An answer of {longest} tokens is not found in {targets.steps_for(longest)} steps: set targets.steps above {targets.steps}, "
+                "or give shorter answers"
+            )
+        if min(sizes) <= LONG_ANSWER:
+            said.append(
+                f"This model does not read such facts in layer {self.session.layers[-1]}: `sphere-edit tune` finds layers and a step for a model"
+            )
+        return ". ".join(said)
 
     def _write(
         self,
@@ -176,19 +208,31 @@ class Stream:
         rewritten: Sequence[int],
         replaced: Sequence[int],
         asked: Sequence[int],
+        missing: Sequence[int],
         clock: Clock,
     ) -> None:
-        """Write the facts of a ``batch`` and earlier ones that were forgotten, and say what came of it."""
+        """Write the facts of a ``batch``, and of earlier ones that were ``asked`` and are ``missing`` those chosen; say what came of it."""
         chosen = [facts[index] for index in (*batch, *rewritten)]
-        record = self.committer.edit(batch, chosen, replaced, asked, rewritten, clock)
-        likely = record.targets["probability_after"]
-        if likely is not None and likely < _LIKELY:
-            self.reporter.say(
-                f"The targets of this batch make their answers only {likely:.0%} likely: this model does not read these facts "
-                f"in layer {self.session.layers[-1]}. `sphere-edit tune` finds layers and a step for a model"
-            )
+        record = self.committer.edit(batch, chosen, replaced, asked, rewritten, clock, missing)
+        encoder = self.committer.source.encoder
+        written = [fact for fact in chosen for _ in in_each_form([fact])]
+        self._say_unlikely(written, record.targets.get("probabilities", []))
         if isinstance(record, GuardStop):
             self.reporter.say(f"Guard: {stopped(record)}", "bold red")
+
+    def _say_unlikely(self, facts: Sequence[Fact], probabilities: Sequence[float]) -> None:
+        """Tell of targets that do not make their own answers likely, each fact for itself: how many, the worst, and why."""
+        unlikely = sorted(
+            ((chance, number) for number, chance in enumerate(probabilities) if chance < _LIKELY),
+        )
+        if unlikely:
+            worst, number = unlikely[0]
+            fact = facts[number]
+            self.reporter.say(
+                f"The targets of {len(unlikely)} of {len(facts)} facts make their answers less than {_LIKELY:.0%} likely, the least "
+                f"'{short(fact.filled_prompt)}' → '{short(fact.target_new.strip())}' ({worst:.0%}). "
+                + self._advice([facts[number] for _, number in unlikely])
+            )
 
     def _together(self, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
         """The first of those waiting that the method takes in one batch of ``size`` at most."""
