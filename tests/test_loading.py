@@ -248,7 +248,8 @@ COMPUTING = {
 
 
 @pytest.mark.parametrize("what", COMPUTING)
-def test_cached_text_and_statistics_are_of_what_computed_them(what, monkeypatch):
+def test_cached_text_and_statistics_are_of_what_computed_them(what, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path))  # without what earlier tests have sampled
     loaded = tiny("llama")
     done: list[str] = []
     settings = moments.MomentSettings(sampled_tokens=256)
