@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,7 +171,7 @@ def working(editor: Editor) -> Iterator[None]:
         ) from None
 
 
-def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
+def _finish(editor: Editor, work: Callable[[], Mapping[str, Any]]) -> None:
     with working(editor):
         metrics = work()
     say_metrics(metrics, f"batch {metrics['after']}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,19 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
-from sphere_edit.files import plain_errors
-from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.folder import METRICS, RunFolder, read_metrics
 from sphere_edit.runs.measuring import read_unedited
-from sphere_edit.runs.records import Batch, Evaluation, FactsAccepted, FinalRecheck, GuardStop, RunConfig, Unedited
+from sphere_edit.runs.records import (
+    Batch,
+    Evaluation,
+    FactEntry,
+    FactsAccepted,
+    FinalRecheck,
+    GuardStop,
+    MetricsContent,
+    RunConfig,
+    Unedited,
+)
 from sphere_edit.runs.weights import RunWeights
 
 
@@ -115,21 +123,18 @@ class Series:
         learnt = any(metric.learnt for metric in catalogue.over_checkpoints() if metric.name == key)
         return [None, *values[1:]] if learnt else values
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[FactEntry]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""
-        return self._final("per_fact")
+        found = self._final()
+        return [] if found is None else found["per_fact"]
 
     def retention(self) -> list[dict[str, Any]]:
         """The metrics of ``metrics.json`` by age of the facts, youngest first; empty before the first evaluation is finished."""
-        return self._final("retention")
+        found = self._final()
+        return [] if found is None else found["retention"]
 
-    def _final(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            return []
-        with plain_errors(path, "read"):
-            found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))[name]
-        return found
+    def _final(self) -> MetricsContent | None:
+        return read_metrics(self.folder) if (self.folder / METRICS).is_file() else None
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
         """What the model ran with before the first edit and what it runs with after the last batch ``[d_out, d_in]``, float32."""

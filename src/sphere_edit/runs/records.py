@@ -312,6 +312,57 @@ def parse_config(content: object, where: str) -> RunConfig:
     return config
 
 
+class FactEntry(TypedDict):
+    """One fact of ``metrics.json``: the batch that wrote it, and its scores (`evaluation.scores.FactScores`) before and after."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    index: int
+    batch: int
+    subject: str
+    prompt: str
+    target_new: str
+    target_true: str | None
+    unedited: dict[str, Any]
+    edited: dict[str, Any]
+
+
+class MetricsContent(TypedDict):
+    """The content of ``metrics.json``: what was measured of all facts that stand, after batch ``after``.
+
+    ``unedited`` and ``edited`` hold a number for each row of the catalogue that was measured, by name.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    schema: int
+    after: int
+    facts: int
+    superseded: int
+    unedited: dict[str, Any]
+    edited: dict[str, Any]
+    intervals: dict[str, dict[str, list[float] | None]]
+    retention: list[dict[str, Any]]
+    per_fact: list[FactEntry]
+
+
+_METRICS: TypeAdapter[MetricsContent] = TypeAdapter(MetricsContent)
+
+
+def parse_metrics(content: object, where: str) -> MetricsContent:
+    """The content of a ``metrics.json``.
+
+    Raises:
+        SphereEditError: something in it is missing or of another kind.
+    """
+    try:
+        return _METRICS.validate_python(content)
+    except ValidationError as error:
+        raise SphereEditError(
+            f"{where} is damaged ({_first(error)}); remove it, and sphere-edit edit RUN --resume makes it again"
+        ) from None
+
+
 def _first(error: ValidationError) -> str:
     """What is wrong first, and with which field."""
     first = error.errors()[0]
