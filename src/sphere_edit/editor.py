@@ -21,10 +21,10 @@ from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
-from sphere_edit.runs.records import MetricsContent
 from sphere_edit.runs.selection import admit, asked
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
+from sphere_edit.runs.summary import MetricsContent
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
 

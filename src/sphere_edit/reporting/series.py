@@ -14,17 +14,8 @@ from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
 from sphere_edit.runs.folder import METRICS, RunFolder, read_metrics
 from sphere_edit.runs.measuring import read_unedited
-from sphere_edit.runs.records import (
-    Batch,
-    Evaluation,
-    FactEntry,
-    FactsAccepted,
-    FinalRecheck,
-    GuardStop,
-    MetricsContent,
-    RunConfig,
-    Unedited,
-)
+from sphere_edit.runs.records import Batch, Evaluation, FactsAccepted, FinalRecheck, GuardStop, RunConfig, Unedited
+from sphere_edit.runs.summary import FactEntry, MetricsContent
 from sphere_edit.runs.weights import RunWeights
 
 
@@ -95,7 +86,8 @@ class Series:
             else [getattr(point, metric.name, None) for point in checkpoints]
             for metric in catalogue.over_checkpoints()
         }
-        energy = [sum(matrix["total"] for matrix in (point.energy or {}).values()) / whole - 1 for point in checkpoints]
+        totals = [sum(matrix["total"] for matrix in (point.energy or {}).values()) for point in checkpoints]
+        energy = [total / whole - 1 if whole else 0.0 for total in totals]  # a matrix of zeros has none
         return cls(
             run.path,
             name,
@@ -116,6 +108,10 @@ class Series:
             None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
             protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )
+
+    def moved(self, name: str, energy: float) -> float:
+        """By how many percent an energy of a matrix differs from the unedited one's; 0 of a matrix that has none."""
+        return 100 * (energy / self.energies[name] - 1) if self.energies[name] else 0.0
 
     def judged(self, key: str) -> list[float | None]:
         """A metric at each checkpoint as what the edits did: without the unedited model's where that is merely what was not yet edited."""

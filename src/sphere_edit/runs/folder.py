@@ -44,15 +44,8 @@ from sphere_edit.files import (
 )
 from sphere_edit.numerics.update import PARTS, Update, update_from
 from sphere_edit.runs.history import History, Inconsistent
-from sphere_edit.runs.records import (
-    FactsAccepted,
-    MetricsContent,
-    Record,
-    RunConfig,
-    parse_config,
-    parse_metrics,
-    parse_record,
-)
+from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
+from sphere_edit.runs.summary import MetricsContent, parse_metrics
 from sphere_edit.text import visible
 
 METRICS = "metrics.json"
@@ -265,7 +258,7 @@ class RunFolder:
                     data = path.read_bytes()
                     check_digest(path, data, record.sha256)
                     lines = [json.loads(line) for line in data.decode().split("\n") if line]
-                    facts += _facts_of(lines, record.count, path)
+                    facts += facts_of(lines, record.count, path)
         return facts
 
     def metrics(self) -> MetricsContent:
@@ -378,7 +371,12 @@ class RunFolder:
         return self.path / "checkpoints" / f"batch-{batch:04d}.safetensors"
 
 
-def _facts_of(lines: list[Any], count: int, path: Path) -> list[Fact]:
+def facts_of(lines: Any, count: int, path: Path) -> list[Fact]:
+    """Facts as a run's files describe them.
+
+    Raises:
+        SphereEditError: these describe no facts, or another number of them.
+    """
     try:
         facts = [Fact.from_dict(line) for line in lines]
     except (KeyError, TypeError, AttributeError) as error:

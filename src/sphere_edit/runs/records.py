@@ -223,7 +223,7 @@ def parse_record(line: bytes, where: str) -> Record:
     try:
         record: Record = _RECORDS.validate_json(line)
     except ValidationError as error:
-        raise SphereEditError(f"{where} is damaged ({_first(error)}); restore it from a backup") from None
+        raise SphereEditError(f"{where} is damaged ({first_fault(error)}); restore it from a backup") from None
     return record
 
 
@@ -301,7 +301,7 @@ def parse_config(content: object, where: str) -> RunConfig:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise SphereEditError(
-            f"{where}/{RunConfig.NAME} is damaged ({_first(error)}); put it back from a backup"
+            f"{where}/{RunConfig.NAME} is damaged ({first_fault(error)}); put it back from a backup"
         ) from None
     if strange := [name for name in config.matrices if not _MATRIX.fullmatch(name)]:
         raise SphereEditError(f"{where}/{RunConfig.NAME} is damaged ({strange[0]!r} is no name of a matrix)")
@@ -312,58 +312,7 @@ def parse_config(content: object, where: str) -> RunConfig:
     return config
 
 
-class FactEntry(TypedDict):
-    """One fact of ``metrics.json``: the batch that wrote it, and its scores (`evaluation.scores.FactScores`) before and after."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    index: int
-    batch: int
-    subject: str
-    prompt: str
-    target_new: str
-    target_true: str | None
-    unedited: dict[str, Any]
-    edited: dict[str, Any]
-
-
-class MetricsContent(TypedDict):
-    """The content of ``metrics.json``: what was measured of all facts that stand, after batch ``after``.
-
-    ``unedited`` and ``edited`` hold a number for each row of the catalogue that was measured, by name.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    schema: int
-    after: int
-    facts: int
-    superseded: int
-    unedited: dict[str, Any]
-    edited: dict[str, Any]
-    intervals: dict[str, dict[str, list[float] | None]]
-    retention: list[dict[str, Any]]
-    per_fact: list[FactEntry]
-
-
-_METRICS: TypeAdapter[MetricsContent] = TypeAdapter(MetricsContent)
-
-
-def parse_metrics(content: object, where: str) -> MetricsContent:
-    """The content of a ``metrics.json``.
-
-    Raises:
-        SphereEditError: something in it is missing or of another kind.
-    """
-    try:
-        return _METRICS.validate_python(content)
-    except ValidationError as error:
-        raise SphereEditError(
-            f"{where} is damaged ({_first(error)}); remove it, and sphere-edit edit RUN --resume makes it again"
-        ) from None
-
-
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """What is wrong first, and with which field."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
