@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow torture check clean
 
 demo: $(VENV)/ready
 	$(BIN)/sphere-edit demo
@@ -15,6 +15,11 @@ test: $(VENV)/ready
 # the checks on SmolLM2-135M that take minutes; they read ../shared
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+# kills, full disks, flipped bits and inputs that are wrong at random, for so long: make torture MINUTES=5
+MINUTES ?= 60
+torture: $(VENV)/ready
+	cd tests && ../$(BIN)/python torture.py --minutes $(MINUTES)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is about one device, wherever it runs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # which workers of xdist get, and which would be the width of every table
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of libraries and processes that a test starts
 
 import pytest

@@ -40,7 +40,9 @@ def script(monkeypatch, tmp_path, capsys):
         (["scaling.py", "--batches", "3", "--batch-size", "4"], "Batch 3 against batch 2: time × "),
         (["energy.py", "--shape", "64", "80"], "64 × 80: "),
         (["projection.py", "--shape", "48", "160", "--facts", "5"], "relative difference "),
-        (["families.py", "--family", "gpt2", "--steps", "3"], "| gpt2 | frugal | "),
+        pytest.param(  # it trains a model and tunes on it
+            ["families.py", "--family", "gpt2", "--steps", "3"], "| gpt2 | frugal | ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_benchmark(command, found, script):

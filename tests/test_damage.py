@@ -17,6 +17,10 @@ from sphere_edit import SphereEditError, files
 from sphere_edit.diagnosis import diagnose
 from sphere_edit.editor import Editor, opened
 from sphere_edit.progress import Quiet
+from sphere_edit.reporting.comparison import read_row
+from sphere_edit.reporting.report import write_report
+from sphere_edit.reporting.series import Series
+from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.stream import Stream
 
 QUICK = {
@@ -315,3 +319,31 @@ def test_a_run_from_elsewhere_uses_nothing_outside_its_folder_unless_told(finish
         editor.edit(fact_records(2, start=4))
     with opened(tmp_path / "run-references", Quiet(), trust_run=True) as editor:
         editor.edit(fact_records(2, start=6))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda content: [], lambda content: {}, lambda content: {**content, "per_fact": [{}]}, lambda content: {**content, "after": "x"}],
+)  # fmt: skip
+def test_metrics_that_are_none_are_told_by_whoever_reads_them(finished, tmp_path, change):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    content = json.loads((copy / "metrics.json").read_text("utf-8"))
+    (copy / "metrics.json").write_text(json.dumps(change(content)), "utf-8")
+    for read in (
+        RunFolder.open(copy).metrics,
+        Series.read(copy).facts,
+        lambda: read_row("group", "memit_seq", "plain", {0: copy}),
+        lambda: write_report([copy], tmp_path / "page.html"),
+    ):
+        with pytest.raises(SphereEditError, match="metrics.json is damaged"):
+            read()
+    with opened(copy, Quiet()) as editor:  # which makes it again
+        assert editor.metrics()["edited"] == content["edited"]
+
+
+def test_energy_does_not_hide_damaged_second_moments(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    for path in (copy / "statistics" / "second_moment").iterdir():
+        flipped(path, 0.99)
+    with pytest.raises(SphereEditError, match="second_moment.* is damaged"):
+        list(diagnose(str(copy), None, None, None, 1, 0.5, Quiet()))

@@ -8,7 +8,6 @@ import sys
 import threading
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from families import _LLAMA, FAMILIES, tiny, tiny_model, tiny_tokenizer
 from sphere_edit import SphereEditError
 from sphere_edit.cli import app
 from sphere_edit.editing import moments, statistics
-from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.models import architecture, identity
 from sphere_edit.models.generation import generate
 from sphere_edit.models.identity import tokenizer_identity
@@ -251,6 +249,7 @@ COMPUTING = {
 
 @pytest.mark.parametrize("what", COMPUTING)
 def test_cached_text_and_statistics_are_of_what_computed_them(what, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path))  # without what earlier tests have sampled
     loaded = tiny("llama")
     done: list[str] = []
     settings = moments.MomentSettings(sampled_tokens=256)
@@ -263,18 +262,18 @@ def test_cached_text_and_statistics_are_of_what_computed_them(what, monkeypatch,
     counted(moments, "sample_text")
     counted(statistics, "second_moments")
 
-    def once(folder: Path) -> list[str]:
+    def once() -> list[str]:
         done.clear()
         corpus = moments.load_corpus(loaded, settings, 0, Quiet())
-        statistics.prepare_statistics(loaded, corpus, [1], names, Memit(), 256, 0.0, Quiet(), folder)
+        statistics.cached_moments(loaded, corpus, [1], names, 256, 0.0, Quiet())
         return list(done)
 
-    assert once(tmp_path / "first") == ["sample_text", "second_moments"]
-    assert once(tmp_path / "again") == []
+    assert once() == ["sample_text", "second_moments"]
+    assert once() == []
     with monkeypatch.context() as context:
         context.setattr(*COMPUTING[what])
-        assert once(tmp_path / "other") == ["sample_text", "second_moments"]
-    assert once(tmp_path / "back") == []
+        assert once() == ["sample_text", "second_moments"]
+    assert once() == []
 
 
 def test_text_sampled_in_one_dtype_is_not_another_ones():

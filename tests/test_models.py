@@ -281,7 +281,7 @@ def test_a_target_that_is_the_likeliest_answer_twice_is_finished():
     """With answers of one token: a random model of this size can hardly say several."""
     loaded = tiny("llama")
     settings = TargetSettings(lr=0.5, steps=20, stop_loss=0.0)
-    chosen = [dataclasses.replace(fact, target_new=" in") for fact in within_reach(DEPTH - 1)]
+    chosen = [dataclasses.replace(fact, target_new="in", separator=" ") for fact in within_reach(DEPTH - 1)]
     through = optimise_targets(loaded, chosen, TEMPLATES, LAYER, settings)
     once, twice = (
         optimise_targets(loaded, chosen, TEMPLATES, LAYER, settings.model_copy(update={"most_probable": count}))

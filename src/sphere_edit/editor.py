@@ -24,6 +24,7 @@ from sphere_edit.runs.preparing import create_run, default_folder, session_of
 from sphere_edit.runs.selection import admit, asked
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
+from sphere_edit.runs.summary import MetricsContent
 
 Facts = str | Path | FactSet | Iterable[Fact | Mapping[str, Any]]
 
@@ -152,7 +153,7 @@ class Editor:
 
     # --- editing --------------------------------------------------------------------------------------------------
 
-    def edit(self, facts: Facts, skip_bad: bool = False, skip_known: bool = False) -> dict[str, Any]:
+    def edit(self, facts: Facts, skip_bad: bool = False, skip_known: bool = False) -> MetricsContent:
         """Edit facts in batches of ``batch_size``, then evaluate all facts edited so far.
 
         Called again, it goes on from where it stands, with the state of the method and the original weights.
@@ -180,7 +181,7 @@ class Editor:
         standing = [] if self.run is None else self.run.facts()
         return admit(self.session, self._evaluator, given, skip_bad, standing if skip_known else None)
 
-    def resume(self) -> dict[str, Any]:
+    def resume(self) -> MetricsContent:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
         self._at_work().go_on()
         return self.metrics()
@@ -206,7 +207,7 @@ class Editor:
             self._stream.committer.settle()
         return self._evaluator.ability_of(self.run, tasks)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> MetricsContent:
         """The content of ``metrics.json``."""
         return self._at_work().run.metrics()
 

@@ -131,7 +131,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     sums = {name: _tensor_digest(tensor) for name, tensor in ready.items()}
-    write_atomically(path, lambda file: save_file(ready, file, {_SUMS: json.dumps(sums)}))
+    write_atomically(path, lambda file: save_file(ready, file, {_SUMS: json.dumps(sums, sort_keys=True)}))
     return _digest_of_sums(sums)
 
 
@@ -277,6 +277,24 @@ def copied(source: Path, target: Path) -> None:
     """``target`` as a copy of ``source``, atomically: what becomes of one is nothing to the other."""
     with plain_errors(target):
         write_atomically(target, lambda file: shutil.copyfile(source, file))
+
+
+def remove_dead_temporaries(folder: Path) -> None:
+    """Remove what writers that are no more left behind in a folder; those still at work keep theirs."""
+    for leftover in folder.glob(".*.tmp"):
+        number = leftover.stem.rsplit(".", 1)[-1]
+        if number.isdigit() and not _is_alive(int(number)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def remove_stale_temporaries(folder: Path) -> None:

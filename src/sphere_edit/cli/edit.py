@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +123,9 @@ def edit(
     over = [read_settings_file(config) if config else {}, given(options)]
     decision = admit(model, output, facts, resume, dry_run, over)
     if decision.act is Act.NOTHING:
+        metrics, page = decision.folder / "metrics.json", decision.folder / "report.html"
+        if metrics.is_file() and not (page.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
+            write_report(decision.folder)  # an earlier command died before it was done with it
         out.print(f"{decision.folder} is finished: {decision.batches} batches, nothing to resume.")
         return
     more = None
@@ -171,7 +174,7 @@ def working(editor: Editor) -> Iterator[None]:
         ) from None
 
 
-def _finish(editor: Editor, work: Callable[[], dict[str, Any]]) -> None:
+def _finish(editor: Editor, work: Callable[[], Mapping[str, Any]]) -> None:
     with working(editor):
         metrics = work()
     say_metrics(metrics, f"batch {metrics['after']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def say_where(folder: Path) -> None:
     )
 
 
-def say_metrics(metrics: dict[str, Any], batch: str) -> None:
+def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
     """The content of ``metrics.json`` as a table."""
     from sphere_edit.reporting.results import draw
     from sphere_edit.reporting.views import Metrics

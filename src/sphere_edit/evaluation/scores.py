@@ -17,6 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import last_hidden, next_token_scores
@@ -71,16 +74,26 @@ class FactScores:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> FactScores:
-        """The scores that ``as_dict`` described."""
-        return cls(
-            PromptScore(**record["rewrite"]),
-            tuple(PromptScore(**score) for score in record["paraphrases"]),
-            tuple(PromptScore(**score) for score in record["neighbors"]),
-        )
+        """The scores that ``as_dict`` described.
+
+        Raises:
+            SphereEditError: it described none.
+        """
+        try:
+            return _SCORES.validate_python(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SphereEditError(
+                f"the scores of a fact are damaged ('{'.'.join(map(str, first['loc']))}': {first['msg']}); remove the file that holds them, and "
+                "sphere-edit edit RUN --resume measures them again"
+            ) from None
 
     def prompts(self) -> tuple[PromptScore, ...]:
         """Rewrite, paraphrases, neighbours, in the order of `questions`."""
         return (self.rewrite, *self.paraphrases, *self.neighbors)
+
+
+_SCORES = TypeAdapter(FactScores)
 
 
 @dataclass(frozen=True)

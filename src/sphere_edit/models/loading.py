@@ -17,7 +17,7 @@ from sphere_edit.models.architecture import Architecture, architecture_of
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
-from sphere_edit.models.pretrained import first_lines, from_pretrained
+from sphere_edit.models.pretrained import first_lines, from_pretrained, usable
 from sphere_edit.models.probe import check_head
 from sphere_edit.models.soundness import (
     check_fetched,
@@ -196,7 +196,8 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
     """
     architecture = architecture_of(model)
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = tokenizer("The capital of France is Paris.")["input_ids"]
+    with usable(source):
+        ids = tokenizer("The capital of France is Paris.")["input_ids"]
     if max(ids, default=0) >= rows:
         raise SphereEditError(
             f"the tokenizer of '{source}' gives token ids that its model, with {rows} tokens, does not have"
@@ -207,7 +208,8 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
             raise SphereEditError(
                 f"the weights of '{source}' are broken: {name} holds numbers that are infinite or undefined; get the model again"
             )
-    check_head(model, architecture, ids, source)
+    with usable(source):
+        check_head(model, architecture, ids, source)
     return LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
 
 

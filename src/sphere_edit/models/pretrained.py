@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.quiet import quiet
@@ -33,16 +34,9 @@ def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bo
                 output_loading_info=True,
                 **kwargs,
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # whatever the library, its tokenizers and its checks of a configuration raise
+        if is_out_of_memory(error):
+            raise
         raise SphereEditError(f"model '{source}' cannot be loaded: {first_lines(error)}") from None
     refuse_scales(found["unexpected_keys"], source, model.config.to_dict())
     lacking = [*sorted(found["missing_keys"]), *(str(key[0]) for key in found["mismatched_keys"])]
@@ -52,6 +46,27 @@ def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bo
             f"first: {lacking[0]}. Is it a whole checkpoint of a causal language model?"
         )
     return tokenizer, model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device ran out of memory, which the command line tells in its own way."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+@contextmanager
+def usable(source: str) -> Iterator[None]:
+    """Whatever a loaded model or its tokenizer stumbles over at their first use is told as a fault of the model's files."""
+    try:
+        yield
+    except SphereEditError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SphereEditError(
+            f"model '{source}' loads and cannot be used; its configuration or tokenizer is damaged, or does not fit its weights: "
+            f"{type(error).__name__}: {first_lines(error)}"
+        ) from None
 
 
 def first_lines(error: Exception) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from sphere_edit.evaluation.ability import AbilityScore
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, Metric, of_part
 from sphere_edit.evaluation.intervals import difference_intervals, intervals, summarise
 from sphere_edit.evaluation.scores import FactScores
-from sphere_edit.files import plain_errors
+from sphere_edit.runs.folder import METRICS, read_metrics
 from sphere_edit.text import csv_cell, visible
 from sphere_edit.text import latex as in_latex
 from sphere_edit.text import markdown as in_markdown
@@ -65,13 +64,11 @@ def read_row(group: str, method: str, variant: str, folders: Mapping[int, Path],
     Raises:
         SphereEditError: a run has no final evaluation.
     """
-    contents = {}
+    contents: dict[int, Mapping[str, Any]] = {}
     for seed, folder in folders.items():
-        path = folder / "metrics.json"
-        if not path.is_file():
-            raise SphereEditError(f"{folder} is not finished: it has no metrics.json")
-        with plain_errors(path, "read"):
-            contents[seed] = json.loads(path.read_text("utf-8"))
+        if not (folder / METRICS).is_file():
+            raise SphereEditError(f"{folder} is not finished: it has no {METRICS}")
+        contents[seed] = read_metrics(folder)
     scores = {
         (seed, (fact["subject"], fact["prompt"], fact["target_new"])): FactScores.from_dict(fact[when])
         for seed, content in contents.items()

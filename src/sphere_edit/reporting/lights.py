@@ -80,7 +80,7 @@ def _near(run: Series) -> Light:
     """How far the weights have moved, by the guard's own measure, with the energy beside it."""
     matrices = run.batches[-1].matrices if run.batches else {}
     value = COLLATERAL.measured(matrices) if matrices else 0.0
-    changes = [100 * (matrix["energy"] / run.energies[name] - 1) for name, matrix in matrices.items()]
+    changes = [run.moved(name, matrix["energy"]) for name, matrix in matrices.items()]
     wording = (
         f"{COLLATERAL.name[0].upper()}{COLLATERAL.name[1:]}. Green up to {COLLATERAL.value / 2:g}, amber up to {COLLATERAL.value:g}, "
         f"the guard's limit. Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most."

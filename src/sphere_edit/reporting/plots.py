@@ -137,7 +137,7 @@ def retention(runs: Sequence[Series]) -> Figure:
             x = [(age["edits_ago"]["from"] + age["edits_ago"]["to"]) / 2 for age in ages]
             y = [age[key] for age in ages]
             spans = [age["intervals"][key] for age in ages]
-            errors = [[v - low for v, (low, _) in zip(y, spans, strict=True)], [high - v for v, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
+            errors = [[max(v - low, 0) for v, (low, _) in zip(y, spans, strict=True)], [max(high - v, 0) for v, (_, high) in zip(y, spans, strict=True)]]  # fmt: skip
             axis.errorbar(x, y, yerr=errors, capsize=2, **_line(run))
         axis.set_ylim(-3, 103)
         axis.set_ylabel(metric.heading, fontsize=9)

@@ -20,7 +20,7 @@ from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT
-from sphere_edit.files import write_atomically, write_text
+from sphere_edit.files import remove_dead_temporaries, write_atomically, write_text
 from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots, views, weight_plots
 from sphere_edit.reporting.energy import NOTE
@@ -48,6 +48,8 @@ def write_report(
     """
     series = labelled(runs, labels)
     facts = _facts(series)
+    for folder in (page.parent, *([] if figures is None else [figures])):
+        remove_dead_temporaries(folder)
     shown = []
     planned = _figures(series)
     with (reporter or Quiet()).bar("report", len(planned), "figures") as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
-from sphere_edit.files import plain_errors
-from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.folder import METRICS, RunFolder, read_metrics
 from sphere_edit.runs.measuring import read_unedited
 from sphere_edit.runs.records import Batch, Evaluation, FactsAccepted, FinalRecheck, GuardStop, RunConfig, Unedited
+from sphere_edit.runs.summary import FactEntry, MetricsContent
 from sphere_edit.runs.weights import RunWeights
 
 
@@ -87,7 +86,8 @@ class Series:
             else [getattr(point, metric.name, None) for point in checkpoints]
             for metric in catalogue.over_checkpoints()
         }
-        energy = [sum(matrix["total"] for matrix in (point.energy or {}).values()) / whole - 1 for point in checkpoints]
+        totals = [sum(matrix["total"] for matrix in (point.energy or {}).values()) for point in checkpoints]
+        energy = [total / whole - 1 if whole else 0.0 for total in totals]  # a matrix of zeros has none
         return cls(
             run.path,
             name,
@@ -109,27 +109,28 @@ class Series:
             protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )
 
+    def moved(self, name: str, energy: float) -> float:
+        """By how many percent an energy of a matrix differs from the unedited one's; 0 of a matrix that has none."""
+        return 100 * (energy / self.energies[name] - 1) if self.energies[name] else 0.0
+
     def judged(self, key: str) -> list[float | None]:
         """A metric at each checkpoint as what the edits did: without the unedited model's where that is merely what was not yet edited."""
         values = self.metrics[key]
         learnt = any(metric.learnt for metric in catalogue.over_checkpoints() if metric.name == key)
         return [None, *values[1:]] if learnt else values
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[FactEntry]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""
-        return self._final("per_fact")
+        found = self._final()
+        return [] if found is None else found["per_fact"]
 
     def retention(self) -> list[dict[str, Any]]:
         """The metrics of ``metrics.json`` by age of the facts, youngest first; empty before the first evaluation is finished."""
-        return self._final("retention")
+        found = self._final()
+        return [] if found is None else found["retention"]
 
-    def _final(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            return []
-        with plain_errors(path, "read"):
-            found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))[name]
-        return found
+    def _final(self) -> MetricsContent | None:
+        return read_metrics(self.folder) if (self.folder / METRICS).is_file() else None
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
         """What the model ran with before the first edit and what it runs with after the last batch ``[d_out, d_in]``, float32."""

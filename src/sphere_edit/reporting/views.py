@@ -224,6 +224,7 @@ class Metrics:
         energies = [
             EnergyRow(name, energy["per_pair"], after["energy"][name]["per_pair"])
             for name, energy in before.get("energy", {}).items()
+            if name in after.get("energy", {})
         ]
         return cls(title, tuple(rows), tuple(energies), alone)
 

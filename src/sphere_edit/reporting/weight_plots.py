@@ -75,9 +75,7 @@ def idea(weight: Tensor, solved: Tensor, written: Tensor, title: str, eta: float
 def heat(run: Series) -> Figure:
     """Each edited matrix's change of energy over edits, in percent of the unedited one's."""
     names = list(run.energies)
-    table = torch.tensor(
-        [[100 * (batch.matrices[name]["energy"] / run.energies[name] - 1) for batch in run.batches] for name in names]
-    )
+    table = torch.tensor([[run.moved(name, batch.matrices[name]["energy"]) for batch in run.batches] for name in names])
     figure = Figure(figsize=(9.2, 0.9 + 0.32 * len(names)), layout="constrained")
     axis = figure.subplots()
     limit = float(table.abs().max()) or 1.0

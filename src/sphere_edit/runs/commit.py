@@ -159,8 +159,11 @@ class Committer:
             self.go_to(self.run.history.head)
 
     def roll_back(self, batch: int) -> None:
-        """Put the weights back to after a batch, and commit that."""
+        """Put the weights back to after a batch, and commit that, once: given again, it finds what was committed."""
         self.go_to(batch)
+        last = self.run.records[-1]
+        if isinstance(last, Rollback) and last.to == batch:
+            return
         if batch > 0:
             self.run.write_checkpoint(batch, self.weights.working, self.states)
         self.run.append(Rollback(to=batch))

@@ -45,6 +45,7 @@ from sphere_edit.files import (
 from sphere_edit.numerics.update import PARTS, Update, update_from
 from sphere_edit.runs.history import History, Inconsistent
 from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
+from sphere_edit.runs.summary import MetricsContent, parse_metrics
 from sphere_edit.text import visible
 
 METRICS = "metrics.json"
@@ -257,21 +258,20 @@ class RunFolder:
                     data = path.read_bytes()
                     check_digest(path, data, record.sha256)
                     lines = [json.loads(line) for line in data.decode().split("\n") if line]
-                    facts += _facts_of(lines, record.count, path)
+                    facts += facts_of(lines, record.count, path)
         return facts
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> MetricsContent:
         """The content of ``metrics.json``."""
-        content: dict[str, Any] = read_json(self.path / METRICS)
-        return content
+        return read_metrics(self.path)
 
-    def current_metrics(self) -> dict[str, Any] | None:
+    def current_metrics(self) -> MetricsContent | None:
         """The same, if it is there and of where the run stands."""
         try:
             content = self.metrics()
         except SphereEditError:  # not there, or damaged: it can be made again
             return None
-        return content if isinstance(content, dict) and content.get("after") == self.history.head else None
+        return content if content["after"] == self.history.head else None
 
     # --- updates and checkpoints ----------------------------------------------------------------------------------
 
@@ -371,7 +371,12 @@ class RunFolder:
         return self.path / "checkpoints" / f"batch-{batch:04d}.safetensors"
 
 
-def _facts_of(lines: list[Any], count: int, path: Path) -> list[Fact]:
+def facts_of(lines: Any, count: int, path: Path) -> list[Fact]:
+    """Facts as a run's files describe them.
+
+    Raises:
+        SphereEditError: these describe no facts, or another number of them.
+    """
     try:
         facts = [Fact.from_dict(line) for line in lines]
     except (KeyError, TypeError, AttributeError) as error:
@@ -397,6 +402,15 @@ def _refuse_links(path: Path) -> None:
         raise SphereEditError(
             f"{link.relative_to(path)} is a link in {path}; a run holds its own files: put what it points to in its place"
         )
+
+
+def read_metrics(folder: Path) -> MetricsContent:
+    """The content of a run's ``metrics.json``.
+
+    Raises:
+        SphereEditError: it is not there, or damaged.
+    """
+    return parse_metrics(read_json(folder / METRICS), str(folder / METRICS))
 
 
 def _of(matrix: str | None) -> Callable[[str], bool] | None:

@@ -29,7 +29,7 @@ from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Reporter
-from sphere_edit.runs.folder import METRICS, RunFolder
+from sphere_edit.runs.folder import METRICS, RunFolder, facts_of
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import Ability, Evaluation, Unedited
 from sphere_edit.runs.trust import refuse_untrusted
@@ -310,9 +310,12 @@ def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[st
     scores: list[FactScores] = []
     whole: dict[str, Any] = {}
     hashes = {record.session: record.sha256 for record in run.records if isinstance(record, Unedited)}
-    for session in range(1, len(run.history.sessions) + 1):
-        content = read_json(_unedited_file(run, session), hashes.get(session))
-        facts += [Fact.from_dict(record) for record in content["facts"]]
+    for session, count in enumerate(run.history.sessions, 1):
+        path = _unedited_file(run, session)
+        content = read_json(path, hashes.get(session))
+        if not isinstance(content, dict) or not isinstance(content.get("scores"), list):
+            raise SphereEditError(f"{path} is damaged; remove it, and sphere-edit edit RUN --resume measures it again")
+        facts += facts_of(content.get("facts"), count, path)
         scores += [FactScores.from_dict(record) for record in content["scores"]]
         whole = whole or {name: content[name] for name in catalogue.whole_model() if name in content}
     return facts, scores, whole

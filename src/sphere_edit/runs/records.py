@@ -235,7 +235,7 @@ def parse_record(line: bytes, where: str) -> Record:
     try:
         record: Record = _RECORDS.validate_json(line)
     except ValidationError as error:
-        raise SphereEditError(f"{where} is damaged ({_first(error)}); restore it from a backup") from None
+        raise SphereEditError(f"{where} is damaged ({first_fault(error)}); restore it from a backup") from None
     return record
 
 
@@ -313,7 +313,7 @@ def parse_config(content: object, where: str) -> RunConfig:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise SphereEditError(
-            f"{where}/{RunConfig.NAME} is damaged ({_first(error)}); put it back from a backup"
+            f"{where}/{RunConfig.NAME} is damaged ({first_fault(error)}); put it back from a backup"
         ) from None
     if strange := [name for name in config.matrices if not _MATRIX.fullmatch(name)]:
         raise SphereEditError(f"{where}/{RunConfig.NAME} is damaged ({strange[0]!r} is no name of a matrix)")
@@ -324,7 +324,7 @@ def parse_config(content: object, where: str) -> RunConfig:
     return config
 
 
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """What is wrong first, and with which field."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
