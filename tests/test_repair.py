@@ -204,7 +204,7 @@ def test_a_run_that_dies_around_its_repair_goes_on_to_the_same_bits(model, tmp_p
     editor.close()
     with opened(tmp_path / "run", Quiet()) as again, monkeypatch.context() as patch:
         patch.setattr(Committer, "edit", interrupted)
-        patch.setattr(Stream, "_forgotten", interrupted)
+        patch.setattr(Stream, "_unanswered", interrupted)
         with pytest.raises(KeyboardInterrupt):
             again.resume()
         assert again.run.history.head == 3

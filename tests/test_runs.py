@@ -751,10 +751,13 @@ def test_targets_that_do_not_say_their_answers_are_told(model, tmp_path, monkeyp
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=listening, **{**QUICK, **METHODS["memit"]})
     editor.edit(fact_records(2))
     (entry,) = editor.run.history.batches
-    assert (entry.targets["probability_after"] < likely) is warned, "or this test says nothing"
-    told = [text for text in listening.said if "make their answers only" in text]
+    each = entry.targets["probabilities"]
+    assert len(each) == 2
+    assert any(chance < likely for chance in each) is warned, "or this test says nothing"
+    told = [text for text in listening.said if "make their answers less than" in text]
     assert len(told) == warned
-    assert not warned or "in layer 2. `sphere-edit tune`" in told[0]
+    assert not warned or f"{sum(chance < likely for chance in each)} of 2 facts" in told[0]
+    assert not warned or "in layer 2: `sphere-edit tune`" in told[0]
 
 
 @pytest.mark.parametrize("method", ["alphaedit", "memit"])
@@ -806,7 +809,10 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
     editor = Editor.from_pretrained(model, tmp_path / "run", reporter=listening, **options)
     editor.edit(records)
     entries = editor.run.history.batches
-    assert "2 of 2 earlier facts are forgotten: the model holds no more" in " ".join(listening.said)
+    assert "2 of 2 earlier facts never took" in " ".join(listening.said), (
+        "they were not given once, so nothing is forgotten"
+    )
+    assert "are forgotten" not in " ".join(listening.said)
     stream, look_back = entries[:4], entries[4:]
     assert [entry.rechecked for entry in stream] == [[], [0, 1], [2, 3, 0, 1], [4, 5, 0, 1]]
     assert len(look_back) > 1, "more is forgotten than fits one batch, or the test does not show what it should"
@@ -847,6 +853,26 @@ def test_earlier_facts_are_asked_in_turn_and_the_forgotten_ones_edited_again(mod
     editor.edit(fact_records(1, start=9))
     assert [entry.facts for entry in editor.run.history.batches[4:6]] == [[8], []]
     editor.close()
+
+
+def test_what_was_known_once_is_forgotten_and_what_never_was_never_took(model, tmp_path, monkeypatch):
+    """The verdicts are given here, batch by batch; only what exists is advised."""
+    options = {**QUICK, "batch_size": 2, "recheck": 2, "method": "memit_seq", "options": {"second_moment_weight": 1e-2}}
+    listening = Listening()
+    verdicts = iter([[True, False], [True, True, False, False], [False] * 6])
+    monkeypatch.setattr(Evaluator, "knows", lambda self, facts, title: next(verdicts)[: len(facts)])
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=listening, **options)
+    editor.edit(fact_records(6))
+    editor.close()
+    second, third = editor.run.history.batches[1:3]
+    assert (second.rechecked, second.unanswered) == ([0, 1], [1])
+    assert third.rechecked[:2] == [2, 3]
+    lines = [line for line in listening.said if line.startswith("Batch")]
+    assert lines[1].startswith("Batch 2: 2 facts, and 0 of 2 earlier ones that were forgotten, and 1 that never took")
+    assert "2 that never took" not in lines[1]
+    said = " ".join(listening.said)
+    assert "earlier facts are forgotten" in said
+    assert "rollback --to N, 1 to 2" in said
 
 
 @pytest.mark.parametrize("survived", [0, 1, 2])

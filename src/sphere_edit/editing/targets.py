@@ -28,7 +28,9 @@ _MANY_ROWS = 256  # on an accelerator, where each block costs the start of some 
 _TOKENS = {"cpu": 512}  # replayed at once: what stays in a processor's cache
 _MANY_TOKENS = 4096
 LONG_ANSWER = 8  # tokens beyond which an answer takes more steps
-_TOKENS_A_ROUND = 5  # then, as many tokens as ``steps`` suffice for: measured on answers of 15 to 106 tokens (docs/quality.md)
+_TOKENS_A_ROUND = (
+    5  # then, as many tokens as ``steps`` suffice for: measured on answers of 15 to 50 tokens (docs/LOG.md)
+)
 
 
 class TargetSettings(BaseModel):
@@ -86,7 +88,11 @@ class TargetSettings(BaseModel):
 
     def steps_for(self, tokens: int) -> int:
         """Loss evaluations that a target of so many tokens may take: in proportion to them beyond `LONG_ANSWER`; Adam's are as published."""
-        return self.steps if self.rule == "adam" else self.steps * max(tokens if tokens > LONG_ANSWER else 0, _TOKENS_A_ROUND) // _TOKENS_A_ROUND
+        return (
+            self.steps
+            if self.rule == "adam"
+            else self.steps * max(tokens if tokens > LONG_ANSWER else 0, _TOKENS_A_ROUND) // _TOKENS_A_ROUND
+        )
 
     def step_rule(self) -> StepRule:
         """A fresh one, for the facts that are optimised together."""

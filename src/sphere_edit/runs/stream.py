@@ -15,6 +15,7 @@ from sphere_edit.editing.repair import repair_steps
 from sphere_edit.editing.targets import LONG_ANSWER
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, short
+from sphere_edit.facts.forms import written_forms
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
@@ -215,8 +216,8 @@ class Stream:
         chosen = [facts[index] for index in (*batch, *rewritten)]
         record = self.committer.edit(batch, chosen, replaced, asked, rewritten, clock, missing)
         encoder = self.committer.source.encoder
-        written = [fact for fact in chosen for _ in in_each_form([fact])]
-        self._say_unlikely(written, record.targets.get("probabilities", []))
+        in_forms = [fact for fact in chosen for _ in written_forms([fact], encoder)]
+        self._say_unlikely(in_forms, record.targets.get("probabilities", []))
         if isinstance(record, GuardStop):
             self.reporter.say(f"Guard: {stopped(record)}", "bold red")
 
