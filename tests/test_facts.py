@@ -808,3 +808,9 @@ def test_passages_that_are_not_there(tmp_path):
             read_passages(missing)
     with pytest.raises(SphereEditError, match="cannot be read"):
         read_passages("x" * 300 + ".txt")
+
+
+def test_an_alternative_is_refused_where_no_record_has_one(write):
+    path = write("own.jsonl", json.dumps({"subject": "Big Ben", "prompt": "{} stands in", "target_new": "Vienna"}))
+    with pytest.raises(SphereEditError, match="has no ZsRE record.*leave --target alternative out"):
+        read_facts(path, zsre_target="alternative")

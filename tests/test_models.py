@@ -832,3 +832,9 @@ def test_context_tokens_are_the_inputs_at_all_tokens_of_the_prompt_but_the_subje
             columns += [vector for position, vector in enumerate(inputs[0]) if position != subject]
     for ours, columns in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, torch.stack(columns, dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_long_answers_take_steps_in_proportion_and_short_ones_as_before():
+    settings = TargetSettings(rule="normalised")
+    assert [settings.steps_for(tokens) for tokens in (1, 8, 10, 25)] == [13, 13, 26, 65]
+    assert TargetSettings().steps_for(25) == 13, "Adam's are as published"

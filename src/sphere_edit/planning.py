@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from sphere_edit.editing.diagnosing import EnergyChange
 from sphere_edit.editing.ingredients import Planned, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
@@ -50,7 +53,8 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         run: which the facts would continue.
     """
     settings, loaded, method = session.settings, session.loaded, session.method
-    trial = [_with_truth(fact) for fact in facts[: min(_TRIAL_FACTS, method.max_batch or _TRIAL_FACTS)]]
+    together = min(_TRIAL_FACTS, settings.batch_size, method.max_batch or _TRIAL_FACTS)
+    trial = [_with_truth(fact) for fact in facts[:together]]
     share = len(facts) / len(trial)
     length = min(256, getattr(session.loaded.model.config, "max_position_embeddings", 256))
     passage = [[index % 100 for index in range(length)]] * 2
@@ -69,6 +73,8 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
             facts_a_trial * (sum(source.values()) + scoring) + HELDOUT * _PASSAGE_TOKENS * reading
         )
     seconds.update({stage: share * time for stage, time in source.items()})
+    batches = -(-len(facts) // settings.batch_size)
+    seconds["solving and measuring"] = batches * _timed_batch(session)
     seconds["evaluation"] = (share * evaluations + known / len(trial)) * scoring
     assert settings.recheck is not None
     assert settings.repair is not None
@@ -97,6 +103,23 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
     return Estimate(seconds, _memory(session), _disk(session, facts))
+
+
+def _timed_batch(session: Session) -> float:
+    """Seconds that every batch takes whatever its facts: of each matrix its energies, SPHERE's directions, and a factor of its system."""
+    sphere, total = session.settings.diagnostic_sphere(), 0.0
+    weights = list(session.weights.working.values())
+    for shape, count in Counter(tuple(weight.shape) for weight in weights).items():
+        weight = next(weight for weight in weights if tuple(weight.shape) == shape)
+
+        def measure(weight: Tensor = weight) -> None:
+            EnergyChange.of(weight, 1.001 * weight, None)
+            sphere.directions(weight)
+            if session.ingredients:
+                torch.linalg.cholesky(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device))
+
+        total += count * _timed(measure)
+    return total
 
 
 def _timed_repair(session: Session, trial: Sequence[Fact], passage: Sequence[list[int]]) -> float:
