@@ -181,6 +181,9 @@ class Bench:
         """
         write_json(self.folder / "bench.json", self._as_stored())
         todo = [cell for cell in self.cells if not self.finished(cell)]
+        self._record(
+            [cell for cell in self.cells if cell not in todo]
+        )  # an earlier process may have died before it did
         spent: list[float] = []
         elsewhere: list[str] = []
         for cell in todo:
@@ -202,7 +205,7 @@ class Bench:
                     self.failures[cell.name] = " ".join(str(error).split())
                     reporter.say(f"failed, and passed over: {self.failures[cell.name]}", "red")
                 gc.collect()
-                self._record_failure(cell)
+                self._record([cell])
         if elsewhere:
             many = "1 run" if len(elsewhere) == 1 else f"{len(elsewhere)} runs"
             reporter.say(f"another process is at {many}: {'; '.join(elsewhere)}")
@@ -224,14 +227,17 @@ class Bench:
         finally:
             lock.release()
 
-    def _record_failure(self, cell: Cell) -> None:
-        """Set down how a run ended, beside what other processes have set down."""
+    def _record(self, cells: Sequence[Cell]) -> None:
+        """Set down how some runs ended, beside what other processes have set down."""
         path = self.folder / "failures.json"
+        with plain_errors(path):
+            (self.folder / "claims").mkdir(parents=True, exist_ok=True)
         with FileLock(str(self.folder / "claims" / "failures.lock")):
             recorded = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-            recorded.pop(cell.name, None)
-            if cell.name in self.failures:
-                recorded[cell.name] = self.failures[cell.name]
+            for cell in cells:
+                recorded.pop(cell.name, None)
+                if cell.name in self.failures:
+                    recorded[cell.name] = self.failures[cell.name]
             write_json(path, recorded)
 
     def _run(self, cell: Cell, reporter: Reporter) -> None:

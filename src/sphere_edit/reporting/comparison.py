@@ -98,7 +98,7 @@ def read_row(group: str, method: str, variant: str, folders: Mapping[int, Path],
 
 def _whole(metric: Metric, content: Mapping[str, Any], when: str) -> float | None:
     """What was measured of the model as a whole, as tables compare it."""
-    before, after = content["unedited"][metric.name], content[when][metric.name]
+    before, after = content["unedited"].get(metric.name), content[when].get(metric.name)
     if metric.ratio:
         return after / before if before and after else None
     value: float | None = after
