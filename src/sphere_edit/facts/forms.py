@@ -20,8 +20,8 @@ class BareForm(Fact):
 
 
 def begins_its_row(fact: Fact, encoder: Encoder) -> bool:
-    """Whether the last token of a fact's subject is the first of its prompt."""
-    return encoder.at_subject(fact)[1] == 0
+    """Whether the last token of a fact's subject is the first of its prompt; a fact without a subject begins none."""
+    return bool(fact.subject) and encoder.at_subject(fact)[1] == 0
 
 
 def written_forms(
