@@ -53,8 +53,8 @@ class Feed:
         """What it is called where a method's needs are listed."""
         raise NotImplementedError
 
-    def one_layer(self, post_norm: bool) -> bool:
-        """Whether only one layer can be edited; ``post_norm``: the family normalises each MLP's output."""
+    def one_layer(self, changed: bool) -> bool:
+        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`LayerParts.inside`)."""
         return False
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
@@ -297,9 +297,9 @@ class FromTargets(Feed):
         """With the site."""
         return f"targets v* at the {'MLP' if self.site == 'mlp' else 'layer'}'s output"
 
-    def one_layer(self, post_norm: bool) -> bool:
+    def one_layer(self, changed: bool) -> bool:
         """A target at an MLP's output can be reached from that layer alone."""
-        return post_norm or self.site == "mlp"
+        return changed or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
         """One for each form, or one for each form and context: the bare prompt, and each template."""

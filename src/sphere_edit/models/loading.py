@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture, architecture_of
+from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.pretrained import first_lines, from_pretrained, usable
-from sphere_edit.models.probe import check_head
+from sphere_edit.models.probe import architecture_of, check_head
 from sphere_edit.models.soundness import (
     check_fetched,
     check_folder,

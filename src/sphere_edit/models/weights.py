@@ -32,7 +32,7 @@ class EditedWeights:
 
     def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
         self.names = tuple(names)
-        self._transposed = architecture.transposed
+        self._matrices = {name: architecture.named(name) for name in self.names}
         self._parameters = {name: _weight_of(model.get_submodule(name)) for name in self.names}
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
@@ -44,11 +44,11 @@ class EditedWeights:
 
     def original(self, name: str) -> Tensor:
         """A copy of W0 as float32 ``[d_out, d_in]``."""
-        return _master(self._oriented(self._stored[name]))
+        return _master(self._oriented(name, self._stored[name]))
 
     def deployed(self, name: str) -> Tensor:
         """A copy of the matrix the model runs with, as float32 ``[d_out, d_in]``."""
-        return _master(self._oriented(self._parameters[name].detach()))
+        return _master(self._oriented(name, self._parameters[name].detach()))
 
     def set(self, name: str, weight: Tensor) -> None:
         """Make a copy of ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
@@ -57,7 +57,7 @@ class EditedWeights:
     def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
         return {
-            f"{name}.weight": self._oriented(weight).to(dtype or self._parameters[name].dtype)
+            f"{name}.weight": self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
             for name, weight in weights.items()
         }
 
@@ -105,8 +105,8 @@ class EditedWeights:
         """SHA-256 of the working weight's bytes."""
         return hashlib.sha256(tensor_bytes(self.working[name])).hexdigest()
 
-    def _oriented(self, stored: Tensor) -> Tensor:
-        return stored.T if self._transposed else stored
+    def _oriented(self, name: str, stored: Tensor) -> Tensor:
+        return stored.T if self._matrices[name].transposed else stored
 
     def _take(self, name: str, weight: Tensor) -> None:
         """As `set`, of a float32 tensor that nobody else holds."""
@@ -114,7 +114,7 @@ class EditedWeights:
         self._write(name, weight)
 
     def _write(self, name: str, weight: Tensor) -> None:
-        self._copy(name, self._oriented(weight))
+        self._copy(name, self._oriented(name, weight))
 
     def _copy(self, name: str, stored: Tensor) -> None:
         parameter = self._parameters[name]
