@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.evaluation.catalogue import HELDOUT
 from sphere_edit.files import check_digest, plain_errors, read_tensors
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.identity import tensor_bytes
@@ -120,7 +121,7 @@ def _compare_metrics(run: RunFolder) -> None:
     if evaluation is None or metrics["after"] != run.history.head:
         return
     edited = metrics["edited"]
-    measured = {**evaluation.summary, "perplexity": evaluation.perplexity, "divergence": evaluation.divergence}
+    measured = {**evaluation.summary, **{metric.name: getattr(evaluation, metric.name) for metric in HELDOUT}}
     for name, value in measured.items():
         if edited.get(name) != value:
             raise SphereEditError(
