@@ -23,7 +23,7 @@ _FP8 = "sphere-edit-fp8"
 class PlainFP8(Fp8Dequantize):
     """fp8 times the scale of its block, also where a block is cut short by the matrix's edge."""
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         full_layer_name: str | None = None,
