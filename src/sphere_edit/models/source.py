@@ -165,7 +165,7 @@ def candidates(tensors: Mapping[str, StoredTensor], name: str, layers: str) -> l
 def expert_candidates(tensors: Mapping[str, StoredTensor], name: str, layers: str, expert: int) -> list[StoredTensor]:
     """Stored tensors that can be one expert's part of the parameter ``name``, which holds those of all experts of a layer.
 
-    Most files hold one matrix an expert (``mlp.experts.3.down_proj.weight``; Mixtral's ``block_sparse_moe.experts.3.w2.weight``). How
+    Most files hold one matrix an expert (Mixtral's ``block_sparse_moe.experts.3.w2.weight``). How
     they are called beside the layer's and the expert's number says nothing for sure; shape and content do.
     """
     layer = name.removeprefix(f"{layers}.").split(".", 1)[0]
