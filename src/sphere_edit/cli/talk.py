@@ -51,8 +51,9 @@ def _answer(editor: Editor, prompt: str, side_by_side: bool, in_chat: bool, toke
         before = editor.generate(prompt, tokens, in_chat)
     after = editor.generate(prompt, tokens, in_chat)
     columns = ("unedited", "edited")
-    table = make_table(prompt, *columns, left=columns)
+    table = make_table("", *columns, left=columns)
     table.add_row(before, after if before == after else terminal(after, "bold"))
+    out.print(terminal(prompt, "bold"), soft_wrap=True)
     out.print(table)
 
 
