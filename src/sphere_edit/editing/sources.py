@@ -54,7 +54,7 @@ class Feed:
         raise NotImplementedError
 
     def one_layer(self, changed: bool) -> bool:
-        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`LayerParts.inside`)."""
+        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`Matrix.inside`)."""
         return False
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:

@@ -25,11 +25,17 @@ class Matrix:
         path: within its layer: of a module with a ``weight``, or, of experts, of a parameter with one matrix each ``[E, …]``.
         transposed: stored ``[in, out]`` (GPT-2's Conv1D; the experts of gpt-oss and Llama 4).
         experts: the matrices of all experts, side by side: ``[d_out, E · d_in]``.
+        inside: of one that writes the MLP's output: this is changed on its way into the residual stream (a norm after the MLP, a
+            gate that depends on the token), so that a target can only be met before that: δ is added to the output of the matrix.
+            Since no other layer reaches that place, exactly one layer is edited.
+        factor: what the output is multiplied with on its way (Granite's residual multiplier).
     """
 
     path: str
     transposed: bool = False
     experts: bool = False
+    inside: bool = False
+    factor: float = 1.0
 
     @property
     def module(self) -> str:
@@ -39,19 +45,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What of one decoder layer can be edited, and how the MLP's output reaches the residual stream.
-
-    Attributes:
-        matrices: by role; ``down`` and ``experts`` write into the residual stream.
-        inside: the output is changed on its way into the residual stream (a norm after the MLP, a gate that depends on the token),
-            so that a target can only be met before that: δ is added to the output of ``down``. Since no other layer reaches that
-            place, exactly one layer is edited.
-        factor: what the output is multiplied with on its way (Granite's residual multiplier).
-    """
+    """What of one decoder layer can be edited: matrices by role, of which ``down`` and ``experts`` write into the residual stream."""
 
     matrices: Mapping[str, Matrix]
-    inside: bool = False
-    factor: float = 1.0
 
     @property
     def writer(self) -> str | None:
@@ -122,23 +118,26 @@ class Architecture:
 
     @property
     def one_layer(self) -> bool:
-        """Whether targets can be met in one layer only (`LayerParts.inside`), in any of those that are edited by default."""
-        return any(map(self.inside, self.having(self.writer)))
+        """Whether targets can be met in one layer only (`Matrix.inside`), in any of those that are edited by default."""
+        return any(self.inside(layer) for layer in self.having(self.writer))
 
-    def inside(self, layer: int) -> bool:
-        """Whether a target of this layer can only be met at its MLP's output (`LayerParts.inside`)."""
-        return self.parts[layer].inside
+    def inside(self, layer: int, role: str | None = None) -> bool:
+        """Whether a target of this layer can only be met at its MLP's output (`Matrix.inside`); ``role``: as it is edited by default."""
+        return self._writing(layer, role).inside
 
-    def value_site(self, model: nn.Module, layer: int, inside: bool = False) -> nn.Module:
-        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output.
+    def value_site(self, model: nn.Module, layer: int, inside: bool = False, role: str | None = None) -> nn.Module:
+        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output (``role``).
 
-        Where the layer's parts say so it is always the latter.
+        Where the matrix says so it is always the latter.
         """
-        if not (inside or self.inside(layer)):
+        if not (inside or self.inside(layer, role)):
             return self.decoder_layers(model)[layer]
-        writer = self.parts[layer].writer
-        assert writer is not None
-        return model.get_submodule(f"{self.layers}.{layer}.{self.matrix(layer, writer).module}")
+        return model.get_submodule(f"{self.layers}.{layer}.{self._writing(layer, role).module}")
+
+    def _writing(self, layer: int, role: str | None) -> Matrix:
+        matrices = self.parts[layer].matrices
+        chosen = next((one for one in (role, self.writer, *WRITERS) if one in WRITERS and one in matrices), None)
+        return matrices[chosen] if chosen is not None else Matrix("")
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
@@ -154,7 +153,7 @@ class Family:
 
     Attributes:
         modules: paths, within a layer, of the matrices that can be edited, by role.
-        transposed, post_norm: as `Matrix.transposed`, and `LayerParts.inside` by a norm.
+        transposed, post_norm: as `Matrix.transposed`, and `Matrix.inside` by a norm.
     """
 
     model_types: tuple[str, ...]
@@ -182,8 +181,11 @@ class Family:
 
     def of_depth(self, layers: int) -> Architecture:
         """The layout of a model of so many layers."""
-        matrices = {role: Matrix(path, self.transposed) for role, path in self.modules.items()}
-        parts = LayerParts(MappingProxyType(matrices), self.post_norm)
+        matrices = {
+            role: Matrix(path, self.transposed, inside=self.post_norm and role in WRITERS)
+            for role, path in self.modules.items()
+        }
+        parts = LayerParts(MappingProxyType(matrices))
         return Architecture(self.layers, self.final_norm, (parts,) * layers)
 
 
