@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from families import save_tiny
 from sphere_edit.errors import SphereEditError
-from sphere_edit.export import export_model
+from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.soundness import is_scale
@@ -88,7 +89,7 @@ def test_a_known_method_that_gives_plain_weights_back_loads_and_is_exported_plai
     assert torch.equal(loaded.model.state_dict()[name], plain)
     assert "quantised" in energy(folder)
     weights = EditedWeights(loaded.model, loaded.architecture, [MATRIX])
-    (told,) = export_model(loaded, weights, tmp_path / "out", "# Card")
+    (told,) = write_hf(Shipment(loaded, weights, lambda note: "# Card"), tmp_path / "out")
     assert "its files are F8_E4M3" in told
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert load_model(tmp_path / "out", "cpu").fingerprint == loaded.fingerprint

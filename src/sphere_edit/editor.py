@@ -10,7 +10,8 @@ from typing import Any
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.ability import AbilityTasks
-from sphere_edit.export import export_run
+from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.shipment import Shipment
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
@@ -219,9 +220,14 @@ class Editor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the edited model: the source's own files but for the edited tensors, and a model card."""
+        for sentence in write_hf(self.shipment(), Path(folder)):
+            self.session.reporter.say(sentence)
+
+    def shipment(self) -> Shipment:
+        """The edited model as every form of export takes it (`sphere_edit.exports`)."""
         stream = self._at_work()
         stream.committer.settle()
-        export_run(self.session, stream.run, Path(folder))
+        return Shipment.of(self.session, stream.run)
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""

@@ -18,6 +18,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
+from sphere_edit.models.configuration import positions
 from sphere_edit.models.forward import activations
 from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
@@ -74,7 +75,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
     count = min(settings.heldout, max(1, len(texts) // 5))
-    longest = min(settings.max_length, getattr(loaded.model.config, "max_position_embeddings", settings.max_length))
+    longest = min(settings.max_length, positions(loaded.model))
 
     def tokens(text: str) -> list[int]:
         return list(loaded.tokenizer(text)["input_ids"])[:longest]
@@ -119,7 +120,7 @@ def sample_text(
     """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
     encoder = Encoder(loaded.tokenizer)
     first = (encoder.document_start() or encoder.encode("The").ids)[0]
-    length = min(length, getattr(loaded.model.config, "max_position_embeddings", length) - 1)
+    length = min(length, positions(loaded.model) - 1)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
     with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
