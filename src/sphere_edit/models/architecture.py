@@ -67,6 +67,7 @@ class Architecture:
         logit_cap: what they are squeezed to ± of by tanh (Gemma 2).
         whole_rows: targets run whole rows through the upper layers, since these keep more of a prefix than keys and values
             (state-space and linear attention, indexers): slower.
+        silent: layers that a text does not run through (cross-attention to images).
         found: how the layout is known: by a family's row, or by the probe.
     """
 
@@ -76,6 +77,7 @@ class Architecture:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     whole_rows: bool = False
+    silent: frozenset[int] = frozenset()
     found: str = "row"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -83,6 +85,16 @@ class Architecture:
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def running(self, model: nn.Module, first: int = 0, last: int | None = None) -> dict[int, nn.Module]:
+        """The decoder layers that a text runs through, from ``first`` to ``last`` (that included), by number."""
+        end = len(self.parts) if last is None else last + 1
+        layers = self.decoder_layers(model)
+        return {number: layers[number] for number in range(first, end) if number not in self.silent}
+
+    def last_layer(self, model: nn.Module) -> nn.Module:
+        """The last layer that a text runs through."""
+        return list(self.running(model).values())[-1]
 
     def matrix(self, layer: int, role: str) -> Matrix:
         """The matrix ``role`` of a layer."""
@@ -94,8 +106,15 @@ class Architecture:
 
     def named(self, name: str) -> Matrix:
         """The matrix whose full path is ``name``."""
-        layer, path = name.removeprefix(f"{self.layers}.").split(".", 1)
-        return next(matrix for matrix in self.parts[int(layer)].matrices.values() if matrix.path == path)
+        return self._parts_of(name).matrices[self.role_of(name)]
+
+    def role_of(self, name: str) -> str:
+        """Its role."""
+        path = name.removeprefix(f"{self.layers}.").split(".", 1)[1]
+        return next(role for role, matrix in self._parts_of(name).matrices.items() if matrix.path == path)
+
+    def _parts_of(self, name: str) -> LayerParts:
+        return self.parts[int(name.removeprefix(f"{self.layers}.").split(".", 1)[0])]
 
     @property
     def roles(self) -> tuple[str, ...]:

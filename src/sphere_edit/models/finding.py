@@ -40,15 +40,26 @@ def found_layout(model: Any, ids: Sequence[int]) -> Architecture:
     Raises:
         NotFound: what was not found.
     """
+    try:
+        return _found(model, ids)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise NotFound(f"looking at it ended in an error: {' '.join(str(error).split())[:300]}") from None
+
+
+def _found(model: Any, ids: Sequence[int]) -> Architecture:
     trace = _Trace.of(model, ids)
     path, layers = trace.decoder_layers()
-    norm = trace.final_norm(layers[-1])
-    calls, outputs = trace.rerun(layers, [module for module in layers if module in trace.order])
-    scale, cap = _logits(model, norm, outputs[layers[-1]], trace.logits)
+    running = [layer for layer in layers if layer in trace.order]
+    silent = frozenset(number for number, layer in enumerate(layers) if layer not in trace.order)
+    norm = trace.final_norm(running[-1])
+    calls, outputs = trace.rerun(running)
+    scale, cap = _logits(model, norm, outputs[running[-1]], trace.logits)
     parts = _parts(layers, calls, outputs, trace.width)
     if not any(part.writer for part in parts):
-        raise NotFound(f"no matrix in its layers ('{path}') writes into the residual stream in a way that can be edited")
-    return Architecture(path, trace.names[norm], tuple(parts), scale, cap, found="probe")
+        raise NotFound(
+            f"no matrix in its layers ('{path}') writes into the residual stream in a way that can be edited"
+        )
+    return Architecture(path, trace.names[norm], tuple(parts), scale, cap, silent=silent, found="probe")
 
 
 # --- the model as a whole -----------------------------------------------------------------------------------------------
@@ -94,7 +105,10 @@ class _Trace:
         return logits
 
     def decoder_layers(self) -> tuple[str, nn.ModuleList]:
-        """The longest list of modules that were called once each, one after another, and that stands in no other such list."""
+        """The longest list of modules that were called once each, one after another, and that stands in no other such list.
+
+        Some of them may not have been called: those that look at images, in a text.
+        """
         lists = {
             name: module
             for module, name in self.names.items()
@@ -107,9 +121,8 @@ class _Trace:
         return path, lists[path]
 
     def _in_turn(self, modules: nn.ModuleList) -> bool:
-        places = [self.order.get(module) for module in modules]
-        once = all(place is not None for place in places) and not self.repeated & set(modules)
-        return once and places == sorted(places, key=lambda place: place or 0)
+        places = [self.order[module] for module in modules if module in self.order]
+        return 2 * len(places) > len(modules) and not self.repeated & set(modules) and places == sorted(places)
 
     def final_norm(self, last: nn.Module) -> nn.Module:
         """The last module without parts between the last layer and the output embedding."""
@@ -120,12 +133,12 @@ class _Trace:
             if self.order[last] < place < self.order.get(head, 0) and not any(True for _ in module.children())
         ]
         if not between:
-            raise NotFound("nothing was found between its last layer and its output embedding, where a norm is expected")
+            raise NotFound(
+                "nothing was found between its last layer and its output embedding, where a norm is expected"
+            )
         return max(between, key=self.order.__getitem__)
 
-    def rerun(
-        self, layers: nn.ModuleList, chosen: Sequence[nn.Module]
-    ) -> tuple[dict[nn.Module, Call], dict[nn.Module, Tensor]]:
+    def rerun(self, layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Call], dict[nn.Module, Tensor]]:
         """What each layer is called with, and gives back, in another pass."""
         calls: dict[nn.Module, Call] = {}
         outputs: dict[nn.Module, Tensor] = {}
@@ -175,8 +188,9 @@ def _parts(
     """Of each layer what can be edited; of layers of one kind the first and the last are looked at, and all where these two differ."""
     kinds: dict[str, list[int]] = {}
     for number, layer in enumerate(layers):
-        kinds.setdefault(_kind(layer), []).append(number)
-    found: dict[int, list[_Site]] = {}
+        if layer in calls:
+            kinds.setdefault(_kind(layer), []).append(number)
+    found: dict[int, list[_Site]] = {number: [] for number, layer in enumerate(layers) if layer not in calls}
 
     def look(number: int) -> list[_Site]:
         if number not in found:
@@ -188,7 +202,9 @@ def _parts(
         first, last = look(numbers[0]), look(numbers[-1])
         for number in numbers[1:-1]:
             found[number] = first if first == last else look(number)
-    mixers = not any(not site.mixer for sites in found.values() for site in sites)  # nothing but mixers: state-space models
+    mixers = not any(
+        not site.mixer for sites in found.values() for site in sites
+    )  # nothing but mixers: state-space models
     return [_chosen(found[number], mixers) for number in range(len(layers))]
 
 
@@ -233,8 +249,8 @@ class _Layer:
         self.inputs: dict[nn.Module, Tensor] = {}
         self.outputs: dict[nn.Module, Tensor] = {}
         self.order: list[nn.Module] = []
-        self.clean = self.run({module: self._record for module in self._looked_at()})
-        reproduced = _relative(self.clean.to(output.dtype), output)
+        self.clean = self.run(dict.fromkeys(self._looked_at(), self._record))
+        reproduced = _relative(self.clean.to(output.dtype), output[0])
         if not reproduced <= _TOLERANCES.get(output.dtype, 1e-3):
             raise NotFound(
                 f"a layer run again with the same arguments gives something else (relative difference {reproduced:.1e}), so that its "
@@ -402,7 +418,9 @@ class _Layer:
             joint = self.outputs[other].shape[-1] == 2 * inner
             return (("gate_up" if joint else "up", matrix),)
         if len(known) == 2 and [doubled for _, doubled, _ in known].count(True) == 1:
-            return tuple(("up" if doubled else "gate", matrix) for _, doubled, matrix in sorted(known, key=lambda k: k[1]))
+            return tuple(
+                ("up" if doubled else "gate", matrix) for _, doubled, matrix in sorted(known, key=lambda k: k[1])
+            )
         return ()
 
     def _read(self, other: nn.Module, module: nn.Module) -> bool | None:
@@ -448,4 +466,6 @@ def _noise(size: int, like: Tensor) -> Tensor:
 
 
 def _relative(first: Tensor, second: Tensor) -> float:
+    if first.shape != second.shape:
+        return float("inf")
     return float((first.double() - second.double()).norm() / second.double().norm().clamp_min(1e-12))

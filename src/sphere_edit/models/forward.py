@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sphere_edit.models.hooks import Stop, first_output, watched
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.hooks import Stop, first_output, folded, watched
+from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
 
 _HEAD_ROWS = 512  # positions whose logits exist at one time; changes memory, not results
@@ -48,14 +48,14 @@ def activations(
 
     The modules must be called in the order given, ``output_of`` last.
     """
-    with watched(inputs_of, output_of) as (inputs, outputs):
+    with watched(inputs_of, output_of, len(batch.ids)) as (inputs, outputs):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return inputs, (outputs[0] if outputs else None)
 
 
 def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
     """Output of the last decoder layer, ``[B, S, d_model]``, before the final norm."""
-    _, hidden = activations(loaded, batch, output_of=loaded.architecture.decoder_layers(loaded.model)[-1])
+    _, hidden = activations(loaded, batch, output_of=loaded.architecture.last_layer(loaded.model))
     assert hidden is not None
     return hidden
 
@@ -80,9 +80,10 @@ class Graph:
         found: list[Tensor] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            self.inputs.append(args[0].detach())
-            self.shifts.append(torch.zeros_like(output, requires_grad=True))
-            return output + self.shifts[-1]
+            rows = len(batch.ids)
+            self.inputs.append(folded(args[0].detach(), rows))
+            self.shifts.append(torch.zeros_like(folded(output, rows), requires_grad=True))
+            return output + self.shifts[-1].view_as(output)
 
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             found.append(first_output(output))
@@ -92,7 +93,7 @@ class Graph:
         with ExitStack() as hooks:
             for module in outputs_of:
                 hooks.callback(module.register_forward_hook(record).remove)
-            last = loaded.architecture.decoder_layers(loaded.model)[-1]
+            last = loaded.architecture.last_layer(loaded.model)
             hooks.callback(last.register_forward_hook(stop).remove)
             with suppress(Stop), torch.enable_grad():
                 torch.func.functional_call(loaded.model, dict(parameters or {}), (), call)

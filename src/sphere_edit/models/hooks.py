@@ -23,22 +23,32 @@ class Stop(Exception):
 
 
 def first_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def folded(rows: Tensor, batch: int) -> Tensor:
+    """A module's rows as ``[B, S, d]``: some are given, and give, all tokens in one ``[B · S, d]`` (OPT, shared experts)."""
+    return rows.unflatten(0, (batch, -1)) if rows.dim() == 2 else rows
 
 
 @contextmanager
-def watched(inputs_of: Sequence[nn.Module], output_of: nn.Module | None) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Record inputs of some modules and the output of one while a model runs; it stops after the last of them."""
+def watched(
+    inputs_of: Sequence[nn.Module], output_of: nn.Module | None, batch: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Record inputs of some modules and the output of one, ``[batch, S, d]``, while a model runs; it stops after the last of them.
+
+    The output is a copy: some layers add to it in place (Falcon).
+    """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
     def take_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0].detach())
+        inputs.append(folded(args[0].detach(), batch))
         if output_of is None and module is inputs_of[-1]:
             raise Stop
 
     def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(first_output(output).detach())
+        outputs.append(folded(first_output(output).detach().clone(), batch))
         raise Stop
 
     with ExitStack() as hooks:
