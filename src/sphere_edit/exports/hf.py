@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sphere_edit.exports.card import Note
 from sphere_edit.exports.manifest import Manifest
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.replica import Replica
+from sphere_edit.runs.weights import RunWeights
 
 
 def write_hf(shipment: Shipment, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
@@ -43,9 +43,11 @@ def write_hf(shipment: Shipment, folder: Path, dtype: torch.dtype | None = None)
     return told
 
 
-def differing(folder: Path, manifest: Manifest, deployed: Callable[[str], Tensor]) -> Iterator[str]:
+def differing(folder: Path, manifest: Manifest, weights: RunWeights) -> Iterator[str]:
     """Which edited matrices of such a folder are not the run's, one sentence each."""
+    assert manifest.state is not None
     stored, dtype = Checkpoint(str(folder.absolute())), getattr(torch, manifest.details["dtype"])
     for name in manifest.matrices:
-        if not torch.equal(stored.weight(name), deployed(name).to(dtype).float()):
+        wanted = weights.deployed(name, manifest.state.batch).to(dtype).float()
+        if not torch.equal(stored.weight(name), wanted):
             yield f"{name} in {folder} is not that of the run"

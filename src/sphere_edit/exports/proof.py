@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from sphere_edit.exports import hf
+from sphere_edit.exports import delta, hf
 from sphere_edit.exports.manifest import Manifest, State, changed_files, digest_of, read_manifest
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.proof import Proof, original_weights
 from sphere_edit.runs.weights import RunWeights
 
-Deployed = Callable[[str], Tensor]
-_FORMS: dict[str, Callable[[Path, Manifest, Deployed], Iterator[str]]] = {"hf": hf.differing}
+_FORMS: dict[str, Callable[[Path, Manifest, RunWeights], Iterator[str]]] = {
+    "hf": hf.differing,
+    "delta": delta.differing,
+}
 
 
 def prove_export(folder: Path, run: RunFolder | None, reporter: Reporter, model: str | None = None) -> Proof:
@@ -44,14 +44,11 @@ def _differing(
         yield f"{folder} is not an export of {run.path} as that stands"
         return
     weights = RunWeights(run, original_weights(run, reporter, model))
-
-    def deployed(name: str) -> Tensor:
-        return weights.deployed(name, state.batch)
-
-    other = [name for name, sha256 in manifest.matrices.items() if digest_of(deployed(name)) != sha256]
+    wanted = manifest.matrices.items()
+    other = [name for name, sha256 in wanted if digest_of(weights.deployed(name, state.batch)) != sha256]
     yield from (f"{name} is not what {run.path} makes of it after batch {state.batch}" for name in other)
     if not other:
-        yield from _FORMS[manifest.form](folder, manifest, deployed)
+        yield from _FORMS[manifest.form](folder, manifest, weights)
 
 
 def _is_of(state: State, run: RunFolder) -> bool:

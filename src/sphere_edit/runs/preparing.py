@@ -99,7 +99,7 @@ def session_of(
     config = run.config
     settings = make_settings(config.settings)
     source = str(model or config.model.source)
-    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
+    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code, reporter)
     if loaded.fingerprint != config.model.fingerprint:
         raise SphereEditError(
             f"the model at '{source}' is not the one this run edited (its weights have another hash); "
