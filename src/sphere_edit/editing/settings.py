@@ -221,7 +221,7 @@ class Settings(BaseModel):
             )
         for role, layers in chosen.items():
             _check_layers(layers, architecture, role)
-            changed = any(map(architecture.inside, layers))
+            changed = any(architecture.inside(layer, role) for layer in layers)
             if len(layers) > 1 and feed.one_layer(changed):
                 why = f"{method.name} sets its target at an MLP's output"
                 if changed:
@@ -237,7 +237,11 @@ def _default_layers(method: Method, architecture: Architecture, roles: Sequence[
     """The method's own choice among the layers that have all roles; the last of them where one layer is edited."""
     having = [layer for layer in architecture.having(roles[0]) if all(layer in architecture.having(r) for r in roles)]
     layers = tuple(having[place] for place in method.default_layers(len(having)))
-    return layers[-1:] if method.needs.feed.one_layer(any(map(architecture.inside, layers))) else layers
+    return (
+        layers[-1:]
+        if method.needs.feed.one_layer(any(architecture.inside(layer, roles[0]) for layer in layers))
+        else layers
+    )
 
 
 def _check_layers(layers: tuple[int, ...], architecture: Architecture, role: str) -> None:
