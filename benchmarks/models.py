@@ -89,6 +89,7 @@ class Results:
 
 
 Made = tuple[Any, Any]  # a model and its tokenizer
+Tensors = dict[str, torch.Tensor]
 
 
 def models(zoo: Path | None) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -156,8 +157,7 @@ def go(folder: Path, row: dict[str, Any]) -> None:
         AssertionError: a step gave a wrong result.
     """
     source, edited = folder / "model", folder / "edited"
-    editor = first_edit(source, folder, row)
-    original = row.pop("original")
+    editor, original = first_edit(source, folder, row)
     before = {name: value for name, value in original.items() if name not in changed_names(editor)}
     editor.save_pretrained(edited)
     row["passed"].append("exported")
@@ -169,8 +169,8 @@ def go(folder: Path, row: dict[str, Any]) -> None:
     editor.close()
 
 
-def first_edit(source: Path, folder: Path, row: dict[str, Any]) -> Editor:
-    """The model with two facts in it: by the default method, or, where that is refused, by one that needs no targets."""
+def first_edit(source: Path, folder: Path, row: dict[str, Any]) -> tuple[Editor, Tensors]:
+    """The model with two facts in it, by the default method or, where that is refused, by one without targets; and its tensors before."""
     refused = None
     for method in ({}, WITHOUT_TARGETS):
         run = folder / f"run-{method.get('method', 'default')}"
@@ -179,7 +179,7 @@ def first_edit(source: Path, folder: Path, row: dict[str, Any]) -> Editor:
             if "found" not in row["passed"]:
                 row["passed"].append("found")
                 row.update(layout(editor))
-            row["original"] = {name: value.clone() for name, value in editor.model.state_dict().items()}
+            original = {name: value.clone() for name, value in editor.model.state_dict().items()}
             metrics = editor.edit(FACTS)
         except SphereEditError as error:
             if refused is not None or "found" not in row["passed"]:
@@ -194,7 +194,7 @@ def first_edit(source: Path, folder: Path, row: dict[str, Any]) -> Editor:
         assert after < before, f"the answers became less likely: {before:.3f} → {after:.3f}"
         row.update(method=editor.settings.method, matrices=list(editor.weights.names), losses=[before, after])
         row["passed"].append("edited")
-        return editor
+        return editor, original
     raise AssertionError("unreachable")
 
 
@@ -220,7 +220,7 @@ def changed_names(editor: Editor) -> set[str]:
     return {parameter_name(editor.loaded.architecture, name) for name in editor.weights.names}
 
 
-def check_export(editor: Editor, folder: Path, before: dict[str, torch.Tensor]) -> None:
+def check_export(editor: Editor, folder: Path, before: Tensors) -> None:
     """Plain transformers loads the export, and it is the edited model: nothing else changed, and it computes the same."""
     loader = getattr(transformers, loader_of(editor.model.config.to_dict(), "the export"))
     model, report = loader.from_pretrained(folder, output_loading_info=True)
@@ -236,7 +236,7 @@ def check_export(editor: Editor, folder: Path, before: dict[str, torch.Tensor]) 
     assert torch.allclose(*logits, rtol=1e-3, atol=1e-4), "the export computes something else"
 
 
-def same(some: dict[str, torch.Tensor], all_of: dict[str, torch.Tensor]) -> bool:
+def same(some: Tensors, all_of: Tensors) -> bool:
     """Whether these tensors are the others of their names, bit for bit."""
     return all(torch.equal(value, all_of[name]) for name, value in some.items())
 

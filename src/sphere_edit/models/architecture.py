@@ -125,6 +125,14 @@ class Architecture:
                 counts[role] = counts.get(role, 0) + 1
         return tuple(sorted(counts, key=lambda role: -counts[role]))
 
+    def alike(self) -> dict[tuple[str, Matrix], list[int]]:
+        """Every matrix, by role, with the layers that have it alike."""
+        found: dict[tuple[str, Matrix], list[int]] = {}
+        for layer, part in enumerate(self.parts):
+            for role, matrix in part.matrices.items():
+                found.setdefault((role, matrix), []).append(layer)
+        return found
+
     def having(self, role: str) -> list[int]:
         """The layers that have a matrix ``role``."""
         return [layer for layer, part in enumerate(self.parts) if role in part.matrices]
