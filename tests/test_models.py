@@ -685,9 +685,12 @@ def test_loss_and_gradient_of_a_target_are_those_of_its_definition(family):
         dataclasses.replace(fact, prompt=prompt)
         for fact, prompt in zip(facts(), ["In truth {} is", "{} has"] * 2, strict=True)
     ]
+    given[1] = dataclasses.replace(given[1], rewordings=("Everybody knows {} for its", "Where {} is, there is"))
     encoder = Encoder(loaded.tokenizer)
     prompts = [FactPrompts.of(fact, TEMPLATES, encoder) for fact in given]
-    assert {prompt.kl_row for prompt in prompts} == {0, len(TEMPLATES)}, "both ways of the KL prompt occur"
+    assert [len(prompt.targets) - len(TEMPLATES) for prompt in prompts] == [0, 2, 0, 0]
+    given_alone = [prompt for prompt, fact in zip(prompts, given, strict=True) if not fact.rewordings]
+    assert {prompt.kl_row for prompt in given_alone} == {0, len(TEMPLATES)}, "both ways of the KL prompt occur"
     descent = _Descent(loaded, prompts, LAYER, settings, inside=False)
     descent._evaluate()  # δ = 0: fixes the distribution that the KL divergence is taken from
     generator = torch.Generator().manual_seed(0)
@@ -718,8 +721,9 @@ def defined_loss(loaded, fact, delta, h, settings, encoder):
         return logits.log_softmax(-1)
 
     nll = []
-    for template in TEMPLATES:
-        text, end = fill(template, fact)
+    said = [(template, None) for template in TEMPLATES] + [("{}", prompt) for prompt in fact.rewordings]
+    for template, prompt in said:
+        text, end = fill(template, fact, prompt)
         tokens, start = encoder.with_target(text, fact.target_new)
         found = log_probs(tokens.ids, tokens.last_token_of(end), delta)
         target = torch.tensor(tokens.ids[start:])
