@@ -53,6 +53,10 @@ class EditedWeights:
         """A copy of the matrix the model runs with, as float32 ``[d_out, d_in]``."""
         return _master(self._oriented(name, self._parameters[name].detach()))
 
+    def parameter_name(self, name: str) -> str:
+        """The full name of the model's parameter that holds the matrix ``name``."""
+        return self._stored_as[name]
+
     def set(self, name: str, weight: Tensor) -> None:
         """Make a copy of ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
         self._take(name, _master(weight, self._parameters[name].device))
