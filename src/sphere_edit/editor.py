@@ -194,10 +194,10 @@ class Editor:
         """
         self._at_work().roll_back(to)
 
-    def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
-        """Score any facts on the unedited and on the edited model."""
+    def evaluate(self, facts: Facts, skip_bad: bool = False, heldout: bool = False) -> BeforeAndAfter:
+        """Score any facts on the unedited and on the edited model; with ``heldout``, both on the run's held-out text too."""
         given = asked(self.session, facts_from(facts, skip_bad), skip_bad)
-        return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
+        return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0, heldout)
 
     def ability(self, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
         """General ability of the unedited model and, in a run, of the edited one: scores by task, by ``unedited`` and ``edited``.
@@ -212,9 +212,9 @@ class Editor:
         """The content of ``metrics.json``."""
         return self._at_work().run.metrics()
 
-    def generate(self, prompt: str, max_new_tokens: int = 12) -> str:
-        """The greedy continuation of a prompt by the model as it stands."""
-        ids = Encoder(self.tokenizer).encode(prompt).ids
+    def generate(self, prompt: str, max_new_tokens: int = 12, chat: bool = False) -> str:
+        """The greedy continuation of a prompt by the model as it stands; or, in its own chat, its answer."""
+        ids = Encoder(self.tokenizer).asked(prompt, chat).ids
         (said,) = generate(self.loaded, [ids], max_new_tokens)
         return self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True)
 

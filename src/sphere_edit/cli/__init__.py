@@ -19,6 +19,7 @@ from sphere_edit.cli.prove import verify
 from sphere_edit.cli.screen import fail, out
 from sphere_edit.cli.ship import apply, export
 from sphere_edit.cli.state import rollback
+from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
 
@@ -44,6 +45,7 @@ for _command in (
     methods,
     evaluate,
     ability,
+    chat,
     show,
     report,
     energy,

@@ -62,7 +62,7 @@ class Replica:
 
     def _place(self, stored: StoredParameters, name: str) -> tuple[Piece, ...]:
         """Where the source holds the original matrix ``name``: agreed in name, dtype, shape and every byte."""
-        original, parameter = self._as_stored(name, self._weights.original(name)), self._weights.parameter_name(name)
+        original, parameter = self._as_stored(name, self._weights.original(name)), self._weights.stored_as[name]
         found = stored.pieces(parameter)
         if not found:
             form = "in another form than the model" if stored.tensors(parameter) else "under no name that is known"
@@ -84,7 +84,7 @@ class Replica:
 
     def _as_stored(self, name: str, weight: Tensor) -> Tensor:
         if not self._other:
-            return self._weights.as_parameters({name: weight})[self._weights.parameter_name(name)]
+            return self._weights.as_parameters({name: weight})[self._weights.stored_as[name]]
         (stored,) = self._weights.as_parameters({name: weight}, torch.float32).values()
         return self._cast(name, stored)
 

@@ -35,7 +35,7 @@ class EditedWeights:
     def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
         self.names = tuple(names)
         self._matrices = {name: architecture.named(name) for name in self.names}
-        self._stored_as = {name: parameter_name(architecture, name) for name in self.names}
+        self.stored_as = {name: parameter_name(architecture, name) for name in self.names}
         self._parameters = {name: parameter_of(model, architecture, name) for name in self.names}
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
@@ -53,10 +53,6 @@ class EditedWeights:
         """A copy of the matrix the model runs with, as float32 ``[d_out, d_in]``."""
         return _master(self._oriented(name, self._parameters[name].detach()))
 
-    def parameter_name(self, name: str) -> str:
-        """The full name of the model's parameter that holds the matrix ``name``."""
-        return self._stored_as[name]
-
     def set(self, name: str, weight: Tensor) -> None:
         """Make a copy of ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
         self._take(name, _master(weight, self._parameters[name].device))
@@ -64,7 +60,7 @@ class EditedWeights:
     def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
         return {
-            self._stored_as[name]: self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
+            self.stored_as[name]: self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
             for name, weight in weights.items()
         }
 

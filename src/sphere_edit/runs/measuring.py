@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.routing import changed_share, mixed_above, routes_of
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
@@ -41,15 +43,17 @@ _AGES = 10  # classes of age that retention tells apart
 
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """Scores of some facts on the unedited and on the edited model."""
+    """Scores of some facts on the unedited and on the edited model; and what was measured of both on held-out text, if that was asked."""
 
     facts: list[Fact]
     unedited: list[FactScores]
     edited: list[FactScores]
+    heldout: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Means over the facts, in percent."""
-        return {"unedited": summarise(self.unedited), "edited": summarise(self.edited)}
+        scores = {"unedited": self.unedited, "edited": self.edited}
+        return {side: {**summarise(found), **self.heldout.get(side, {})} for side, found in scores.items()}
 
 
 class Evaluator:
@@ -115,12 +119,14 @@ class Evaluator:
             return False
         return True
 
-    def before_and_after(self, facts: Sequence[Fact], edited: bool) -> BeforeAndAfter:
-        """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``."""
+    def before_and_after(self, facts: Sequence[Fact], edited: bool, heldout: bool = False) -> BeforeAndAfter:
+        """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``; with ``heldout`` of its text too."""
         with self.weights.unedited():
             complete = complete_answers(self.loaded, facts)
             before = self.score(complete, "unedited model", say=True)
-        return BeforeAndAfter(complete, before, self.score(complete, "edited model", say=True) if edited else before)
+        after = self.score(complete, "edited model", say=True) if edited else before
+        text = {"unedited": self._text_on_unedited(), "edited": self._text()} if heldout else {}
+        return BeforeAndAfter(complete, before, after, text)
 
     # --- of a run -------------------------------------------------------------------------------------------------
 
@@ -205,7 +211,7 @@ class Evaluator:
         sha256 = write_json(path, content)
         if known is not None and known.sha256 in (None, sha256):
             return known
-        whole = {**self._whole_model(), **(self._texts(asked, facts) if final else {})}
+        whole = {**self._whole_model(), **self._routes(facts), **(self._texts(asked, facts) if final else {})}
         summary = summarise(scores)
         found = Evaluation(after=head, facts=len(asked), final=final, summary=summary, sha256=sha256, **whole)
         run.append(found)
@@ -256,13 +262,32 @@ class Evaluator:
 
     def _whole_model(self) -> dict[str, Any]:
         """Held-out text on the model as it stands, and the energy of every edited matrix."""
+        return {**self._text(), "energy": self._energies(self.weights.deployed)}
+
+    def _text(self) -> dict[str, float | None]:
+        """Held-out text on the model as it stands, compared with the unedited one."""
         if self._unedited_hidden is None:
             self._text_on_unedited()
         text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=self._unedited_hidden)
-        energies = self._energies(self.weights.deployed)
-        return {**catalogue.of_heldout(text), "energy": energies}
+        return catalogue.of_heldout(text)
 
-    def _text_on_unedited(self) -> dict[str, Any]:
+    def _routes(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        """Of a mixture of experts, how many routes above the edit changed: of held-out text, and of the facts' prompts."""
+        experts = mixed_above(self.loaded, self.weights.names)
+        if not experts:
+            return {}
+        encoder = Encoder(self.loaded.tokenizer)
+        prompts = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
+        shares = {}
+        for name, rows in (("text", self.heldout), ("facts", prompts)):
+            if rows:
+                read = partial(routes_of, self.loaded, rows, experts, self.max_tokens)
+                with self.weights.unedited():
+                    before = read()
+                shares[name] = changed_share(before, read())
+        return {"routes": shares}
+
+    def _text_on_unedited(self) -> dict[str, float | None]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
         with self.weights.unedited():
             found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")
