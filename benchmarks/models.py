@@ -53,6 +53,7 @@ QUICK: dict[str, Any] = {
 }
 WITHOUT_TARGETS = {"method": "ultraedit", "options": {"rate": 3e-2}}  # reads gradients, and replays nothing
 STEPS = ("found", "edited", "exported", "reloaded", "rolled back")
+OTHERS = "zoo:"  # before the names of models from another folder
 LIMIT = 300  # seconds for one model
 
 
@@ -61,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON file that keeps what was found of each model")
     parser.add_argument("--only", help="model types to try, again where they were tried before")
-    parser.add_argument("--zoo", type=Path, help="a folder with a module zoo.py of other tiny configurations, tried too")
+    parser.add_argument(
+        "--zoo", type=Path, help="a folder with a module zoo.py of other tiny configurations, tried too"
+    )
     parser.add_argument("--write", type=Path, help="write the page of all results, and try nothing")
     args = parser.parse_args()
     kept = Results(args.results)
@@ -99,7 +102,7 @@ def models(zoo: Path | None) -> Iterator[tuple[str, Callable[[], Made]]]:
         import zoo as other
 
         for name in other.Z:
-            yield f"zoo:{name}", lambda name=name: (other.build(name), other.TOK)
+            yield f"{OTHERS}{name}", lambda name=name: (other.build(name), other.TOK)
     for kind in types():
         yield kind, lambda kind=kind: (tiny_model(kind, loader_of({"model_type": kind}, kind)), byte_tokenizer())
 
@@ -247,9 +250,160 @@ def line(name: str, row: dict[str, Any]) -> str:
     return f"{name:26} {done:12} {row.get('path', ''):34} {row.get('seconds', 0):5} {row.get('refused', '')} {row.get('why', '')[:200]}"
 
 
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+# what users of this field bring, by model type: of the hub's most downloaded, common ones, and older ones that are still used
+FAMILIES = [
+    "qwen3",
+    "qwen2",
+    "llama",
+    "mistral",
+    "gemma3_text",
+    "gpt2",
+    "phi3",
+    "gemma2",
+    "gpt_neox",
+    "gemma",
+    "gptj",
+    "smollm3",
+    "phi",
+    "olmo2",
+    "olmo3",
+    "glm4",
+    "exaone4",
+    "falcon",
+    "bloom",
+    "stablelm",
+    "starcoder2",
+    "gpt_neo",
+    "gemma3",
+    "gemma4",
+    "qwen3_vl",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "mistral3",
+    "granite",
+    "cohere2",
+    "cohere",
+    "opt",
+    "qwen3_moe",
+    "gpt_oss",
+    "mixtral",
+    "deepseek_v3",
+    "deepseek_v2",
+    "glm4_moe",
+    "llama4",
+    "minimax_m2",
+    "olmoe",
+    "glm_moe_dsa",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "granitemoehybrid",
+    "lfm2",
+    "nemotron_h",
+    "falcon_h1",
+    "mamba",
+    "gemma3n",
+    "deepseek_v4",
+    "mllama",
+]
+
+_INTRODUCTION = """# Which models can be edited
+
+Made by `python benchmarks/models.py`, with transformers {version}; every row was run.
+
+For each model type a tiny model is made: its own configuration class with small sizes, random weights in
+float32. It is saved as a folder and then treated as any other model.
+
+| Step | What must hold |
+|---|---|
+| found | its layout is understood: by a family's row, or by running it; its logits and the replay of its upper layers are its own |
+| edited | two facts become likelier by the default method, or, where that is refused, by UltraEdit |
+| exported | `export` writes a folder |
+| reloaded | plain transformers loads the folder: only edited tensors differ, those of a vision tower included; the logits are the edited model's |
+| rolled back | `rollback --to 0` gives every tensor of the original, bit for bit |
+
+This proves the plumbing, not the quality of edits: random weights know nothing. The sizes at which a family
+is really used were run for few of them ([log](LOG.md)).
+"""
+
+
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """docs/models.md."""
-    return ""
+    own = {name: row for name, row in rows.items() if not name.startswith(OTHERS)}
+    others = {name.removeprefix(OTHERS): row for name, row in rows.items() if name.startswith(OTHERS)}
+    families = {name: own.get(name, {"passed": [], "refused": "not built", "why": "not tried"}) for name in FAMILIES}
+    built = {name: row for name, row in own.items() if row.get("refused") not in ("not built", "by config.json")}
+    text = [_INTRODUCTION.format(version=transformers.__version__), _totals(families, others, built)]
+    text.append("## Edited\n\n" + _edited({name: row for name, row in own.items() if whole(row)}))
+    text.append("## Not edited\n\n" + _refused(own, others))
+    return "\n".join(text)
+
+
+def whole(row: dict[str, Any]) -> bool:
+    """Whether every step was passed."""
+    return row["passed"] == list(STEPS)
+
+
+def _totals(families: dict[str, Any], others: dict[str, Any], built: dict[str, Any]) -> str:
+    groups = {
+        "families that users bring": families,
+        "configurations of the second set": others,
+        "model types that can be made tiny": built,
+    }
+    lines = [f"| of | {' | '.join(STEPS)} |", "|---|" + "---|" * len(STEPS)]
+    for name, group in groups.items():
+        counts = [str(sum(step in row["passed"] for row in group.values())) for step in STEPS]
+        lines.append(f"| {len(group)} {name} | {' | '.join(counts)} |")
+    lacking = [f"`{name}`" for name, row in families.items() if not whole(row)]
+    lines.append(
+        f"\nThe families are {', '.join(f'`{name}`' for name in families)}. Not edited of them: {', '.join(lacking)}.\n"
+    )
+    lines.append(
+        "The second set was written by hand and apart from this command: variants of the same types (dense and with experts, with\n"
+        "post-norms, scaled residuals, parallel blocks).\n"
+    )
+    return "\n".join(lines)
+
+
+def _edited(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| type | class | writes into the stream | layers | known by | targets run | edited by |",
+        "|---|" * 1 + "---|" * 6,
+    ]
+    for name, row in sorted(rows.items()):
+        known = "row" if row["row"] else "running it"
+        replay = "whole rows" if row["whole_rows"] else "a suffix"
+        one = ", one edited" if row["one_layer"] else ""
+        lines.append(
+            f"| {name} | {row['class']} | `{row['path']}` | {row['layers']}{one} | {known} | {replay} | {row['method']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _refused(own: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> str:
+    named = {**own, **{f"{name} (second set)": row for name, row in others.items()}}
+    lines = ["| type | when | why |", "|---|---|---|"]
+    for name, row in sorted(named.items(), key=lambda item: (item[1].get("refused", ""), item[0])):
+        if not whole(row):
+            lines.append(f"| {name} | {_WHEN[row['refused']]} | {_reason(row['why'])} |")
+    return "\n".join(lines) + "\n"
+
+
+_WHEN = {
+    "by config.json": "by its config.json",
+    "loaded": "when it was loaded",
+    "edited": "when it was edited",
+    "not built": "no tiny model could be made",
+    "TRACEBACK": "a fault of ours",
+}
+
+
+def _reason(why: str) -> str:
+    """The part of a refusal that says why, as a cell of a table."""
+    said = why.split("cannot be edited: ")[-1].split(". Its longest list")[0].split("; expected a decoder")[0]
+    return " ".join(said.split()).replace("|", "/")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def values(cls: type[PreTrainedConfig], beside: bool = False) -> dict[str, Any]:
     fields = {field.name: _default(field) for field in dataclasses.fields(cls) if field.name not in inherited}
     found = {name: sizes[name] for name, default in fields.items() if name in sizes}
     if not beside:
-        found |= {name: value for name, value in {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.items()}
+        found |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     numbers = iter(range(300, VOCABULARY))
     for name, default in fields.items():
         if name.endswith(_NUMBERED) and type(default) is int and default >= 300 and name not in found:

@@ -119,8 +119,8 @@ class Inspection:
         writing = [one for one in self.matrices if one.role in ("down", EXPERTS)]
         if any(one.inside for one in writing):
             yield (
-                "What these layers write is normalised or gated before it is added to the residual stream. Targets are set before that, "
-                "so one layer is edited and not several"
+                "What is written is normalised or gated before it is added to the residual stream. Targets are set before that, so one "
+                "layer is edited and not several"
             )
         if self.whole_rows:
             yield (
@@ -132,7 +132,7 @@ class Inspection:
             yield f"A text does not run through the layers {spans(self.silent)}, so these are left alone"
         written = {layer for one in writing for layer in one.layers}
         if bare := [layer for layer in range(self.depth) if layer not in written and layer not in self.silent]:
-            yield f"No matrix that writes an MLP's output was found in the layers {spans(bare)}"
+            yield f"No matrix that can be edited was found in the layers {spans(bare)}"
 
 
 def _matrices(loaded: LoadedModel) -> Iterator[MatrixFound]:
@@ -178,5 +178,3 @@ def spans(numbers: tuple[int, ...] | list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
-
-

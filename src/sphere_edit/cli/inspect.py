@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sphere_edit.cli.options import Device, Json, ModelDtype, TrustRemoteCode, given
-from sphere_edit.cli.screen import out, reporter
+from sphere_edit.cli.screen import out
 from sphere_edit.errors import SphereEditError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def inspect(
     if json_file is not None:
         check_room(json_file.absolute().parent, 0)
     if RunFolder.exists(model):
-        raise SphereEditError(f"{model} is a run; sphere-edit show {model} says what it did, and its config.json what was found")
+        raise SphereEditError(
+            f"{model} is a run; sphere-edit show {model} says what it did, and its config.json what was found"
+        )
     settings = make_settings(given({"device": device, "dtype": dtype and dtype.value}))
     found = Inspection.of(Session.load(model, settings, Quiet(), trust_remote_code))
     for table in _tables(found):
@@ -54,7 +56,7 @@ def _tables(found: Inspection) -> Iterator[Table]:
     for name, value in _facts(found):
         whole.add_row(name, value)
     yield whole
-    columns = ("role", "layers", "matrix", "shape", "what it writes")
+    columns = ("role", "layers", "matrix", "shape", "writes into")
     matrices = make_table("What can be edited", *columns, left=columns)
     for one in found.matrices:
         matrices.add_row(one.role, spans(one.layers), one.path, _shape(one), _written(one))
@@ -68,7 +70,7 @@ def _tables(found: Inspection) -> Iterator[Table]:
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "model", found.model
     yield "type", f"{found.kind} ({found.built_by})"
-    yield "numbers", f"{found.parameters:,} in {found.dtype}, on {found.device}"
+    yield "parameters", f"{found.parameters:,} in {found.dtype}, on {found.device}"
     how = "known of its family" if found.found == "row" else "found by running it"
     yield "layers", f"{found.depth} at {found.layers}, {how}"
     yield "final norm", found.final_norm
@@ -78,7 +80,10 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     origin = found.preset or ("found by calibration, before the first edit" if found.calibrates else "the defaults")
     yield f"settings of {found.method}", origin
     yield "chat template", "yes" if found.chat else "none"
-    yield "memory", f"{found.weights / 1e9:.2f} GB of weights; an edit takes {found.editing / 1e9:.2f} GB in all"
+    yield (
+        "memory",
+        f"{_memory(found.weights)} of weights; {_memory(found.editing)} in all for an edit by {found.method}",
+    )
 
 
 def _logits(found: Inspection) -> str:
@@ -94,10 +99,14 @@ def _shape(one: MatrixFound) -> str:
 
 def _written(one: MatrixFound) -> str:
     if one.role not in ("down", "experts"):
-        return "within the MLP"
+        return "the inner part of the MLP"
     if one.inside:
-        return "the MLP's output, normalised or gated after it"
-    return "the MLP's output" if one.factor == 1 else f"the MLP's output, × {one.factor:g} after it"
+        return "the residual stream, normalised or gated on the way"
+    return "the residual stream" if one.factor == 1 else f"the residual stream, × {one.factor:g} on the way"
+
+
+def _memory(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def _edited(group: MethodsFound) -> str:

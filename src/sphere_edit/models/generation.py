@@ -86,7 +86,8 @@ def generate(
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
     view.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
-    said = view.generate(
+    said = _generated(
+        view,
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
@@ -95,3 +96,13 @@ def generate(
     given = len(rows[0])
     found = [row[:given] + until_end(row[given:], ends) for row in said]
     return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
+
+
+def _generated(model: Any, **request: Any) -> Tensor:
+    """What ``generate`` gives; without a cache where transformers cannot tell how far one is, for no layer in it is attention."""
+    try:
+        return model.generate(**request)
+    except ValueError as error:
+        if "get_seq_length" not in str(error):
+            raise
+        return model.generate(**request, use_cache=False)

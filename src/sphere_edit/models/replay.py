@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.configuration import text_config
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
@@ -83,10 +84,15 @@ class Replay:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
         size = len(self.value)
+        heads = size * int(getattr(text_config(self._loaded.model), "num_attention_heads", None) or 1)
 
         def pick(item: Any) -> Any:
-            if isinstance(item, Tensor) and item.dim() > 1 and size > 1 and len(item) == size:
+            if not isinstance(item, Tensor) or item.dim() < 2 or size == 1:
+                return item
+            if len(item) == size:
                 return item[rows]
+            if item.dim() == 3 and len(item) == heads:  # one matrix a row and head: ALiBi
+                return item.unflatten(0, (size, -1))[rows].flatten(0, 1)
             return item
 
         self._calls = _mapped(pick, self._calls)
