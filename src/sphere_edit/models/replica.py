@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sphere_edit.models.source import (
     StoredTensor,
     candidates,
     companions,
+    expert_candidates,
     read_config,
     stored_tensors,
     weight_files,
@@ -30,6 +32,14 @@ from sphere_edit.models.weights import EditedWeights
 
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _SPELLED = {stored: name.removeprefix("torch.") for name, stored in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the files that is an edited matrix, or one ``expert`` of it."""
+
+    tensor: StoredTensor
+    expert: int | None = None
 
 
 class Replica:
@@ -50,23 +60,36 @@ class Replica:
         )
         self.source: Path | None = None
         self.companions = NOTHING
-        self._places: dict[str, StoredTensor] = {}
+        self._places: dict[str, list[_Place]] = {}
         try:
             source = whole_folder(loaded.source, code)
             self.companions, self.source = companions(source, code), source
             tensors = stored_tensors(source)
             for name in weights.names:
-                self._places[name] = self._place(tensors, name)
+                self._places[name] = self._places_of(tensors, name)
             self.why_anew = ""
         except SphereEditError as error:
             self.why_anew = str(error)
 
-    def _place(self, tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor:
-        """Where the source holds the original matrix ``name``: agreed in name, dtype, shape and every byte."""
+    def _places_of(self, tensors: Mapping[str, StoredTensor], name: str) -> list[_Place]:
+        """Where the source holds the original matrix ``name``: in one tensor, or of experts perhaps in one each."""
         original = self._as_stored(name, self._weights.original(name))
-        found = candidates(tensors, f"{name}.weight", self._loaded.architecture.layers)
+        stored_as, layers = self._weights.stored_as[name], self._loaded.architecture.layers
+        found = candidates(tensors, stored_as, layers)
+        if found or original.dim() == 2:
+            return [_Place(self._place(found, stored_as, original))]
+        places = []
+        for number, expert in enumerate(original):
+            one = f"expert {number} of {stored_as}"
+            places.append(
+                _Place(self._place(expert_candidates(tensors, stored_as, layers, number), one, expert), number)
+            )
+        return places
+
+    def _place(self, found: Sequence[StoredTensor], called: str, original: Tensor) -> StoredTensor:
+        """Which of the tensors found is the ``original`` in memory: agreed in dtype, shape and every byte."""
         if not found:
-            raise SphereEditError(f"the files of '{self._loaded.source}' hold no {name}.weight under that name")
+            raise SphereEditError(f"the files of '{self._loaded.source}' hold no {called} under that name")
         dtype = _DTYPES[str(original.dtype)]
         if all(tensor.dtype != dtype for tensor in found):
             wanted = "is wanted" if self._other else "was loaded"
@@ -77,14 +100,12 @@ class Replica:
         shape = tuple(original.shape)
         same = [one for one in found if one.dtype == dtype and one.shape == shape and one.content() == content]
         if len(same) != 1:
-            raise SphereEditError(
-                f"the files of '{self._loaded.source}' hold {name}.weight in another form than the model"
-            )
+            raise SphereEditError(f"the files of '{self._loaded.source}' hold {called} in another form than the model")
         return same[0]
 
     def _as_stored(self, name: str, weight: Tensor) -> Tensor:
         if not self._other:
-            return self._weights.as_parameters({name: weight})[f"{name}.weight"]
+            return self._weights.as_parameters({name: weight})[self._weights.stored_as[name]]
         (stored,) = self._weights.as_parameters({name: weight}, torch.float32).values()
         return self._cast(name, stored)
 
@@ -111,12 +132,13 @@ class Replica:
         for file in weight_files(self.source):
             with plain_errors(folder / file.name):
                 shutil.copyfile(file, folder / file.name)
-        for name, place in self._places.items():
-            content = tensor_bytes(self._as_stored(name, self._weights.deployed(name)))
-            copy = folder / place.file.name
-            with plain_errors(copy), copy.open("rb+") as opened:
-                opened.seek(place.start)
-                opened.write(content)
+        for name, places in self._places.items():
+            stored = self._as_stored(name, self._weights.deployed(name))
+            for place in places:
+                copy = folder / place.tensor.file.name
+                with plain_errors(copy), copy.open("rb+") as opened:
+                    opened.seek(place.tensor.start)
+                    opened.write(tensor_bytes(stored if place.expert is None else stored[place.expert]))
 
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
