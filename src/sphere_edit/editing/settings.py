@@ -221,11 +221,11 @@ class Settings(BaseModel):
             )
         for role, layers in chosen.items():
             _check_layers(layers, architecture, role)
-            changed = any(architecture.inside(layer, role) for layer in layers)
-            if len(layers) > 1 and feed.one_layer(changed):
+            alone = any(architecture.alone(layer, role) for layer in layers)
+            if len(layers) > 1 and feed.one_layer(alone):
                 why = f"{method.name} sets its target at an MLP's output"
-                if changed:
-                    why = "this model normalises or gates each MLP's output"
+                if alone:
+                    why = "this model gates or changes each MLP's output"
                 raise SphereEditError(
                     f"{why}, so one layer is edited and not {len(layers)}: no other layer can reach the place of the "
                     f"target; use --layers {layers[-1]}"

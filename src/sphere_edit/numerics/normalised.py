@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MOST_STEPS = 200  # Newton's steps here number four to ten; near a double root, where each halves the distance, some dozens
+_MOST_STEPS = (
+    200  # Newton's steps here number four to ten; near a double root, where each halves the distance, some dozens
+)
 
 
 def nearest_normalised(weight: Tensor, wanted: Tensor, length: Tensor) -> Tensor:
