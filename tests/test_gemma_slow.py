@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 from sphere_edit.models.loading import LoadedModel, load_model
-from test_cli import run
 
 pytestmark = pytest.mark.slow
 

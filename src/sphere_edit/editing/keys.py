@@ -46,6 +46,7 @@ class SubjectReader:
         contexts: a column a fact, averaged over the templates, or one a fact and template, fact by fact, the clean prompt first.
         inside, role: values stand at the output of the last layer's matrix ``role``; otherwise at that of the layer.
         averaged: values are averaged as keys are (R-ROME); otherwise they are what stands there in the clean prompt.
+        own: values of a matrix stand at its own layer's output, not at the last one's.
     """
 
     def __init__(
@@ -58,17 +59,19 @@ class SubjectReader:
         max_tokens: int,
         contexts: Literal["mean", "each"] = "mean",
         role: str | None = None,
+        own: bool = False,
         averaged: bool = False,
     ):
         model, architecture = loaded.model, loaded.architecture
-        self._loaded, self._names, self._layers = loaded, names, layers
-        self._averaged, self._contexts = averaged, contexts
+        self._names, self._layers, self._averaged, self._contexts = names, layers, averaged, contexts
         self._modules = [module_of(model, architecture, name) for name in names]
-        self._site = architecture.value_site(model, layers[-1], inside, role)
         self._norms = [None if inside else norm_after(loaded, name) for name in names]
         self._given: list[
             Tensor
-        ] = []  # what the norm behind the matrix read last is given, in the clean prompts and in the others
+        ] = []  # what the norm behind the last matrix read is given, in clean prompts and others
+        self._site = architecture.value_site(model, layers[-1], inside, role)
+        self._own = dict(architecture.running(model)) if own else {}
+        self._per_fact = prompts.templates - 1
         clean = prompts.rows[:: prompts.templates]
         others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
         self._clean = LayerWalk(loaded, clean, layers[0], layers[-1], max_tokens)
@@ -76,17 +79,17 @@ class SubjectReader:
 
     def keys_and_values(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, columns]`` of matrix number ``index``, those below it being written, and ``h [d, columns]``; float32."""
-        layer, last, norm = self._layers[index], self._layers[-1], self._norms[index]
+        layer, norm = self._layers[index], self._norms[index]
         inputs = [self._modules[index], *([] if norm is None else [norm.module])]
+        last, site = (layer, self._own[layer]) if self._own else (self._layers[-1], self._site)
         self._clean.stand_at(layer)
-        (keys, *given), values = self._clean.read(last, inputs, self._site)
-        self._given = given
+        (keys, *self._given), values = self._clean.read(last, inputs, site)
         assert values is not None
         if self._others is None:
             return _columns(keys), _columns(values)
         self._others.stand_at(layer)
         if self._contexts == "each":
-            (others, *given), other_values = self._others.read(last, inputs, self._site)
+            (others, *given), other_values = self._others.read(last, inputs, site)
             self._given += given
             assert other_values is not None
             return _columns(interleaved(keys, others)), _columns(interleaved(values, other_values))
@@ -105,13 +108,20 @@ class SubjectReader:
         norm = self._norms[index]
         if norm is None:
             return share
-        each = self._contexts == "each"
         clean, *others = self._given
-        wanted = [share.T, *(share.T.repeat_interleave(len(rows) // len(clean), 0) for rows in others)]
-        if each and others:
+        wanted = [share.T, *(share.T.repeat_interleave(self._per_fact, 0) for _ in others)]
+        if self._contexts == "each" and others:
             wanted = _apart(share.T, len(clean))
         changes = [norm.change(rows.T, columns.T).T for rows, columns in zip(self._given, wanted, strict=True)]
-        return _columns((interleaved if each else _averaged)(*changes))
+        return _columns((interleaved if self._contexts == "each" else _averaged)(*changes))
+
+    def carried(self, deltas: Tensor) -> dict[int, Tensor]:
+        """What each layer from the first edited one on holds, ``[d, columns]``, when ``deltas [d, n]`` is added to the first's output."""
+        clean = self._clean.carried(deltas.T)
+        if self._contexts == "each" and self._others is not None:
+            each = deltas.T.repeat_interleave(self._per_fact, 0)
+            clean = [interleaved(*pair) for pair in zip(clean, self._others.carried(each), strict=True)]
+        return dict(zip(self._clean.layers, map(_columns, clean), strict=True))
 
     def clean_values(self) -> Tensor:
         """``h [d, n]`` (float32) of the clean prompts, with the weights as they stand."""
