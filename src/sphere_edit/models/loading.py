@@ -20,7 +20,6 @@ from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.pretrained import first_lines, from_pretrained, usable
 from sphere_edit.models.probe import check_head
 from sphere_edit.models.soundness import (
-    check_fetched,
     check_folder,
     check_hub,
     check_stored,
@@ -146,8 +145,6 @@ def load_model(
     tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code)
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and this device computes with it as it is")
-    if not local:
-        check_fetched(where)
     model.config._name_or_path = source
     try:
         model.to(target)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.quiet import quiet
 from sphere_edit.models.source import (
     SINGLE,
     StoredTensor,
     cached,
+    hub_folder,
     pickled,
     read_config,
     read_object,
@@ -24,6 +29,11 @@ _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SEPARATE = "hf_quant_config.json"  # where NVIDIA's ModelOpt tells what config.json may leave out
 _ORIGINALS = ("_name_or_path", "base_model_name_or_path", "base_model")
+_TOKENIZER = "tokenizer_config.json"
+_COUNTS = re.compile(r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$")  # names of what is built one by one
+_COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
+_PLAIN, _PACKED = 1.0, 8.0  # weights a byte: two of a half's size, a tied one counted twice; a bit each where quantised
+_TABLES = 1 << 30  # bytes of tables made from a configuration that are harmless beside the smallest model
 # the last part of a tensor's name that says how to read other numbers: scales, zeros, packed weights, codebooks
 _SCALES = re.compile(
     r"(^|[._])(scales?|scaling|scale_inv|zeros?|zero_points?|qzeros|qweight|qscales?|g_idx|absmax|amax|quant_map"
@@ -108,15 +118,20 @@ def _pickles(names: Iterable[str]) -> str:
 
 
 def check_hub(name: str) -> None:
-    """The same of a hub model, as far as its configuration tells: nothing else is fetched.
+    """The same of a hub model, and `check_stored` of its safetensors: what loading would fetch is fetched for it.
 
     Raises:
-        SphereEditError: it is an adapter, or quantised by an unknown method.
+        SphereEditError: it is an adapter, or as `check_stored` says.
     """
     config = cached(name, "config.json")
     refuse_adapter(cached(name, _ADAPTER), name, alone=config is None)
-    if config is not None:
-        check_config(read_object(config), name)
+    if config is None:
+        return
+    check_config(read_object(config), name)  # before gigabytes are fetched
+    with suppress(SphereEditError):  # a model without safetensors of its own is told, or found elsewhere, by whoever loads it
+        config = hub_folder(name) / "config.json"
+    if any(config.parent.glob("*.safetensors")):
+        check_stored(config.parent, name)
 
 
 def check_stored(folder: Path, source: str) -> None:
@@ -126,22 +141,83 @@ def check_stored(folder: Path, source: str) -> None:
     weights back, and where it does not, the loaded model says so.
 
     Raises:
-        SphereEditError: the weights are quantised, or a file cannot be read.
+        SphereEditError: the weights are quantised, a file cannot be read, or the configuration describes far more than is there.
     """
-    config = read_config(folder)
-    if not check_config(config, source, folder):
-        refuse_unreadable(stored_tensors(folder), config, source)
+    config, tensors = read_config(folder), stored_tensors(folder)
+    packed = check_config(config, source, folder)
+    if not packed:
+        refuse_unreadable(tensors, config, source)
+    check_extent(folder, config, tensors, source, _PACKED if packed else _PLAIN)
 
 
-def check_fetched(name: str) -> None:
-    """`check_stored` of a hub model's files as they lie in the cache, where its safetensors are its own.
+def check_extent(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], source: str, most: float
+) -> None:
+    """Refuse a configuration that describes far more than the files hold, before anything of that size is made.
+
+    Counts in it are compared with the number of stored tensors, since a library builds lists as long as these. Then the model is
+    built without memory (device ``meta``), and its weights and tables are added up.
+
+    Args:
+        most: how many weights a stored byte can give.
 
     Raises:
-        SphereEditError: the weights are quantised, or a file cannot be read.
+        SphereEditError: naming the count, or both sizes.
     """
-    config = cached(name, "config.json", fetch=False)
-    if config is not None and any(config.parent.glob("*.safetensors")):
-        check_stored(config.parent, name)
+    for path, limit in ((folder / "config.json", max(len(tensors), _COUNTED)), (folder / _TOKENIZER, _EXTRA)):
+        if path.is_file():
+            _refuse_counts(config if path.name == "config.json" else read_object(path), path.name, limit, source)
+    held = sum(tensor.end - tensor.start for tensor in tensors.values())
+    weights, tables = _described(folder, config)
+    if weights > most * held:
+        raise SphereEditError(
+            f"model '{source}' lacks weights that its config.json describes: {weights:,} numbers, and its files hold {held:,} bytes. "
+            "Is config.json damaged, or a file missing?"
+        )
+    if tables > max(held, _TABLES):
+        raise SphereEditError(
+            f"the config.json of model '{source}' asks for tables of {tables:,} bytes beside weights of {held:,}; it is damaged"
+        )
+
+
+def _refuse_counts(config: Mapping[str, Any], file: str, limit: int, source: str) -> None:
+    for name, value in _numbers(config):
+        if _COUNTS.search(name) and value > limit:
+            raise SphereEditError(
+                f"{file} of model '{source}' says {name}: {value}, where {limit:,} is the most that can be; it is damaged"
+            )
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a configuration, each with the nearest name above it."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _numbers(value, key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):
+        yield name, config
+
+
+def _described(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many weights a configuration describes, and how many bytes of tables that no file holds; 0 where it cannot be told.
+
+    What is wrong with a configuration that builds no model is told by whoever loads it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if str(config.get("model_type")) not in CONFIG_MAPPING:
+        return 0, 0
+    try:
+        with quiet(), torch.device("meta"):
+            causal: Any = AutoModelForCausalLM
+            model = causal.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception:
+        return 0, 0
+    stored = model.state_dict()
+    tables = [table for name, table in model.named_buffers() if name not in stored]
+    return sum(weight.numel() for weight in model.parameters()), sum(table.nbytes for table in tables)
 
 
 def check_config(config: Mapping[str, Any], source: str, folder: Path | None = None) -> bool:
