@@ -30,7 +30,9 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SEPARATE = "hf_quant_config.json"  # where NVIDIA's ModelOpt tells what config.json may leave out
 _ORIGINALS = ("_name_or_path", "base_model_name_or_path", "base_model")
 _TOKENIZER = "tokenizer_config.json"
-_COUNTS = re.compile(r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$")  # names of what is built one by one
+_COUNTS = re.compile(
+    r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$"
+)  # names of what is built one by one
 _COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
 _PLAIN, _PACKED = 1.0, 8.0  # weights a byte: two of a half's size, a tied one counted twice; a bit each where quantised
 _TABLES = 1 << 30  # bytes of tables made from a configuration that are harmless beside the smallest model
@@ -128,7 +130,9 @@ def check_hub(name: str) -> None:
     if config is None:
         return
     check_config(read_object(config), name)  # before gigabytes are fetched
-    with suppress(SphereEditError):  # a model without safetensors of its own is told, or found elsewhere, by whoever loads it
+    with suppress(
+        SphereEditError
+    ):  # a model without safetensors of its own is told, or found elsewhere, by whoever loads it
         config = hub_folder(name) / "config.json"
     if any(config.parent.glob("*.safetensors")):
         check_stored(config.parent, name)
