@@ -15,8 +15,11 @@ from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
+from sphere_edit.cli.prove import verify
 from sphere_edit.cli.screen import fail, out
-from sphere_edit.cli.state import export, rollback
+from sphere_edit.cli.ship import apply, export
+from sphere_edit.cli.state import rollback
+from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
 
@@ -36,7 +39,23 @@ app = typer.Typer(
     "  [bold]sphere-edit export runs/first -o edited-model[/bold]\n\n"
     "  [bold]sphere-edit rollback runs/first --to 0[/bold]",
 )
-for _command in (demo, edit, methods, evaluate, ability, show, report, energy, rollback, export, tune, bench):
+for _command in (
+    demo,
+    edit,
+    methods,
+    evaluate,
+    ability,
+    chat,
+    show,
+    report,
+    energy,
+    rollback,
+    verify,
+    export,
+    apply,
+    tune,
+    bench,
+):
     app.command("eval" if _command is evaluate else None)(_command)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.quiet import quiet
 from sphere_edit.models.source import (
     SINGLE,
     StoredTensor,
@@ -27,6 +25,7 @@ from sphere_edit.models.source import (
 _FLOATS = ("F32", "F16", "BF16")
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_UNDONE = ("fp8", "mxfp8", "mxfp4")  # what models are published in, and transformers turns back on any machine
 _SEPARATE = "hf_quant_config.json"  # where NVIDIA's ModelOpt tells what config.json may leave out
 _ORIGINALS = ("_name_or_path", "base_model_name_or_path", "base_model")
 _TOKENIZER = "tokenizer_config.json"
@@ -34,7 +33,7 @@ _COUNTS = re.compile(
     r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$"
 )  # names of what is built one by one
 _COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
-_PLAIN, _PACKED = 1.0, 8.0  # weights a byte: two of a half's size, a tied one counted twice; a bit each where quantised
+_PACKED = 8  # weights that a byte may hold where they are quantised
 _TABLES = 1 << 30  # bytes of tables made from a configuration that are harmless beside the smallest model
 # the last part of a tensor's name that says how to read other numbers: scales, zeros, packed weights, codebooks
 _SCALES = re.compile(
@@ -119,61 +118,46 @@ def _pickles(names: Iterable[str]) -> str:
     )
 
 
-def check_hub(name: str) -> None:
-    """The same of a hub model, and `check_stored` of its safetensors: what loading would fetch is fetched for it.
+def check_hub(name: str) -> Mapping[str, Any] | None:
+    """The configuration of a hub model, for which nothing else is fetched; None where it cannot be had.
 
     Raises:
-        SphereEditError: it is an adapter, or as `check_stored` says.
+        SphereEditError: the model is an adapter.
     """
     config = cached(name, "config.json")
     refuse_adapter(cached(name, _ADAPTER), name, alone=config is None)
-    if config is None:
-        return
-    check_config(read_object(config), name)  # before gigabytes are fetched
-    with suppress(
-        SphereEditError
-    ):  # a model without safetensors of its own is told, or found elsewhere, by whoever loads it
-        config = hub_folder(name) / "config.json"
-    if any(config.parent.glob("*.safetensors")):
-        check_stored(config.parent, name)
+    return None if config is None else read_object(config)
 
 
 def check_stored(folder: Path, source: str) -> None:
     """Refuse weights that are not plain float32, float16 or bfloat16, from the configuration and the files' headers.
 
-    A method of quantisation that the installed transformers knows is left to it: on some devices it gives the plain
-    weights back, and where it does not, the loaded model says so.
-
     Raises:
-        SphereEditError: the weights are quantised, a file cannot be read, or the configuration describes far more than is there.
+        SphereEditError: the weights are quantised in a way that cannot be undone, a file cannot be read, or a configuration counts to more
+            than can be. A library builds lists that long.
     """
     config, tensors = read_config(folder), stored_tensors(folder)
-    packed = check_config(config, source, folder)
-    if not packed:
+    if undone_by_loading(config, source, folder) is None:
         refuse_unreadable(tensors, config, source)
-    check_extent(folder, config, tensors, source, _PACKED if packed else _PLAIN)
+    _refuse_counts(config, "config.json", max(len(tensors), _COUNTED), source)
+    if (folder / _TOKENIZER).is_file():
+        _refuse_counts(read_object(folder / _TOKENIZER), _TOKENIZER, _EXTRA, source)
 
 
-def check_extent(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], source: str, most: float
-) -> None:
+def check_extent(model: Any, folder: Path, source: str, packed: bool) -> None:
     """Refuse a configuration that describes far more than the files hold, before anything of that size is made.
 
-    Counts in it are compared with the number of stored tensors, since a library builds lists as long as these. Then the model is
-    built without memory (device ``meta``), and its weights and tables are added up.
-
     Args:
-        most: how many weights a stored byte can give.
+        model: what it describes, without memory (device ``meta``).
+        packed: whether the weights are quantised, so that a byte may hold several.
 
     Raises:
-        SphereEditError: naming the count, or both sizes.
+        SphereEditError: naming both sizes.
     """
-    for path, limit in ((folder / "config.json", max(len(tensors), _COUNTED)), (folder / _TOKENIZER, _EXTRA)):
-        if path.is_file():
-            _refuse_counts(config if path.name == "config.json" else read_object(path), path.name, limit, source)
-    held = sum(tensor.end - tensor.start for tensor in tensors.values())
-    weights, tables = _described(folder, config)
-    if weights > most * held:
+    held = sum(tensor.end - tensor.start for tensor in stored_tensors(folder).values())
+    weights, stored = sum(weight.numel() for weight in model.parameters()), model.state_dict()
+    tables = sum(table.nbytes for name, table in model.named_buffers() if name not in stored)
+    if weights > (_PACKED if packed else 1) * held:  # a number has two bytes at least; so a tied one may count twice
         raise SphereEditError(
             f"model '{source}' lacks weights that its config.json describes: {weights:,} numbers, and its files hold {held:,} bytes. "
             "Is config.json damaged, or a file missing?"
@@ -204,42 +188,33 @@ def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, config
 
 
-def _described(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
-    """How many weights a configuration describes, and how many bytes of tables that no file holds; 0 where it cannot be told.
+def fetched(name: str) -> Path | None:
+    """The folder with a hub model's configuration and safetensors, fetched if need be; None where it has none of its own.
 
-    What is wrong with a configuration that builds no model is told by whoever loads it.
+    What is wrong with such a model is told by whoever loads it.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    if str(config.get("model_type")) not in CONFIG_MAPPING:
-        return 0, 0
     try:
-        with quiet(), torch.device("meta"):
-            causal: Any = AutoModelForCausalLM
-            model = causal.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception:
-        return 0, 0
-    stored = model.state_dict()
-    tables = [table for name, table in model.named_buffers() if name not in stored]
-    return sum(weight.numel() for weight in model.parameters()), sum(table.nbytes for table in tables)
+        folder = hub_folder(name)
+    except SphereEditError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
-def check_config(config: Mapping[str, Any], source: str, folder: Path | None = None) -> bool:
-    """Whether the configuration names a quantisation that the installed transformers knows.
+def undone_by_loading(config: Mapping[str, Any], source: str, folder: Path | None = None) -> Mapping[str, Any] | None:
+    """How the weights are quantised, where loading undoes it exactly; None where they are plain.
 
     Raises:
-        SphereEditError: it names one that transformers does not know, and would load as if the weights were plain.
+        SphereEditError: they are quantised in another way.
     """
     found = _quantisation(config, folder)
     if found is None:
-        return False
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    bits = next((f"_{bits}bit" for bits in (4, 8) if found.get(f"load_in_{bits}bit")), None)
+        return None
     method = found.get("quant_method")
-    if (f"bitsandbytes{bits}" if bits else method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise quantised(source, config, f"by a method that this transformers does not know: '{method}'")
-    return True
+    bits = next((f" ({bits} bits)" for bits in (4, 8) if found.get(f"load_in_{bits}bit")), "")
+    if method not in _UNDONE:
+        named = f"'{method}'{bits}" if method else "a method that its configuration does not name"
+        raise quantised(source, config, f"by {named}, which cannot be undone here")
+    return found
 
 
 def _quantisation(config: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any] | None:
@@ -267,13 +242,27 @@ def refuse_unreadable(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
             raise quantised(source, config, f"or at least no floats: {name} is stored as {tensor.dtype}")
 
 
+def refuse_lossy(model: Any, source: str, config: Mapping[str, Any]) -> None:
+    """Refuse a loaded model with parameters of other numbers than float32, float16 and bfloat16.
+
+    Raises:
+        SphereEditError: naming the first.
+    """
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    name = next((name for name, weight in model.named_parameters() if weight.dtype not in floats), None)
+    if name is not None:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise quantised(source, config, f"and {name} is still {dtype} after loading, for lack of its scales")
+
+
 def refuse_scales(names: Iterable[str], source: str, config: Mapping[str, Any]) -> None:
     """Refuse a model that did not take stored tensors which say how to read others.
 
     Raises:
         SphereEditError: naming the first.
     """
-    found = sorted(name for name in names if is_scale(name))
+    every = set(names)  # a layer that is not part of the model comes with its own scales
+    found = sorted(name for name in every if is_scale(name) and f"{name.rsplit('.', 1)[0]}.weight" not in every)
     if found:
         raise quantised(
             source, config, f"and the model did not take {len(found)} tensors that say how; the first: {found[0]}"
