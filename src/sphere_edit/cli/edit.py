@@ -17,6 +17,7 @@ from sphere_edit.cli.options import (
     Device,
     Forms,
     Limit,
+    Matrices,
     ModelDtype,
     Project,
     SkipBad,
@@ -63,6 +64,10 @@ def edit(
     system: System = None,
     layers: Annotated[
         str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
+    ] = None,
+    matrices: Annotated[
+        Matrices | None,
+        typer.Option(help="Of a mixture of experts: each layer's shared expert or dense MLP, or its routed experts."),
     ] = None,
     corpus: Corpus = None,
     device: Device = None,
@@ -111,6 +116,7 @@ def edit(
         "forms": forms and [form.strip() for form in forms.split(",")],
         "system": system,
         "layers": None if layers is None else read_layers(layers),
+        "matrices": matrices and matrices.value,
         "moments": {"corpus": corpus},
         "device": device,
         "dtype": dtype and dtype.value,

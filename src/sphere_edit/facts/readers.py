@@ -85,7 +85,6 @@ def _unmeasured(facts: Iterable[Fact]) -> Counter[str]:
     for fact in facts:
         silent = [probe.group for probe in fact.portability if not probe.answers]
         found.update(f"portability without an answer, {short(group or 'no group', 40)}" for group in silent)
-        found.update({"rewordings": len(fact.rewordings)})
     return +found
 
 
