@@ -179,12 +179,18 @@ def checkpoint_folder(source: str) -> str:
     """The folder with ``source``'s configuration and safetensors: its own, the hub's, or one converted from GGUF.
 
     Raises:
-        SphereEditError: there is none.
+        SphereEditError: there is none; or the hub's configuration says that the model cannot be edited, before weights are fetched.
     """
     where, gguf = _locate(full_name(source))
     if gguf is not None:
         return converted(where, gguf)
-    return where if Path(where).is_dir() else str(hub_folder(where))
+    if Path(where).is_dir():
+        return where
+    config = check_hub(where)
+    if config is not None:
+        loader_of(config, source)
+        undone_by_loading(config, source)
+    return str(hub_folder(where))
 
 
 def whole_folder(source: str, code: bool = False) -> Path:
