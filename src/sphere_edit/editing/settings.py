@@ -97,6 +97,10 @@ class Settings(BaseModel):
         description="before each batch, ask so many earlier facts for each of its own, and edit again with it those "
         "that are forgotten; after the last batch, ask all; by default the method's choice",
     )
+    system: str | None = Field(
+        None,
+        description="the system prompt of chats, for records that do not say; by default the one of the model's template",
+    )
     repair: int | None = Field(
         None,
         ge=0,

@@ -377,7 +377,9 @@ def target_rows(
     loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
 ) -> Iterator[tuple[list[int], TargetRows]]:
     """The facts, cut into chunks: their indices and tokens. Of a fact in several forms, the first is taken (`in_each_form`)."""
-    coded = [encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat) for fact in facts]
+    coded = [
+        encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system) for fact in facts
+    ]
     for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
         chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
         answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
@@ -442,7 +444,7 @@ class FromGradients(Feed):
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
         """One a target token, in each form."""
         prompt, answer, separator = fact.filled_prompt, fact.target_new, fact.separator
-        coded = [encoder.answered(prompt, answer, separator, form.chat) for form in fact.in_each_form()]
+        coded = [encoder.answered(prompt, answer, separator, form.chat, form.system) for form in fact.in_each_form()]
         return sum(len(tokens.ids) - start for tokens, start in coded)
 
 
