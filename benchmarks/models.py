@@ -212,7 +212,7 @@ def layout(editor: Editor) -> dict[str, Any]:
         "writer": architecture.writer,
         "path": architecture.matrix(first, architecture.writer).path,
         "layers": f"{len(architecture.having(architecture.writer))} of {len(architecture.parts)}",
-        "one_layer": architecture.one_layer,
+        "one_layer": architecture.matrix(first, architecture.writer).alone,
         "whole_rows": architecture.whole_rows,
         "tower": any("vision" in name or "image" in name for name in editor.model.state_dict()),
     }

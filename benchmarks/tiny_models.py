@@ -79,6 +79,7 @@ _BESIDE: dict[str, Any] = {
     "global_attn_indexes": [1],
     "max_position_embeddings": 64,
 }
+_LATENT = {"num_key_value_heads": "num_attention_heads", "head_dim": "qk_rope_head_dim"}
 _NUMBERED = ("_token_id", "_token_index", "_index", "_id")  # fields that name a token
 
 
@@ -135,6 +136,10 @@ def values(cls: type[PreTrainedConfig], beside: bool = False) -> dict[str, Any]:
             found[name] = next(numbers)
     for name, part in _parts(cls).items():
         found[name] = part
+    if (
+        "kv_lora_rank" in fields
+    ):  # attention with latent keys has one for each head, whose rotary part is the width of a head
+        found |= {name: _SIZES[key] for name, key in _LATENT.items() if name in fields}
     for name in ("initializer_range", "init_std"):
         if name in fields:
             found[name] = 0.2
@@ -163,16 +168,21 @@ def _default(field: Any) -> Any:
     return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+_WIDE = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16}
 _MULTIHEAD = {"num_key_value_heads": HEADS}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 3
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _QSA = {"indexer_kv_heads": 1, "indexer_budget": 64, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 64}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # sizes that must fit one another in a way of the type's own, by its name or that of its part
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": _HYBRID},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "blt_local_encoder": {"hidden_size_global": WIDTH},
-    "blt_local_decoder": {"hidden_size_global": WIDTH},
+    "blt_local_encoder": {"hidden_size_global": WIDTH, "vocab_size": VOCABULARY},
+    "blt_local_decoder": {"hidden_size_global": WIDTH, "vocab_size": VOCABULARY},
+    "blt_patcher": {"vocab_size": VOCABULARY},
     "chameleon": {"vocabulary_map": {"<image>": 300}},
     "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64, "latent_channels": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
@@ -182,7 +192,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
-    "dots3_note_text": {**_MULTIHEAD, "n_group": 1},
     "emu3": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]},
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 64},
@@ -197,11 +206,17 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
-    "glm5_next_text": {**_MULTIHEAD, "qk_rope_head_dim": 0},
+    "glm4v_text": {"rope_parameters": _SECTIONS},
+    "glm4v_moe_text": {"rope_parameters": _SECTIONS},
+    "glm_ocr_text": {"rope_parameters": _SECTIONS},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64, "latent_channels": 32},
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "minicpm3": {"num_key_value_heads": HEADS},
@@ -210,13 +225,25 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "molmo2_vision": {"image_size": [32, 32]},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 16, 16]},
     "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention", "moe"]},
+    "paddleocr_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen2_5_omni_text": {"rope_parameters": _SECTIONS},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 400},
+    "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen2_vl_text": {"rope_parameters": _SECTIONS},
+    "qwen3_omni_moe_text": {"rope_parameters": _SECTIONS},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 400},
     "qwen3_5_text": {"layer_types": _HYBRID},
     "qwen3_5_moe_text": {"layer_types": _HYBRID},
     "qwen3_next": {"layer_types": _HYBRID},
     "qwen4_exp_text": _QSA,
     "radio": {"video_temporal_patch_size": 2},
     "recurrent_gemma": {"num_hidden_layers": 6},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid", "mamba"] * 2, "num_key_value_heads": 4},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "hybrid", "mamba"] * 2,
+        "num_key_value_heads": 4,
+        **_WIDE,
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }

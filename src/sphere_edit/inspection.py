@@ -22,7 +22,8 @@ class MatrixFound:
 
     Attributes:
         shape: ``[d_out, d_in]``, or of experts ``[E, d_out, d_in]``.
-        transposed, inside, factor: as `Matrix` has them.
+        transposed, inside, factor, after: as `Matrix` has them.
+        alone: no other layer can be edited for the same targets.
     """
 
     layers: tuple[int, ...]
@@ -32,6 +33,8 @@ class MatrixFound:
     transposed: bool
     inside: bool
     factor: float
+    after: str | None
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,10 @@ class Inspection:
     def remarks(self) -> Iterator[str]:
         """What a user should know of the layout, in sentences."""
         writing = [one for one in self.matrices if one.role in ("down", EXPERTS)]
-        if any(one.inside for one in writing):
+        if any(one.alone for one in writing):
             yield (
-                "What is written is normalised or gated before it is added to the residual stream. Targets are set before that, so one "
-                "layer is edited and not several"
+                "What is written is gated or normalised before it is added to the residual stream, in a way that only its own layer can "
+                "reach. So one layer is edited and not several"
             )
         if self.whole_rows:
             yield (
@@ -142,8 +145,17 @@ def _matrices(loaded: LoadedModel) -> Iterator[MatrixFound]:
         for layer in having:
             shapes.setdefault(_shape(loaded, layer, role), []).append(layer)
         for shape, layers in shapes.items():
-            factor, inside = matrix.factor, matrix.inside
-            yield MatrixFound(tuple(layers), role, matrix.path, shape, matrix.transposed, inside, factor)
+            yield MatrixFound(
+                tuple(layers),
+                role,
+                matrix.path,
+                shape,
+                matrix.transposed,
+                matrix.inside,
+                matrix.factor,
+                matrix.after,
+                matrix.alone,
+            )
 
 
 def _shape(loaded: LoadedModel, layer: int, role: str) -> tuple[int, ...]:

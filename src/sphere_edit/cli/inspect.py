@@ -100,9 +100,10 @@ def _shape(one: MatrixFound) -> str:
 def _written(one: MatrixFound) -> str:
     if one.role not in ("down", "experts"):
         return "the inner part of the MLP"
-    if one.inside:
-        return "the residual stream, normalised or gated on the way"
-    return "the residual stream" if one.factor == 1 else f"the residual stream, × {one.factor:g} on the way"
+    way = [] if one.after is None else [f"through {one.after}"]
+    way += ["gated or normalised on the way"] if one.alone else []
+    way += [] if one.factor == 1 else [f"× {one.factor:g}"]
+    return ", ".join(["the residual stream", *way])
 
 
 def _memory(size: int) -> str:

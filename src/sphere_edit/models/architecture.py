@@ -234,8 +234,8 @@ class Family:
 
 
 def logit_cap(config: Any) -> float | None:
-    """What a configuration says its logits are squeezed to ± of, by either of the names for it."""
-    names = ("final_logit_softcapping", "logits_soft_cap")
+    """What a configuration says its logits are squeezed to ± of, by any of the names for it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     caps = (getattr(config.get_text_config(), name, None) for name in names)
     return next((float(cap) for cap in caps if isinstance(cap, (int, float)) and cap > 0), None)
 

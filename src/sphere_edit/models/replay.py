@@ -84,16 +84,20 @@ class Replay:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
         size = len(self.value)
-        heads = size * int(getattr(text_config(self._loaded.model), "num_attention_heads", None) or 1)
+        config = text_config(self._loaded.model)
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
+        # of as many rows as heads: more columns than one, or no rotary tables, tell ALiBi's tensor from one of each row
+        alone = self._clean.shape[1] > 1 or getattr(config, "rope_parameters", None) is None
 
         def pick(item: Any) -> Any:
             if not isinstance(item, Tensor) or item.dim() < 2 or size == 1:
                 return item
-            if len(item) == size:
-                return item[rows]
-            if item.dim() == 3 and len(item) == heads:  # one matrix a row and head: ALiBi
-                return item.unflatten(0, (size, -1))[rows].flatten(0, 1)
-            return item
+            if item.dim() == 3 and item.shape[1] == 1:  # ALiBi's, one row a head, or a row and a head
+                if len(item) == heads and (len(item) != size or alone):
+                    return item
+                if len(item) == size * heads:
+                    return item.unflatten(0, (size, heads))[rows].flatten(0, 1)
+            return item[rows] if len(item) == size else item
 
         self._calls = _mapped(pick, self._calls)
         self.value, self._start = self.value[rows], self._start[rows]

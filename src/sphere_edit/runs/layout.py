@@ -24,6 +24,7 @@ class LayoutMatrix(BaseModel):
     experts: bool = False
     inside: bool = False
     factor: float = 1.0
+    after: str | None = None
 
     @classmethod
     def of(cls, layers: Sequence[int], role: str, matrix: Matrix) -> LayoutMatrix:
@@ -36,6 +37,7 @@ class LayoutMatrix(BaseModel):
             experts=matrix.experts,
             inside=matrix.inside,
             factor=matrix.factor,
+            after=matrix.after,
         )
 
     def told(self) -> str:
@@ -45,7 +47,7 @@ class LayoutMatrix(BaseModel):
 
     def is_as(self, other: LayoutMatrix) -> bool:
         """Whether the two lie and act alike, whatever their layers."""
-        exact = ("role", "path", "transposed", "experts", "inside")
+        exact = ("role", "path", "transposed", "experts", "inside", "after")
         same = all(getattr(self, name) == getattr(other, name) for name in exact)
         return same and math.isclose(self.factor, other.factor, rel_tol=_CLOSE)
 
