@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import fact_records
-from mixtures import FEW, layout, save_mixture
+from mixtures import FEW, save_mixture
 from sphere_edit import Editor, SphereEditError
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.evaluation.routing import changed_share
@@ -44,7 +44,7 @@ def begun(family: str, folder: Path, method: str, **options) -> Editor:
         *[pytest.param(family, "frugal", marks=pytest.mark.slow) for family in FEW[2:]],
         *[
             pytest.param("qwen3_moe", method, marks=pytest.mark.slow)
-            for method in ("memit_seq", "encore", "emmet", "rect", "prune", "revive", "ft", "ultraedit")
+            for method in ("memit_seq", "encore", "emmet", "rome", "rect", "prune", "nas", "revive", "ft", "ultraedit")
         ],
     ],
 )
@@ -119,8 +119,3 @@ def test_the_journal_holds_plain_numbers_of_every_expert(tmp_path):
     (batch,) = [line for line in lines if line["event"] == "batch"]
     assert all(isinstance(norm, float) for entry in batch["matrices"].values() for norm in entry["expert_norms"])
     editor.close()
-
-
-@pytest.fixture(autouse=True)
-def laid_out(monkeypatch):
-    monkeypatch.setattr("sphere_edit.models.loading.architecture_of", lambda model, *_: layout(model.config.model_type))
