@@ -167,9 +167,9 @@ class OptimisedTargets(Source):
         """Set ``targets`` for the facts taken up."""
         computing = self.computing()
         self.targets: Targets = optimise_targets(
-            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance, self._role
+            computing, self._forms, self.templates, self._target_layer, self.settings, self._inside, advance, self._role
         )
-        if computing is not self.loaded:  # v* is measured from the model's own h
+        if computing is not self.loaded and not self._carries:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
             self.targets = replace(self.targets, values=values)
         if self.anchor is not None:
@@ -192,7 +192,15 @@ class OptimisedTargets(Source):
             prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
             names, layers = self.weights.names, self.layers
             self._reader = SubjectReader(
-                self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts, self._role
+                self.loaded,
+                prompts,
+                names,
+                layers,
+                self._inside,
+                self.max_tokens,
+                self.feed.contexts,
+                self._role,
+                self._carries,
             )
         return self._reader
 
@@ -243,6 +251,19 @@ class OptimisedTargets(Source):
         return self._copy
 
     @property
+    def _carries(self) -> bool:
+        """Whether each edited layer has a value of its own, which needs several that are reached through the residual stream."""
+        several = len(set(self.layers)) > 1 and not self._inside
+        return (
+            self.feed.values == "each" and several and not self.loaded.architecture.inside(self.layers[0], self._role)
+        )
+
+    @property
+    def _target_layer(self) -> int:
+        """The layer at whose output δ stands."""
+        return self.layers[0] if self._carries else self.layers[-1]
+
+    @property
     def _role(self) -> str:
         """Of the last edited matrix."""
         return self.loaded.architecture.role_of(self.weights.names[-1])
@@ -256,14 +277,22 @@ class OptimisedTargets(Source):
         keys, values = self._the_reader().keys_and_values(index)
         if index == len(self.layers) - 1 and not self.asked_again:
             self._reader = None
-        return keys, (self._wanted(index, values) - values) / ((len(self.layers) - index) * self._factor(index))
+        shares = 1 if self._carries else len(self.layers) - index
+        return keys, (self._wanted(index, values) - values) / (shares * self._factor(index))
 
     def _factor(self, index: int) -> float:
         """What the output of a matrix is multiplied with on its way to the value site."""
         return 1.0 if self._inside else self.loaded.architecture.named(self.weights.names[index]).factor
 
     def _wanted(self, index: int, values: Tensor) -> Tensor:
-        """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ."""
+        """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ.
+
+        Where values are carried: what the matrix's own layer holds when δ is added at the first one's output.
+        """
+        if self._carries:
+            if index == 0:
+                self._of_layers = self._the_reader().carried(self.targets.deltas)
+            return self._of_layers[self.layers[index]]
         if self.feed.contexts == "mean":
             return self.targets.values
         if index == 0:
@@ -296,10 +325,13 @@ class FromTargets(Feed):
         site: where δ is added: the layer's output, or its MLP's.
         contexts: a fact's key and value: their ``mean`` over the context templates (MEMIT), or those of ``each`` template in a column of
             its own.
+        values: which layers' output is wanted: the ``last`` edited one's, of which each layer writes a share of what is still missing
+            (MEMIT), or of ``each`` its own, that follows from δ at the first one's output and is written in full (FE, arXiv:2605.00358).
     """
 
     site: Literal["layer", "mlp"] = "layer"
     contexts: Literal["mean", "each"] = "mean"
+    values: Literal["last", "each"] = "last"
     source: ClassVar[type[Source]] = OptimisedTargets
     at_subjects: ClassVar[bool] = True
 

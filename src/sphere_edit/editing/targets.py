@@ -14,7 +14,7 @@ from torch import Tensor
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.forms import contexts
+from sphere_edit.facts.forms import wordings
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
@@ -122,7 +122,7 @@ def optimise_targets(
 ) -> Targets:
     """``v* = h + δ`` for each fact: δ at the value site of ``layer``, at the subject's last token, in every template.
 
-    Loss (DESIGN, section 3): mean over templates of the mean over target tokens of −log p, plus kl_factor times
+    Loss (DESIGN, section 3): mean over templates, and over the fact's rewordings beside them, of the mean over target tokens of −log p, plus kl_factor times
     KL(edited ‖ original) after the subject in "{subject} is a", plus weight_decay · ‖δ‖ / ‖h‖². ‖δ‖ is clamped to
     clamp_norm_factor · ‖h‖ after each update; a fact leaves the optimisation once its loss is below stop_loss, or its target
     has been the likeliest often enough (most_probable; ENCORE, arXiv:2502.01636). Facts
@@ -189,7 +189,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class FactPrompts:
-    """One fact's rows of token ids: one a template (prompt and target but for its last token), then the KL prompt's.
+    """One fact's rows of token ids: one a template or rewording (prompt and target but for its last token), then the KL prompt's.
 
     The KL prompt ends with the subject: that is where its next token is predicted, and nothing after it can matter. If
     the fact's own prompt begins with the subject, the first row says the same up to there, and there is no other.
@@ -217,10 +217,10 @@ class FactPrompts:
 
     @classmethod
     def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> FactPrompts:
-        """The prompts of one fact in every template, the first of which is the bare one."""
+        """The prompts of one fact in every template, the first of which is the bare one, and its rewordings."""
         rows, subjects, starts, targets = [], [], [], []
-        for template in contexts(fact, templates):
-            tokens, start, subject = encoder.with_answer(fact, template)
+        for form, template in wordings(fact, templates, encoder):
+            tokens, start, subject = encoder.with_answer(form, template)
             rows.append(tokens.ids[:-1])
             subjects.append(subject)
             starts.append(start)

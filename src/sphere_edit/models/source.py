@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,31 +147,6 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     if not 0 <= start <= end or (width is not None and math.prod(shape) * width != end - start):
         raise ValueError
     return StoredTensor(file, name, str(entry["dtype"]), shape, base + start, base + end)
-
-
-def candidates(tensors: Mapping[str, StoredTensor], name: str, layers: str) -> list[StoredTensor]:
-    """Stored tensors that can be the parameter ``name``, the exact name first.
-
-    Files leave out the name of the model around its layers, or put another before it: what follows the list of layers
-    (the last part of ``layers``) must agree.
-    """
-    if name in tensors:
-        return [tensors[name]]
-    tail = f"{layers.rsplit('.', 1)[-1]}{name.removeprefix(layers)}"
-    return [tensor for key, tensor in tensors.items() if key == tail or key.endswith(f".{tail}")]
-
-
-def expert_candidates(tensors: Mapping[str, StoredTensor], name: str, layers: str, expert: int) -> list[StoredTensor]:
-    """Stored tensors that can be one expert's part of the parameter ``name``, which holds those of all experts of a layer.
-
-    Most files hold one matrix an expert (Mixtral's ``block_sparse_moe.experts.3.w2.weight``). How
-    they are called beside the layer's and the expert's number says nothing for sure; shape and content do.
-    """
-    layer = name.removeprefix(f"{layers}.").split(".", 1)[0]
-    pattern = re.compile(
-        rf"(?:^|.*\.){re.escape(layers.rsplit('.', 1)[-1])}\.{layer}\..*experts\.{expert}\.[^.]+\.weight"
-    )
-    return [tensor for key, tensor in tensors.items() if pattern.fullmatch(key)]
 
 
 def companions(folder: Path, code: bool = False) -> Companions:
