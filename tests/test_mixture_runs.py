@@ -14,8 +14,11 @@ from mixtures import FEW, save_mixture
 from sphere_edit import Editor, SphereEditError
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.evaluation.routing import changed_share
+from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.loading import load_model
 from sphere_edit.models.sites import parameter_of
 from sphere_edit.progress import Quiet
+from sphere_edit.tuning import tune
 
 FAST = {
     "layers": {"experts": [1, 2]},
@@ -119,3 +122,18 @@ def test_the_journal_holds_plain_numbers_of_every_expert(tmp_path):
     (batch,) = [line for line in lines if line["event"] == "batch"]
     assert all(isinstance(norm, float) for entry in batch["matrices"].values() for norm in entry["expert_norms"])
     editor.close()
+
+
+def test_tune_tries_the_routed_experts_where_shared_ones_are_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr("sphere_edit.tuning._ENDS", ())
+    monkeypatch.setattr("sphere_edit.tuning._WEIGHTS", ())
+    monkeypatch.setattr("sphere_edit.tuning._STEPS", ())
+    loaded = load_model(save_mixture("deepseek_v3", tmp_path / "source"), "cpu")
+    plain = {name: value for name, value in FAST.items() if name != "layers"}
+    facts = facts_from(fact_records(4)).facts
+    tried = [trial.settings for trial in tune(loaded, make_settings(plain, {"method": "frugal"}), Quiet(), facts)]
+    assert sorted(settings.get("matrices", "") for settings in tried) == ["", "experts"]
+    asked = make_settings(plain, {"method": "frugal", "matrices": "experts"})
+    assert [trial.settings for trial in tune(loaded, asked, Quiet(), facts)] == [{"layers": [1, 2]}]
+    tuned = {"matrices": "experts", "layers": [1]}
+    assert make_settings(tuned, {"layers": {"down": [2]}}).matrices is None, "layers of a role say which matrices"
