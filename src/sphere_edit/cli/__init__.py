@@ -15,6 +15,7 @@ from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
+from sphere_edit.cli.remove import history, remove
 from sphere_edit.cli.screen import fail, out
 from sphere_edit.cli.state import export, rollback
 from sphere_edit.cli.tune import tune
@@ -34,9 +35,25 @@ app = typer.Typer(
     "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first[/bold]\n\n"
     "  [bold]sphere-edit show runs/first[/bold]\n\n"
     "  [bold]sphere-edit export runs/first -o edited-model[/bold]\n\n"
+    "  [bold]sphere-edit remove runs/first --fact 'Big Ben'[/bold]\n\n"
     "  [bold]sphere-edit rollback runs/first --to 0[/bold]",
 )
-for _command in (demo, edit, methods, evaluate, ability, show, report, energy, rollback, export, tune, bench):
+for _command in (
+    demo,
+    edit,
+    methods,
+    evaluate,
+    ability,
+    show,
+    history,
+    report,
+    energy,
+    remove,
+    rollback,
+    export,
+    tune,
+    bench,
+):
     app.command("eval" if _command is evaluate else None)(_command)
 
 

@@ -76,11 +76,14 @@ class Solver:
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
 
-    def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock) -> Written:
-        """Solve a batch and add its updates to the working weights, which are left in the model."""
+    def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: bool = False) -> Written:
+        """Solve a batch and add its updates to the working weights, which are left in the model.
+
+        With ``back``, what is written is what the unedited model makes of the facts' prompts.
+        """
         self.weights.use_working()
         before = self.weights.snapshot()
-        groups, report = self._solve_groups(facts, states, clock)
+        groups, report = self._solve_groups(facts, states, clock, back)
         updates, solved = self._finished(groups, before)
         clock.lap("sphere")
         self.weights.restore(before)
@@ -145,14 +148,15 @@ class Solver:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _solve_groups(
-        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: bool
     ) -> tuple[list[_Group], Report]:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
+        begin = self.source.begin_back if back else self.source.begin
         size = self.method.max_batch or len(facts)
         report, groups = Report(), []
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
-                self.source.begin(facts[first : first + size], advance)
+                begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)
                 if isinstance(self.method, LayerwiseMethod):
                     groups.append(self._solve_layers(self.method, states, clock))
