@@ -94,9 +94,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Load
     return prepare(*tiny_model(family, dtype, seed), f"tiny-{family}")
 
 
-def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """A tiny model as a folder that can be loaded by name."""
-    model, tokenizer = tiny_model(family, dtype)
+    model, tokenizer = tiny_model(family, dtype, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -208,14 +208,14 @@ class Settings:
 
     def __call__(self, rng: random.Random) -> None:
         whole = make_settings({"method": rng.choice(list(METHODS))})
-        base = whole.with_resolved(whole.resolved_matrices(self.loaded.architecture, 4), self.loaded.device).model_dump(
+        base = whole.with_resolved(whole.resolved_matrices(self.loaded.architecture), self.loaded.device).model_dump(
             mode="json"
         )
         self.path.write_bytes(_yaml(mutated(rng.choice([base, QUICK]), rng, rng.choice((0, 1, 2, 4))), rng))
         found = make_settings(read_settings_file(self.path))
         if make_settings(json.loads(json.dumps(found.model_dump(mode="json", exclude_unset=True)))) != found:
             raise Silent(f"settings are not what they were once they were stored: {found}")
-        resolved = found.with_resolved(found.resolved_matrices(self.loaded.architecture, 4), self.loaded.device)
+        resolved = found.with_resolved(found.resolved_matrices(self.loaded.architecture), self.loaded.device)
         resolved.make_method(), resolved.make_sphere()
 
 

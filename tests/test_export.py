@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import tiny, tiny_model
-from sphere_edit.export import export_model, whole_card
+from sphere_edit import SphereEditError
+from sphere_edit.exports.card import whole_card
+from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.manifest import Manifest
+from sphere_edit.exports.shipment import Shipment
 from sphere_edit.files import folder_in_place
 from sphere_edit.models.loading import LoadedModel, load_model
 from sphere_edit.models.source import Companions, stored_tensors, weight_files
@@ -69,6 +73,10 @@ def edited(source: Path | LoadedModel, dtype: str = "auto") -> tuple[LoadedModel
     return loaded, weights
 
 
+def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card: str, dtype=None) -> list[str]:
+    return write_hf(Shipment(loaded, weights, lambda note: card), folder, dtype)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,7 +94,7 @@ def test_only_the_bytes_of_edited_tensors_and_the_card_differ(family, tmp_path):
     loaded, weights = edited(source)
     assert export_model(loaded, weights, tmp_path / "out", CARD) == []
     before, after = contents(source), contents(tmp_path / "out")
-    assert before.keys() == after.keys()
+    assert {*before, Manifest.NAME} == after.keys()
     tensors = stored_tensors(source)
     tails = [f"{name.split('.', 1)[-1]}.weight" for name in weights.names]
     places = [tensor for name, tensor in tensors.items() if name.endswith(tuple(tails))]
@@ -117,6 +125,38 @@ def test_a_model_loaded_in_other_numbers_keeps_all_but_its_weights_and_says_so(t
     assert new == {**old, "torch_dtype": "float32"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(value, loaded.model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_other_numbers_can_be_asked_for_and_the_sources_own_are_its_files(tmp_path):
+    """A model of bfloat16 files, edited in float32: as bfloat16 it is the source but for the edited tensors; as float16 it is cast."""
+    source = save_source("llama", tmp_path / "source")
+    loaded, weights = edited(source, "float32")
+    assert export_model(loaded, weights, tmp_path / "own", CARD, torch.bfloat16) == []
+    before, after = contents(source), contents(tmp_path / "own")
+    assert before["config.json"] == after["config.json"]
+    assert sum(before[name] != after.get(name) for name in before) <= 3, "two shards and the card"
+    (told,) = export_model(loaded, weights, tmp_path / "half", CARD, torch.float16)
+    assert "is wanted as float16, and its files are bfloat16" in told
+    expected = loaded.model.state_dict()
+    for folder, dtype in (("own", torch.bfloat16), ("half", torch.float16)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert model.dtype == dtype
+        assert all(torch.equal(value, expected[name].to(dtype)) for name, value in model.state_dict().items())
+    assert loaded.dtype == torch.float32, "the model in memory stays as it was"
+    weights.set(weights.names[0], weights.original(weights.names[0]) * 1e6)
+    with pytest.raises(SphereEditError, match="does not fit float16"):
+        export_model(loaded, weights, tmp_path / "large", CARD, torch.float16)
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3_text"])
+def test_a_model_without_files_is_cast_too(family, tmp_path):
+    loaded, weights = edited(tiny(family))
+    export_model(loaded, weights, tmp_path / "out", CARD, torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = loaded.model.state_dict()
+    assert all(torch.equal(value, expected[name].bfloat16()) for name, value in model.state_dict().items())
 
 
 def test_weights_that_the_files_do_not_hold_so_are_written_anew(tmp_path):
@@ -201,7 +241,7 @@ def test_files_of_a_hub_cache_are_links_and_come_along(tmp_path):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(blob)
     assert export_model(*edited(snapshot), tmp_path / "out", CARD) == []
-    assert contents(tmp_path / "out").keys() == contents(plain).keys()
+    assert contents(tmp_path / "out").keys() == {*contents(plain), Manifest.NAME}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 

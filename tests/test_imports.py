@@ -19,7 +19,7 @@ FLOORS = [
     "runs",
     "reporting",
     "diagnosis",
-    "export",
+    "exports",
     "editor",
     "tuning",
     "bench",

@@ -59,7 +59,7 @@ def test_a_model_that_scales_its_logits_is_refused(dtype, factor, monkeypatch):
 @pytest.mark.parametrize(("family", "scale"), [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.1})])
 def test_a_row_for_a_family_that_scales_its_logits_is_refused_as_wrong(family, scale, monkeypatch):
     """Somebody adds these families as if they were Llama's kin: loading says what is the matter."""
-    row = architecture.Architecture((family,), "model.layers", "model.norm")
+    row = architecture.Family((family,), "model.layers", "model.norm")
     monkeypatch.setattr(architecture, "FAMILIES", (*architecture.FAMILIES, row))
     tokenizer = tiny_tokenizer()
 

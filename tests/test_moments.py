@@ -93,18 +93,18 @@ def test_an_interrupted_pass_over_the_text_goes_on_where_it_was_stored(tmp_path,
     partial, calls = tmp_path / "partial.safetensors", []
     add = _Sums.add
 
-    def dies(sums, keys):
+    def dies(sums, *seen):
         calls.append(sums.windows)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        add(sums, keys)
+        add(sums, *seen)
 
     with monkeypatch.context() as context:
         context.setattr(_Sums, "add", dies)
         with pytest.raises(KeyboardInterrupt):
             second_moments(loaded, passages, names, 64, Quiet(), partial=partial)
     assert partial.is_file()
-    monkeypatch.setattr(_Sums, "add", lambda sums, keys: (calls.append(sums.windows), add(sums, keys))[1])
+    monkeypatch.setattr(_Sums, "add", lambda sums, *seen: (calls.append(sums.windows), add(sums, *seen))[1])
     calls.clear()
     again = second_moments(loaded, passages, names, 64, Quiet(), partial=partial)
     assert calls[0] > 0, "it did not begin at the beginning"

@@ -66,7 +66,7 @@ def test_every_preset_can_be_used(preset):
         settings, name = with_preset(make_settings({"method": method}), CONFIGS[preset.name], "")
         assert name == f"{preset.origin} for {preset.name}"
         settings.make_method()
-        assert settings.resolved_matrices(family, preset.model["num_hidden_layers"])
+        assert settings.resolved_matrices(family.of_depth(preset.model["num_hidden_layers"]))
 
 
 def test_published_values_arrive():

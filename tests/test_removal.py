@@ -28,6 +28,7 @@ from sphere_edit.runs import removal, taking_back
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.history import History
+from sphere_edit.runs.proof import prove
 from sphere_edit.runs.records import Rollback
 from sphere_edit.runs.removal import chosen, shares_of, with_superseded
 from sphere_edit.runs.weights import RunWeights
@@ -225,6 +226,8 @@ def test_removing_adding_and_removing_again_ends_at_the_bits_of_removing_once(mo
     assert editor.metrics()["edited"] == metrics["edited"]
     head = editor.run.history.head
     editor.close()
+    proof = prove(RunFolder.open(tmp_path / "run"), Quiet())
+    assert (proof.faults, proof.batches) == ([], head)
     with opened(tmp_path / "run", Quiet()) as again:
         assert same(weights_of(again), once)
         for part, value in states_of(again).items():

@@ -16,12 +16,13 @@ import torch
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import SphereEditError, export, files, hyperspherical_energy
+from sphere_edit import SphereEditError, files, hyperspherical_energy
 from sphere_edit.editing import batch as solving_module
 from sphere_edit.editing import guard
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.intervals import summarise
 from sphere_edit.evaluation.scores import FactScores
+from sphere_edit.exports import shipment
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.planning import estimate
@@ -703,7 +704,7 @@ def test_export_is_what_evaluation_saw_and_is_never_half_there(model, tmp_path, 
     with pytest.raises(SphereEditError, match="nothing has been edited yet"):
         editor.save_pretrained(tmp_path / "out")
     editor.edit(fact_records(2))
-    monkeypatch.setattr(export, "whole_card", lambda *args: 1 / 0)
+    monkeypatch.setattr(shipment, "whole_card", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         editor.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -150,12 +150,12 @@ def down(*layers):
     ],
 )
 def test_default_matrices(method, depth, expected):
-    assert make_settings({"method": method}).resolved_matrices(PRE_NORM, depth) == expected
+    assert make_settings({"method": method}).resolved_matrices(PRE_NORM.of_depth(depth)) == expected
 
 
 def test_ungated_families_take_the_matrix_that_writes_the_output():
     bare = dataclasses.replace(PRE_NORM, modules={"down": "mlp.out", "up": "mlp.in"})
-    assert make_settings({"method": "ultraedit"}).resolved_matrices(bare, 28) == down(*range(18, 27))
+    assert make_settings({"method": "ultraedit"}).resolved_matrices(bare.of_depth(28)) == down(*range(18, 27))
 
 
 @given(st.integers(1, 80), st.sampled_from(list(METHODS)))
@@ -164,16 +164,16 @@ def test_default_layers_exist_at_every_depth(depth, method):
     layers = kind.default_layers(depth)
     assert layers == tuple(range(layers[0], layers[-1] + 1))
     assert 0 <= layers[0] <= layers[-1] < depth
-    assert sorted({layer for layer, _ in settings.resolved_matrices(PRE_NORM, depth)}) == list(layers)
-    single = settings.resolved_matrices(POST_NORM, depth)
+    assert sorted({layer for layer, _ in settings.resolved_matrices(PRE_NORM.of_depth(depth))}) == list(layers)
+    single = settings.resolved_matrices(POST_NORM.of_depth(depth))
     assert not kind().needs.feed.at_subjects or single == ((layers[-1], "down"),)
 
 
 def test_chosen_layers_come_lowest_first():
-    assert make_settings({"layers": [6, 2, 4]}).resolved_matrices(PRE_NORM, 7) == down(2, 4, 6)
-    assert make_settings({"layers": [0]}).resolved_matrices(POST_NORM, 1) == down(0)
+    assert make_settings({"layers": [6, 2, 4]}).resolved_matrices(PRE_NORM.of_depth(7)) == down(2, 4, 6)
+    assert make_settings({"layers": [0]}).resolved_matrices(POST_NORM.of_depth(1)) == down(0)
     chosen = {"method": "ultraedit", "layers": {"up": [5, 3], "gate": [3]}}
-    assert make_settings(chosen).resolved_matrices(PRE_NORM, 7) == ((3, "gate"), (3, "up"), (5, "up"))
+    assert make_settings(chosen).resolved_matrices(PRE_NORM.of_depth(7)) == ((3, "gate"), (3, "up"), (5, "up"))
 
 
 def test_resolved_settings_choose_the_same_matrices_again():
@@ -182,9 +182,9 @@ def test_resolved_settings_choose_the_same_matrices_again():
     chosen += [{"method": "ultraedit", "layers": [3]}, {"method": "ft", "layers": {"gate": [2], "down": [2]}}]
     for wish in chosen:
         settings = make_settings(wish)
-        matrices = settings.resolved_matrices(PRE_NORM, 30)
+        matrices = settings.resolved_matrices(PRE_NORM.of_depth(30))
         kept = make_settings(json.loads(settings.with_resolved(matrices, torch.device("cpu")).model_dump_json()))
-        assert kept.resolved_matrices(PRE_NORM, 30) == matrices
+        assert kept.resolved_matrices(PRE_NORM.of_depth(30)) == matrices
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,16 @@ def test_resolved_settings_choose_the_same_matrices_again():
         ([], PRE_NORM, "--layers takes different layer numbers, not []"),
         ([28, 30], PRE_NORM, "layers [28, 30] do not all exist: this model has layers 0 to 29"),
         ([-1], PRE_NORM, "layers [-1] do not all exist: this model has layers 0 to 29"),
-        ([7, 8], POST_NORM, "this family normalises each MLP's output, so one layer is edited and not 2: "),
+        ([7, 8], POST_NORM, "this model normalises or gates each MLP's output, so one layer is edited and not 2: "),
         ({"gate": [3]}, PRE_NORM, "frugal edits the matrices that write the MLP's output; give --layers 4-8"),
-        ({"side": [3]}, PRE_NORM, "this family has no 'side' matrix; it has "),
+        ({"side": [3]}, PRE_NORM, "this model has no 'side' matrix; it has "),
         ({}, PRE_NORM, "--layers takes layer numbers for at least one role"),
         ({"down": [3, 3]}, PRE_NORM, "--layers takes different layer numbers, not [3, 3]"),
     ],
 )
 def test_layers_that_cannot_be_edited(layers, family, message):
     with pytest.raises(SphereEditError) as caught:
-        make_settings({"layers": layers}).resolved_matrices(family, 30)
+        make_settings({"layers": layers}).resolved_matrices(family.of_depth(30))
     assert str(caught.value).startswith(message)
     assert family is PRE_NORM or str(caught.value).endswith("use --layers 8")
 

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from families import save_tiny
 from sphere_edit.errors import SphereEditError
-from sphere_edit.export import export_model
+from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.soundness import is_scale
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.progress import Quiet
 
 MATRIX = "model.layers.1.mlp.down_proj"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -66,32 +68,103 @@ def test_a_method_of_quantisation_that_transformers_does_not_know(folder, where)
     assert "unquantised original" in said
 
 
-def test_a_known_method_that_does_not_give_plain_weights_back(folder):
-    configure(folder, quantization_config={"quant_method": "quanto", "weights": "int8"})
-    assert str(folder) in loading(folder)
+LOSSY: dict[str, dict[str, object]] = {
+    "bitsandbytes": {"load_in_4bit": True, "quant_method": "bitsandbytes"},
+    "bitnet": {},
+    **{name: {"bits": 4, "group_size": 32} for name in ("gptq", "awq", "hqq", "quanto", "torchao", "fbgemm_fp8")},
+    **{name: {} for name in ("compressed-tensors", "aqlm", "nvfp4", "")},
+}
 
 
-def test_a_known_method_that_gives_plain_weights_back_loads_and_is_exported_plain(folder, tmp_path):
-    """FP8 on a CPU; the numbers stored are no weights without their scales."""
+@pytest.mark.parametrize("method", LOSSY)
+@pytest.mark.parametrize("nested", [False, True])
+def test_methods_that_cannot_be_undone_are_refused_from_the_configuration(folder, method, nested):
+    """No advice to install a library, with which the model would be refused all the same."""
+    found = {**({"quant_method": method} if method else {}), **LOSSY[method]}
+    configure(folder, **({"text_config": {"quantization_config": found}} if nested else {"quantization_config": found}))
+    configure(folder, _name_or_path="maker/original")
+    said = loading(folder)
+    assert (
+        f"is quantised, by '{method}'" in said if method else "by a method that its configuration does not name" in said
+    )
+    assert "'maker/original'" in said
+    assert "install" not in said
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def store_fp8(folder: Path, block: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    """Store every projection as float8 with a scale a block, or one alone; what they are worth in bfloat16."""
     file = folder / "model.safetensors"
-    tensors, scaled = load_file(file), {}
+    tensors, plain = load_file(file), {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].float().abs().max() / 448
-        scaled[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
-        scaled[f"{name}_scale_inv"] = scale.reshape(1, 1)
-    save_file({**tensors, **scaled}, file, {"format": "pt"})
-    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    configure(folder, quantization_config=method)
-    loaded = load_model(folder, "cpu")
-    name = f"{MATRIX}.weight"
-    plain = (scaled[name].float() * scaled[f"{name}_scale_inv"]).bfloat16()
-    assert torch.equal(loaded.model.state_dict()[name], plain)
+        weight = tensors[name].float()
+        rows, columns = block or weight.shape
+        scales = torch.zeros(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
+        for row in range(scales.shape[0]):
+            for column in range(scales.shape[1]):
+                place = slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
+                weight[place] *= 10.0 ** (row - column)  # the blocks differ, so that a wrong scale shows
+                scales[row, column] = weight[place].abs().max() / 448
+        spread = scales.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)
+        spread = spread[:, : weight.shape[1]]
+        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        plain[name] = (tensors[name].float() * spread).bfloat16()
+    save_file(tensors, file, {"format": "pt"})
+    configure(folder, quantization_config={**FP8, "weight_block_size": None if block is None else list(block)})
+    return plain
+
+
+class Telling(Quiet):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str, style: str = "") -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (16, 16), (24, 20), None])
+def test_fp8_is_turned_into_plain_weights_and_exported_as_such(folder, tmp_path, block):
+    """Also with blocks that are cut short by the matrix's edge: [32, 64] in blocks of [24, 20]."""
+    plain, reporter = store_fp8(folder, block), Telling()
+    loaded = load_model(folder, "cpu", reporter=reporter)
+    assert len(plain) == 28
+    for name, weight in plain.items():
+        assert torch.equal(loaded.model.state_dict()[name], weight), name
+    size = sum(weight.numel() for weight in loaded.model.parameters()) * 2 / 1e9
+    (told,) = reporter.said
+    assert f"is stored as fp8; it is turned into bfloat16, takes {size:,.1f} GB" in told
     assert "quantised" in energy(folder)
     weights = EditedWeights(loaded.model, loaded.architecture, [MATRIX])
-    (told,) = export_model(loaded, weights, tmp_path / "out", "# Card")
+    (told,) = write_hf(Shipment(loaded, weights, lambda note: "# Card"), tmp_path / "out")
     assert "its files are F8_E4M3" in told
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert load_model(tmp_path / "out", "cpu").fingerprint == loaded.fingerprint
+
+
+def test_fp8_is_turned_into_the_dtype_that_was_asked_for(folder):
+    plain = store_fp8(folder, (16, 16))
+    loaded = load_model(folder, "cpu", "float32")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.model.state_dict()[f"{MATRIX}.weight"].bfloat16(), plain[f"{MATRIX}.weight"])
+
+
+def test_fp8_without_the_scales_of_a_matrix(folder):
+    store_fp8(folder, (16, 16))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{MATRIX}.weight_scale_inv"]
+    save_file(tensors, file, {"format": "pt"})
+    assert f"and {MATRIX}.weight is still float8_e4m3fn after loading" in loading(folder)
+
+
+def test_a_quantised_shard_that_is_cut_short(folder):
+    store_fp8(folder, (16, 16))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "is cut short" in loading(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.float64])

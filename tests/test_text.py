@@ -15,7 +15,7 @@ from matplotlib.cbook import is_math_text
 from rich.table import Table
 
 from conftest import fact_records
-from sphere_edit.export import model_card
+from sphere_edit.exports.card import Note, model_card
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.progress import RichReporter
 from sphere_edit.reporting.comparison import Row, as_csv, columns_of
@@ -189,7 +189,7 @@ def test_a_model_card_is_inert_and_tells_no_path():
         "corpus": {**CONFIG["corpus"], "origin": "<i>corpus</i>"},
         "versions": {"torch": "<2>"},
     }
-    card = model_card(RunConfig.model_validate(content), History(), facts, None)
+    card = model_card(RunConfig.model_validate(content), History(), facts, None, Note())
     assert "/home" not in card
     body = card.split("---\n", 2)[2]
     tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(body)

@@ -10,7 +10,8 @@ from typing import Any
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.ability import AbilityTasks
-from sphere_edit.export import export_run
+from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.shipment import Shipment
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
@@ -213,10 +214,10 @@ class Editor:
         self._at_work().remove(wanted_from(facts), exact)
         return self.metrics()
 
-    def evaluate(self, facts: Facts, skip_bad: bool = False) -> BeforeAndAfter:
-        """Score any facts on the unedited and on the edited model."""
+    def evaluate(self, facts: Facts, skip_bad: bool = False, heldout: bool = False) -> BeforeAndAfter:
+        """Score any facts on the unedited and on the edited model; with ``heldout``, both on the run's held-out text too."""
         given = asked(self.session, facts_from(facts, skip_bad), skip_bad)
-        return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0)
+        return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0, heldout)
 
     def ability(self, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
         """General ability of the unedited model and, in a run, of the edited one: scores by task, by ``unedited`` and ``edited``.
@@ -231,17 +232,22 @@ class Editor:
         """The content of ``metrics.json``."""
         return self._at_work().run.metrics()
 
-    def generate(self, prompt: str, max_new_tokens: int = 12) -> str:
-        """The greedy continuation of a prompt by the model as it stands."""
-        ids = Encoder(self.tokenizer).encode(prompt).ids
+    def generate(self, prompt: str, max_new_tokens: int = 12, chat: bool = False) -> str:
+        """The greedy continuation of a prompt by the model as it stands; or, in its own chat, its answer."""
+        ids = Encoder(self.tokenizer).asked(prompt, chat).ids
         (said,) = generate(self.loaded, [ids], max_new_tokens)
         return self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the edited model: the source's own files but for the edited tensors, and a model card."""
+        for sentence in write_hf(self.shipment(), Path(folder)):
+            self.session.reporter.say(sentence)
+
+    def shipment(self) -> Shipment:
+        """The edited model as every form of export takes it (`sphere_edit.exports`)."""
         stream = self._at_work()
         stream.committer.settle()
-        export_run(self.session, stream.run, Path(folder))
+        return Shipment.of(self.session, stream.run)
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""

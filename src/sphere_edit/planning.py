@@ -22,6 +22,7 @@ from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import read_facts
+from sphere_edit.models.configuration import positions, text_config
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.progress import Quiet
@@ -56,7 +57,7 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
     together = min(_TRIAL_FACTS, settings.batch_size, method.max_batch or _TRIAL_FACTS)
     trial = [_with_truth(fact) for fact in facts[:together]]
     share = len(facts) / len(trial)
-    length = min(256, getattr(session.loaded.model.config, "max_position_embeddings", 256))
+    length = min(256, positions(session.loaded.model))
     passage = [[index % 100 for index in range(length)]] * 2
     reading = _timed(lambda: last_hidden(loaded, TokenBatch.of(passage, loaded.device))) / (2 * length)
     evaluations = 2 + (
@@ -186,7 +187,7 @@ def _memory(session: Session) -> int:
     tokens = session.settings.tokens_per_batch
     if needs.feed.at_subjects:
         tokens = session.settings.targets.tokens_on(session.loaded.device)
-    activations = tokens * session.loaded.model.config.hidden_size * 16 * 4 * session.depth
+    activations = tokens * text_config(session.loaded.model).hidden_size * 16 * 4 * session.depth
     return model + matrices * (4 + 4) + held + solving + activations + 512 * vocabulary * 4 * 3
 
 

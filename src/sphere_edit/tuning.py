@@ -246,15 +246,17 @@ class _Bench:
     def spans(self) -> list[tuple[int, ...]]:
         """Layers to try, the default ones first: where a model keeps its facts, and how far up it still reads them, differs."""
         default = self.session({})
-        ends = dict.fromkeys(round(share * (default.depth - 1)) for share in _ENDS)
-        spans = [tuple(default.layers), *(tuple(range(max(0, end - _LAYERS + 1), end + 1)) for end in ends)]
-        if self.loaded.architecture.post_norm:
+        architecture = self.loaded.architecture
+        having = architecture.having(architecture.writer)
+        ends = dict.fromkeys(round(share * (len(having) - 1)) for share in _ENDS)
+        spans = [tuple(default.layers), *(tuple(having[max(0, end - _LAYERS + 1) : end + 1]) for end in ends)]
+        if architecture.one_layer:
             spans = [span[-1:] for span in spans]
         return list(dict.fromkeys(spans))
 
     def prepare(self, layers: Sequence[int]) -> None:
         """Measure the second moments of all layers that any trial may ask for, in one pass over the text, or as few as memory allows."""
-        if self.loaded.architecture.post_norm:  # one layer can be edited at a time, and is measured with its trial
+        if self.loaded.architecture.one_layer:  # one layer can be edited at a time, and is measured with its trial
             return
         widest = max(weight.shape[1] for weight in self.session({}).weights.working.values())
         together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest**2)))

@@ -15,9 +15,12 @@ from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
+from sphere_edit.cli.prove import verify
 from sphere_edit.cli.remove import history, remove
 from sphere_edit.cli.screen import fail, out
-from sphere_edit.cli.state import export, rollback
+from sphere_edit.cli.ship import apply, export
+from sphere_edit.cli.state import rollback
+from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
 
@@ -44,13 +47,16 @@ for _command in (
     methods,
     evaluate,
     ability,
+    chat,
     show,
     history,
     report,
     energy,
     remove,
     rollback,
+    verify,
     export,
+    apply,
     tune,
     bench,
 ):

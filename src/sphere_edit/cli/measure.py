@@ -23,7 +23,7 @@ from sphere_edit.cli.options import (
     ZsreTarget,
     given,
 )
-from sphere_edit.cli.screen import out, reporter
+from sphere_edit.cli.screen import FAILED, out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import csv_cell
 
@@ -42,27 +42,61 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores of every fact to this file.")
     ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Status 4 if the metric is below: efficacy_strict=98; repeatable."),
+    ] = None,
+    fail_over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Status 4 if it is above: perplexity_ratio=1.1; repeatable."),
+    ] = None,
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", help="Write what became of the limits to this file, as JUnit XML.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score facts on a model, or on the edited model of a run beside the unedited one."""
+    """Score facts on a model, or on the edited model of a run beside the unedited one; and hold them against limits."""
+    from sphere_edit.evaluation.limits import judge, needs_text, read_limits
     from sphere_edit.facts.readers import read_facts
-    from sphere_edit.files import check_room, write_json
+    from sphere_edit.files import check_room, write_json, write_text
+    from sphere_edit.reporting.junit import junit
     from sphere_edit.reporting.results import draw
     from sphere_edit.reporting.views import Metrics
+    from sphere_edit.runs.folder import RunFolder
 
+    limits = read_limits(fail_under or (), fail_over or ())
+    if junit_file is not None and not limits:
+        raise SphereEditError("--junit says what became of limits; set some with --fail-under or --fail-over")
+    if needs_text(limits) and not RunFolder.exists(model):
+        raise SphereEditError(
+            f"limits to perplexity are for runs, which keep the text it is measured on; {model} is none"
+        )
     asked = read_facts(facts, limit=limit, skip_bad=skip_bad, zsre_target=target.value)
-    if json_file is not None:
-        check_room(json_file.absolute().parent, 0)
+    for file in (json_file, junit_file):
+        if file is not None:
+            check_room(file.absolute().parent, 0)
     editor = _opened(model, device, dtype, trust_remote_code, only_to_read=True)
     is_run = editor.run is not None
-    result = editor.evaluate(asked, skip_bad)
+    result = editor.evaluate(asked, skip_bad, needs_text(limits))
     summary = result.summary()
+    verdicts = judge(limits, summary)
     title = f"{model}, {len(result.facts)} facts"
     out.print(draw(Metrics.of(summary if is_run else {"edited": summary["edited"]}, title)))
     if json_file is not None:
         scores = zip(result.facts, result.unedited, result.edited, strict=True)
         rows = [{"fact": f.as_dict(), "unedited": u.as_dict(), "edited": e.as_dict()} for f, u, e in scores]
-        write_json(json_file, {**summary, "facts": rows} if is_run else {"model": summary["edited"], "facts": rows})
+        judged = {"limits": [verdict.as_dict() for verdict in verdicts]} if limits else {}
+        sides = summary if is_run else {"model": summary["edited"]}
+        write_json(json_file, {**sides, **judged, "facts": rows})
+    if junit_file is not None:
+        write_text(junit_file, junit(title, verdicts))
+    broken = [verdict for verdict in verdicts if not verdict.kept]
+    for verdict in broken:
+        say_bad("Limit", verdict.words)
+    if broken:
+        raise typer.Exit(FAILED)
+    if limits:
+        out.print(f"{len(limits)} limits kept: {'; '.join(verdict.words for verdict in verdicts)}", soft_wrap=True)
 
 
 def ability(

@@ -8,6 +8,7 @@ from typing import NoReturn
 from sphere_edit.progress import RichReporter
 from sphere_edit.text import Screen, terminal
 
+FAILED = 4  # the status of a command that was done, and whose verdict is bad: verify, and the limits of eval
 out = Screen()
 err = Screen(stderr=True)
 

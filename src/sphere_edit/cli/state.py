@@ -1,8 +1,7 @@
-"""Commands that put a run's weights somewhere: rollback and export."""
+"""The command that puts a run's weights back."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,21 +24,3 @@ def rollback(
     out.print(f"{run} now stands at batch {to}: {state}. Export it, or edit on from here.")
     if waiting:
         out.print(f"{waiting} facts that were waiting are withdrawn; give them again to edit them.")
-
-
-def export(
-    run: Run,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
-) -> None:
-    """Write the edited model: the source's own files but for the edited tensors, and a model card."""
-    from sphere_edit.files import refuse_existing, require_utf8
-    from sphere_edit.runs.folder import RunFolder
-
-    RunFolder.open(run)
-    require_utf8(output, "a model")
-    refuse_existing(output)
-    from sphere_edit.editor import opened
-
-    with opened(run, reporter(), only_to_read=True) as editor:
-        editor.save_pretrained(output)
-    out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.")

@@ -13,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.memory import Metric
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
 from sphere_edit.editing.repair import Descent, Repair
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.experts import by_expert, experts_of, wide
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
@@ -110,7 +112,7 @@ class Solver:
         """
         self.weights.use_working()
         before = self.weights.snapshot()
-        metrics: dict[str, Tensor | None] = {}
+        metrics: dict[str, Metric | None] = {}
         for name in self.weights.names:  # one at a time: in float64 they are large
             metric = self.method.metric(states[name], self.statistics[name])
             metrics[name] = None if metric is None else metric.float()
@@ -178,8 +180,9 @@ class Solver:
             given = dict(self._of_matrix(name))
             for found in of_batch:
                 given |= found.get(name, {})
-            problem = LayerProblem(self.weights.working[name].clone(), keys, residual, self.statistics[name], given)
-            update = method.solve(problem, states[name]).to(torch.float32)
+            weight = self.weights.working[name]
+            problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
+            update = method.solve(problem, states[name]).by_expert(experts_of(weight)).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)
             group.seen[name] = {part: value for row in rows for part, value in row.of_problem(problem).items()}
@@ -189,7 +192,7 @@ class Solver:
     def _of_matrix(self, name: str) -> dict[str, Tensor]:
         """What the method's ingredients make of W0, computed once."""
         if name not in self._of_matrices:
-            original, rows = self.weights.original(name), self.method.needs.ingredients
+            original, rows = wide(self.weights.original(name)), self.method.needs.ingredients
             self._of_matrices[name] = {part: value for row in rows for part, value in row.of_matrix(original).items()}
         return self._of_matrices[name]
 
@@ -217,7 +220,9 @@ class Solver:
         updates: dict[str, Update] = {}
         solved: dict[str, Update] = {}
         for name in self.weights.names:
-            update = self.method.finish(joined([group.written[name] for group in groups]), before[name].clone())
+            written = joined([group.written[name] for group in groups])
+            finished = self.method.finish(written.wide(), wide(before[name]).clone())
+            update = finished.by_expert(experts_of(before[name]))
             solved[name] = joined([group.solved[name] for group in groups])
             if self.sphere is not None and self.sphere.project == "after_all":
                 solved[name] = update
@@ -230,7 +235,8 @@ def deployed_weight(
     method: Method, sphere: Sphere | None, original: Tensor, working: Tensor, directions: Callable[[], Tensor]
 ) -> Tensor:
     """What the model runs with ``[d_out, d_in]``, from W0 and the working weight, and SPHERE's directions if they are asked for."""
-    deployed = method.deploy(original.clone(), working.clone())  # a method may write into what it is given
+    deployed = method.deploy(wide(original).clone(), wide(working).clone())  # a method may write into what it is given
+    deployed = by_expert(deployed, experts_of(original))
     if sphere is not None and sphere.project == "deployed":
         change = sphere.suppress(deployed.double() - original.double(), directions())
         deployed = (original.double() + change).float()

@@ -27,8 +27,9 @@ from sphere_edit.numerics.energy import (
     energy_gradient,
     hyperspherical_energy,
 )
+from sphere_edit.numerics.experts import inputs_of, wide
 from sphere_edit.numerics.linalg import squared_singular_values
-from sphere_edit.numerics.projection import Sphere
+from sphere_edit.numerics.projection import Sphere, rank_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class BatchDiagnosis:
             "relative_norm": _share(update.norm(), written.before[name]),
             "principal_norm_before": float(solved_along.norm()),
             "principal_norm": float(update_along.norm()),
-            "principal_rank": directions.shape[1],
+            "principal_rank": rank_of(directions),
             "energy": change.after.total,
             "energy_per_pair": change.after.per_pair,
             "energy_drift": change.after.total / unedited - 1 if unedited else 0.0,
@@ -232,13 +233,13 @@ def compared(
     energy = _energy(name, weight, power)
     state, directions = _state(weight, energy, eta)
     if now is None:
-        return MatrixReport(name, weight.shape[0], weight.shape[1], state, None)
+        return MatrixReport(name, weight.shape[-2], inputs_of(weight), state, None)
     _energy_is_defined(name, now)
     change = EnergyChange.of(weight, now, None if moment is None else KeyMetric.of(moment), power, energy)
     afterwards, _ = _state(now, change.after, eta)
     delta = (now - weight).double()
     size = float(delta.norm())
-    spectrum = squared_singular_values(delta)
+    spectrum = squared_singular_values(wide(delta))
     found = MatrixChange(
         after=afterwards,
         energy_change=change.change,
@@ -250,7 +251,7 @@ def compared(
         bounds=change.bounds,
         collateral_ratio=None if moment is None else collateral_ratio(delta, weight, moment),
     )
-    return MatrixReport(name, weight.shape[0], weight.shape[1], state, found)
+    return MatrixReport(name, weight.shape[-2], inputs_of(weight), state, found)
 
 
 def _energy(name: str, weight: Tensor, power: int) -> Energy:
@@ -268,6 +269,6 @@ def _energy_is_defined(name: str, weight: Tensor) -> None:
 def _state(weight: Tensor, energy: Energy, eta: float) -> tuple[MatrixState, Tensor]:
     """What is said of one matrix, and its principal directions ``U [d_in, r]``."""
     directions = Sphere(eta=eta).directions(weight)
-    spectrum = squared_singular_values(weight)
-    largest, rank = float(spectrum[-1].sqrt()), directions.shape[1]
+    spectrum = squared_singular_values(wide(weight))
+    largest, rank = float(spectrum[-1].sqrt()), rank_of(directions)
     return MatrixState(energy.total, energy.per_pair, largest, effective_rank(spectrum), rank), directions

@@ -25,6 +25,7 @@ from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import copied, write_tensors
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.experts import width as width_of
 from sphere_edit.numerics.linalg import NullSpaceRule, dominant_vectors
 from sphere_edit.numerics.update import PARTS
 from sphere_edit.progress import Reporter
@@ -253,8 +254,8 @@ class SecondMoment(Ingredient):
         )
 
     def fits(self, measured: Tensor, width: int) -> bool:
-        """Square, and as wide."""
-        return measured.shape == (width, width)
+        """Square, and as wide; of a layer of experts all blocks together."""
+        return measured.shape[-2:].numel() == measured.shape[-1] ** 2 and width_of(measured) == width
 
     def seconds(self, trial: Trial) -> Mapping[str, float]:
         """One pass over the text, should it take all of it to converge."""
@@ -296,8 +297,8 @@ class NullSpace(Ingredient):
         return cached_null_spaces(unedited.loaded, moments, self.rule, self.threshold, unedited.reporter)
 
     def fits(self, measured: Tensor, width: int) -> bool:
-        """As high."""
-        return len(measured) == width
+        """As high; of a layer of experts all blocks together."""
+        return width_of(measured) == width
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sphere_edit.facts.forms import contexts
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.sites import module_of
 from sphere_edit.models.tokens import TokenBatch, over_batches
 from sphere_edit.models.walk import LayerWalk
 
@@ -57,7 +58,7 @@ class SubjectReader:
         contexts: Literal["mean", "each"] = "mean",
     ):
         self._names, self._layers, self._inside, self._contexts = names, layers, inside, contexts
-        self._modules = [loaded.model.get_submodule(name) for name in names]
+        self._modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
         self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside)
         clean = prompts.rows[:: prompts.templates]
         others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
@@ -108,7 +109,7 @@ def context_token_keys(
 
     They are the context tokens of `ingredients.ContextTokens`, which says why.
     """
-    modules = [loaded.model.get_submodule(name) for name in names]
+    modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
     rows = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
     subjects = [encoder.at_subject(fact)[1] for fact in facts]
 

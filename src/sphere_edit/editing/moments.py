@@ -18,10 +18,13 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
+from sphere_edit.models.configuration import positions
+from sphere_edit.models.experts import JointKeys
 from sphere_edit.models.forward import activations
 from sphere_edit.models.generation import generate, seeded
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.sites import Keys, module_of
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
 
@@ -74,7 +77,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
     count = min(settings.heldout, max(1, len(texts) // 5))
-    longest = min(settings.max_length, getattr(loaded.model.config, "max_position_embeddings", settings.max_length))
+    longest = min(settings.max_length, positions(loaded.model))
 
     def tokens(text: str) -> list[int]:
         return list(loaded.tokenizer(text)["input_ids"])[:longest]
@@ -119,7 +122,7 @@ def sample_text(
     """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
     encoder = Encoder(loaded.tokenizer)
     first = (encoder.document_start() or encoder.encode("The").ids)[0]
-    length = min(length, getattr(loaded.model.config, "max_position_embeddings", length) - 1)
+    length = min(length, positions(loaded.model) - 1)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
     with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
@@ -153,6 +156,9 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """``C0 = E[k kᵀ]`` (float32 ``[d_in, d_in]``, summed in float64) of the inputs of the named matrices, in one pass.
 
+    Of a layer of experts it is one block an expert, ``E[g² k kᵀ]`` over all tokens, ``[E, d_in, d_in]``: few tokens reach each, so that every
+    expert is given d_in tokens more, whose second moment is the layer's mean over the tokens of all experts.
+
     The passages are read in windows, which go to two halves in turn. By how much the means of the halves differ tells
     how far their common mean still is from that of all such text: half as much, in the Frobenius norm, relative to it.
     Reading ends when that is below ``tolerance`` for every matrix, or with the passages.
@@ -163,7 +169,7 @@ def second_moments(
         max_tokens: tokens in one padded batch.
         partial: a file that keeps the sums every few minutes, and is gone on from if it is there.
     """
-    modules = [loaded.model.get_submodule(name) for name in names]
+    modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
     sums = _Sums.read(partial, loaded.device) if partial is not None and is_whole(partial) else _Sums()
     total = sum(map(len, passages))
     stored = time.monotonic()
@@ -175,7 +181,7 @@ def second_moments(
                 batch = TokenBatch.of(rows, loaded.device)
                 inputs, _ = activations(loaded, batch, inputs_of=modules)
                 real = batch.mask.bool()
-                sums.add({name: hidden[real].float() for name, hidden in zip(names, inputs, strict=True)})
+                sums.add(dict(zip(names, inputs, strict=True)), real)
                 advance(int(batch.mask.sum()))
             sums.windows += 1
             if sums.windows >= _LEAST_WINDOWS and sums.error() <= tolerance:
@@ -187,9 +193,15 @@ def second_moments(
         reporter.say(
             f"  second moments of {sum(sums.tokens):,} tokens (of {total:,}), relative error about {100 * sums.error():.1f} %"
         )
+    for name in names:
+        if name in sums.routed and (few := sums.rarely_reached(name)):
+            reporter.say(
+                f"  {few} of the {len(sums.routed[name])} experts of {name} were reached by fewer tokens than they have inputs; their second "
+                "moments lean on the layer's mean. Reading more text (moments.tokens) makes them their own"
+            )
     if partial is not None:
         partial.unlink(missing_ok=True)
-    return {name: sums.mean(name).float() for name in names}
+    return {name: sums.moment(name).float() for name in names}
 
 
 @dataclass
@@ -199,15 +211,36 @@ class _Sums:
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     windows: int = 0
+    routed: dict[str, Tensor] = field(default_factory=dict)  # of a layer of experts, how many tokens reached each
 
-    def add(self, keys: Mapping[str, Tensor]) -> None:
-        """Add ``keys [tokens, d_in]`` of each matrix to the half whose turn it is."""
+    def add(self, keys: Mapping[str, Keys], real: Tensor) -> None:
+        """Add the keys of each matrix at the ``real`` tokens ``[B, S]`` of a batch to the half whose turn it is."""
         turn = self.windows % 2
         half = self.halves[turn]
-        for name, rows in keys.items():
-            product = (rows.T @ rows).double()
+        for name, seen in keys.items():
+            if isinstance(seen, JointKeys):
+                product, reached = _of_experts(seen, real)
+                self.routed[name] = reached + self.routed.get(name, 0)
+            else:
+                rows = seen[real].float()
+                product = (rows.T @ rows).double()
             half[name] = product if name not in half else half[name].add_(product)
-        self.tokens[turn] += len(rows)
+        self.tokens[turn] += int(real.sum())
+
+    def moment(self, name: str) -> Tensor:
+        """C0; of experts, shrunk towards the layer's mean."""
+        mean = self.mean(name)
+        if name not in self.routed:
+            return mean
+        given, reached, experts = mean.shape[-1], float(self.routed[name].sum()), len(mean)
+        total = sum(self.tokens)
+        a_token = mean.sum(0) * (total / reached)  # g² k kᵀ of one token that reaches one expert, on average
+        more = given * experts * total / reached  # tokens that would give each expert so many
+        return (total * mean + given * a_token) / (total + more)
+
+    def rarely_reached(self, name: str) -> int:
+        """How many experts fewer tokens reached than they have inputs."""
+        return int((self.routed[name] < self.mean(name).shape[-1]).sum())
 
     def mean(self, name: str) -> Tensor:
         """The mean over both halves."""
@@ -226,6 +259,7 @@ class _Sums:
     def write(self, path: Path) -> None:
         """Store all of it."""
         tensors = {f"{turn}/{name}": value for turn, half in enumerate(self.halves) for name, value in half.items()}
+        tensors |= {f"routed/{name}": value for name, value in self.routed.items()}
         write_tensors(path, {**tensors, "counts": torch.tensor([self.windows, *self.tokens])})
 
     @classmethod
@@ -236,8 +270,18 @@ class _Sums:
         sums = cls(tokens=tokens, windows=windows)
         for key, value in tensors.items():
             turn, name = key.split("/", 1)
-            sums.halves[int(turn)][name] = value.to(device)
+            (sums.routed if turn == "routed" else sums.halves[int(turn)])[name] = value.to(device)
         return sums
+
+
+def _of_experts(keys: JointKeys, real: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ g² k kᵀ`` over the tokens that reach each expert, ``[E, d_in, d_in]`` in float64, and how many these are ``[E]``."""
+    products, reached = {}, torch.zeros(keys.count, dtype=torch.long, device=keys.device)
+    for expert, rows, values in keys.by_expert(real):
+        products[expert] = (values.T @ values).double()
+        reached[expert] = len(rows)
+    empty = torch.zeros_like(next(iter(products.values())))
+    return torch.stack([products.get(expert, empty) for expert in range(keys.count)]), reached
 
 
 def _windows(passages: Sequence[Sequence[int]], tokens: int) -> list[list[Sequence[int]]]:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from sphere_edit.numerics.experts import width
 from sphere_edit.numerics.linalg import spd_factor
 
 State = dict[str, Tensor]  # what a method remembers of a matrix from batch to batch
@@ -18,7 +19,8 @@ class Statistics(dict[str, Tensor]):
     """What was measured of a matrix before any edit, by the ingredient's name.
 
     ``second_moment`` is C0 ``[d_in, d_in]``; ``null_space`` is V ``[d_in, r]`` with orthonormal columns, P = V Vᵀ. A method finds what
-    its ingredients measure, and C0 wherever the guard asked for it.
+    its ingredients measure, and C0 wherever the guard asked for it. Of a layer of experts, whose wide matrix is what a method sees, both
+    are blocks, ``[E, d_in, d_in]`` and ``[E, d_in, r]`` (`sphere_edit.numerics.experts`).
     """
 
     @property
@@ -30,6 +32,11 @@ class Statistics(dict[str, Tensor]):
     def factor(self) -> Tensor:
         """Cholesky factor of C0 (`spd_factor`), float64, found once."""
         return spd_factor(self["second_moment"])
+
+    @property
+    def width(self) -> int:
+        """How many inputs the matrix has."""
+        return width(self["second_moment"])
 
 
 @dataclass(frozen=True)

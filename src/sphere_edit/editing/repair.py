@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.editing.answers import coded_targets, in_each_form, target_rows
+from sphere_edit.editing.memory import Metric, in_metric
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -89,7 +90,7 @@ class Repair:
         passages: Sequence[Sequence[int]],
         facts: Sequence[Fact],
         templates: Sequence[str],
-        metrics: Mapping[str, Tensor | None],
+        metrics: Mapping[str, Metric | None],
         max_tokens: int,
         seed: int,
     ):
@@ -128,8 +129,7 @@ class Repair:
                     reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
                     break
                 for name, gradient in gradients.items():
-                    metric = self.metrics[name]
-                    momentum[name] = _MOMENTUM * momentum[name] + (gradient if metric is None else gradient @ metric)
+                    momentum[name] = _MOMENTUM * momentum[name] + in_metric(gradient, self.metrics[name])
                 lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
                 length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
                 rate = _RATE * math.sqrt(share) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -17,7 +17,7 @@ from sphere_edit.editing.presets import preset_of, read_tuned
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, Form, chosen_forms, short
-from sphere_edit.models.architecture import Architecture
+from sphere_edit.models.architecture import WRITERS, Architecture
 from sphere_edit.numerics.projection import Sphere
 
 Matrix = tuple[int, str]  # layer and role
@@ -178,36 +178,36 @@ class Settings(BaseModel):
             )
         return 0
 
-    def resolved_matrices(self, architecture: Architecture, depth: int) -> tuple[Matrix, ...]:
+    def resolved_matrices(self, architecture: Architecture) -> tuple[Matrix, ...]:
         """The edited matrices, lowest layer first.
 
         Raises:
             SphereEditError: layers or roles that do not exist or repeat, or several layers where one can be edited.
         """
         method = self.make_method()
-        single = method.needs.feed.one_layer(architecture.post_norm)
+        feed = method.needs.feed
         if isinstance(self.layers, dict):
             chosen = {role: tuple(sorted(layers)) for role, layers in self.layers.items()}
             if not chosen:
                 raise SphereEditError("--layers takes layer numbers for at least one role")
-            if bad := [role for role in chosen if role not in architecture.modules]:
-                raise SphereEditError(f"this family has no '{bad[0]}' matrix; it has {', '.join(architecture.modules)}")
-            if method.needs.feed.at_subjects and set(chosen) != {"down"}:
+            if bad := [role for role in chosen if role not in architecture.roles]:
+                raise SphereEditError(f"this model has no '{bad[0]}' matrix; it has {', '.join(architecture.roles)}")
+            if feed.at_subjects and not set(chosen) <= set(WRITERS):
                 raise SphereEditError(
                     f"{method.name} edits the matrices that write the MLP's output; give --layers 4-8"
                 )
         else:
-            roles = next((roles for roles in method.roles if set(roles) <= set(architecture.modules)), ("down",))
-            layers = method.default_layers(depth) if self.layers is None else tuple(sorted(self.layers))
-            if self.layers is None and single:
-                layers = layers[-1:]
+            roles = next((roles for roles in method.roles if set(roles) <= set(architecture.roles)), ("down",))
+            roles = tuple(architecture.writer if role == "down" else role for role in roles)
+            layers = _default_layers(method, architecture, roles) if self.layers is None else tuple(sorted(self.layers))
             chosen = dict.fromkeys(roles, layers)
-        for layers in chosen.values():
-            _check_layers(layers, depth)
-            if single and len(layers) > 1:
+        for role, layers in chosen.items():
+            _check_layers(layers, architecture, role)
+            changed = any(map(architecture.inside, layers))
+            if len(layers) > 1 and feed.one_layer(changed):
                 why = f"{method.name} sets its target at an MLP's output"
-                if architecture.post_norm:
-                    why = "this family normalises each MLP's output"
+                if changed:
+                    why = "this model normalises or gates each MLP's output"
                 raise SphereEditError(
                     f"{why}, so one layer is edited and not {len(layers)}: no other layer can reach the place of the "
                     f"target; use --layers {layers[-1]}"
@@ -215,11 +215,23 @@ class Settings(BaseModel):
         return tuple(sorted((layer, role) for role, layers in chosen.items() for layer in layers))
 
 
-def _check_layers(layers: tuple[int, ...], depth: int) -> None:
+def _default_layers(method: Method, architecture: Architecture, roles: Sequence[str]) -> tuple[int, ...]:
+    """The method's own choice among the layers that have all roles; the last of them where one layer is edited."""
+    having = [layer for layer in architecture.having(roles[0]) if all(layer in architecture.having(r) for r in roles)]
+    layers = tuple(having[place] for place in method.default_layers(len(having)))
+    return layers[-1:] if method.needs.feed.one_layer(any(map(architecture.inside, layers))) else layers
+
+
+def _check_layers(layers: tuple[int, ...], architecture: Architecture, role: str) -> None:
+    depth, having = len(architecture.parts), architecture.having(role)
     if len(set(layers)) != len(layers) or not layers:
         raise SphereEditError(f"--layers takes different layer numbers, not {list(layers)}")
     if layers[0] < 0 or layers[-1] >= depth:
         raise SphereEditError(f"layers {list(layers)} do not all exist: this model has layers 0 to {depth - 1}")
+    if lacking := sorted(set(layers) - set(having)):
+        other = architecture.parts[lacking[0]].writer
+        hint = "" if other is None else f"; it has '{other}' (--layers {other}:{lacking[0]})"
+        raise SphereEditError(f"layer {lacking[0]} has no '{role}' matrix, which layers {having} have{hint}")
 
 
 def make_settings(*layers: dict[str, Any]) -> Settings:

@@ -29,6 +29,7 @@ from sphere_edit.facts.forms import others_in_place, written_forms
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
+from sphere_edit.models.sites import module_of, parameter_of
 from sphere_edit.models.tokens import in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
@@ -54,8 +55,8 @@ class Feed:
         """What it is called where a method's needs are listed."""
         raise NotImplementedError
 
-    def one_layer(self, post_norm: bool) -> bool:
-        """Whether only one layer can be edited; ``post_norm``: the family normalises each MLP's output."""
+    def one_layer(self, changed: bool) -> bool:
+        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`LayerParts.inside`)."""
         return False
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
@@ -253,7 +254,8 @@ class OptimisedTargets(Source):
         if self._copy is None:
             self._copy = cast_copy(self.loaded, torch.bfloat16)
         for name in self.weights.names:
-            theirs, ours = (model.model.get_submodule(name).weight for model in (self._copy, self.loaded))
+            architecture = self.loaded.architecture
+            theirs, ours = (parameter_of(side.model, architecture, name) for side in (self._copy, self.loaded))
             theirs.copy_(ours)
         return self._copy
 
@@ -321,9 +323,9 @@ class FromTargets(Feed):
         """With the site."""
         return f"targets v* at the {'MLP' if self.site == 'mlp' else 'layer'}'s output"
 
-    def one_layer(self, post_norm: bool) -> bool:
+    def one_layer(self, changed: bool) -> bool:
         """A target at an MLP's output can be reached from that layer alone."""
-        return post_norm or self.site == "mlp"
+        return changed or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
         """One for each form, or one for each form and context: the bare prompt, and each template."""
@@ -351,7 +353,8 @@ class TargetGradients(Source):
         self._descend(own, len(facts), advance)
 
     def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
-        modules = [self.loaded.model.get_submodule(name) for name in self.weights.names]
+        model, architecture = self.loaded.model, self.loaded.architecture
+        modules = [module_of(model, architecture, name) for name in self.weights.names]
         found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
         told: list[tuple[list[int], list[float]]] = []
         with deterministic(self.loaded.device):

@@ -33,7 +33,7 @@ def cached_moments(
     The cache key covers the weights up to the layer, the layer's matrix, the text, the batching, the tolerance and what
     computes (`cache_key`), so that no run ever picks up another model's statistics, or another machine's.
     """
-    hashes = fingerprints(loaded.model, layers)
+    hashes = fingerprints(loaded.model, loaded.architecture.layers, layers)
     files: dict[str, Path] = {}
     for layer, name in zip(layers, names, strict=True):
         key = cache_key(loaded.device, hashes[layer], name, corpus.sha256, max_tokens, tolerance)

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
+from sphere_edit.models.configuration import positions
 from sphere_edit.models.forward import last_hidden, next_token_scores
 from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
@@ -220,7 +221,7 @@ def with_other_form(
     Prompts that are too long for the model as a chat are not asked.
     """
     encoder = Encoder(loaded.tokenizer)
-    limit = getattr(loaded.model.config, "max_position_embeddings", float("inf"))
+    limit = positions(loaded.model)
     asked: list[list[tuple[str, Answer]]] = []
     for fact in facts:
         turned = replace(fact, forms=("plain",) if fact.chat else ("chat",))

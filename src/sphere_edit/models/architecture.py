@@ -1,35 +1,160 @@
-"""The model families, as data. The only place that knows what a family calls its parts.
+"""How a model is laid out: its decoder layers, the matrices of each that can be edited, and what makes logits of the last.
 
-To add a family, add a row to ``FAMILIES`` and a tiny config of it to ``tests/families.py``: the hit test (one layer,
-ridge → 0, hidden state equal to v*) and the command-line test then run on it.
+A family that is well known has a row in ``FAMILIES``; any other is found by `probe`, which runs the model and looks. The rows are
+the only place that knows what a family calls its parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from sphere_edit.errors import SphereEditError
+EXPERTS = "experts"  # the role of a layer's routed experts, which are edited as one wide matrix
+WRITERS = ("down", EXPERTS)  # the roles that write an MLP's output, those of a dense MLP or shared expert first
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of one layer that can be edited.
+
+    Attributes:
+        path: within its layer: of a module with a ``weight``, or, of experts, of a parameter with one matrix each ``[E, …]``.
+        transposed: stored ``[in, out]`` (GPT-2's Conv1D; the experts of gpt-oss and Llama 4).
+        experts: the matrices of all experts, side by side: ``[d_out, E · d_in]``.
+    """
+
+    path: str
+    transposed: bool = False
+    experts: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path, within the layer, of the module whose output the matrix makes."""
+        return self.path.rpartition(".")[0] if self.experts else self.path
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What of one decoder layer can be edited, and how the MLP's output reaches the residual stream.
+
+    Attributes:
+        matrices: by role; ``down`` and ``experts`` write into the residual stream.
+        inside: the output is changed on its way into the residual stream (a norm after the MLP, a gate that depends on the token),
+            so that a target can only be met before that: δ is added to the output of ``down``. Since no other layer reaches that
+            place, exactly one layer is edited.
+        factor: what the output is multiplied with on its way (Granite's residual multiplier).
+    """
+
+    matrices: Mapping[str, Matrix]
+    inside: bool = False
+    factor: float = 1.0
+
+    @property
+    def writer(self) -> str | None:
+        """The role that writes the MLP's output here: ``down`` where there is one."""
+        return next((role for role in WRITERS if role in self.matrices), None)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of decoder-only models.
+    """One decoder-only model, layer by layer.
 
     Attributes:
-        model_types: ``config.model_type`` of every model the row covers.
         layers: path of the list of decoder layers.
         final_norm: path of the norm between the last layer and the output embedding.
-        modules: paths, within a layer, of the matrices that can be edited, by role; ``down`` writes into the
-            residual stream.
-        transposed: the matrices are stored ``[in, out]`` (GPT-2's Conv1D).
-        post_norm: the MLP's output is normalised before it is added to the residual stream (Gemma 2 and 3), so a
-            target can only be met before that norm: δ is added to the output of ``down``, and since no other layer
-            reaches that place, exactly one layer is edited.
+        parts: of each layer.
+        logit_scale: what the logits are multiplied with (Cohere, Granite).
+        logit_cap: what they are squeezed to ± of by tanh (Gemma 2).
+        whole_rows: targets run whole rows through the upper layers, since these keep more of a prefix than keys and values
+            (state-space and linear attention, indexers): slower.
+        found: how the layout is known: by a family's row, or by the probe.
+    """
+
+    layers: str
+    final_norm: str
+    parts: tuple[LayerParts, ...]
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    whole_rows: bool = False
+    found: str = "row"
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def matrix(self, layer: int, role: str) -> Matrix:
+        """The matrix ``role`` of a layer."""
+        return self.parts[layer].matrices[role]
+
+    def module_name(self, layer: int, role: str) -> str:
+        """Full path of the matrix ``role`` in ``layer``, e.g. ``model.layers.4.mlp.down_proj``."""
+        return f"{self.layers}.{layer}.{self.matrix(layer, role).path}"
+
+    def named(self, name: str) -> Matrix:
+        """The matrix whose full path is ``name``."""
+        layer, path = name.removeprefix(f"{self.layers}.").split(".", 1)
+        return next(matrix for matrix in self.parts[int(layer)].matrices.values() if matrix.path == path)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Every role that some layer has, those of most layers first."""
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            for role in part.matrices:
+                counts[role] = counts.get(role, 0) + 1
+        return tuple(sorted(counts, key=lambda role: -counts[role]))
+
+    def having(self, role: str) -> list[int]:
+        """The layers that have a matrix ``role``."""
+        return [layer for layer, part in enumerate(self.parts) if role in part.matrices]
+
+    @property
+    def writer(self) -> str:
+        """The role that is edited by default: ``down`` where half of the layers that have either have it, else ``experts``."""
+        either = [part for part in self.parts if part.writer is not None]
+        return "down" if 2 * len(self.having("down")) >= len(either) else EXPERTS
+
+    @property
+    def one_layer(self) -> bool:
+        """Whether targets can be met in one layer only (`LayerParts.inside`), in any of those that are edited by default."""
+        return any(map(self.inside, self.having(self.writer)))
+
+    def inside(self, layer: int) -> bool:
+        """Whether a target of this layer can only be met at its MLP's output (`LayerParts.inside`)."""
+        return self.parts[layer].inside
+
+    def value_site(self, model: nn.Module, layer: int, inside: bool = False) -> nn.Module:
+        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output.
+
+        Where the layer's parts say so it is always the latter.
+        """
+        if not (inside or self.inside(layer)):
+            return self.decoder_layers(model)[layer]
+        writer = self.parts[layer].writer
+        assert writer is not None
+        return model.get_submodule(f"{self.layers}.{layer}.{self.matrix(layer, writer).module}")
+
+    def head(self, model: Any, hidden: Tensor) -> Tensor:
+        """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
+        logits = model.get_output_embeddings()(model.get_submodule(self.final_norm)(hidden))
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of data: how all models of some ``config.model_type`` are laid out, every layer alike.
+
+    Attributes:
+        modules: paths, within a layer, of the matrices that can be edited, by role.
+        transposed, post_norm: as `Matrix.transposed`, and `LayerParts.inside` by a norm.
     """
 
     model_types: tuple[str, ...]
@@ -39,31 +164,34 @@ class Architecture:
     transposed: bool = False
     post_norm: bool = False
 
-    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers, first to last."""
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
     def module_name(self, layer: int, role: str) -> str:
-        """Full path of the matrix ``role`` in ``layer``, e.g. ``model.layers.4.mlp.down_proj``."""
+        """As `Architecture.module_name`."""
         return f"{self.layers}.{layer}.{self.modules[role]}"
 
-    def value_site(self, model: nn.Module, layer: int, inside: bool = False) -> nn.Module:
-        """The module at whose output δ is added: the layer itself, or with ``inside`` its ``down`` matrix.
+    def architecture(self, model: Any) -> Architecture:
+        """The layout of one model of the family.
 
-        Before a post-norm it is always the latter.
+        Raises:
+            AttributeError: the model is not laid out so.
         """
-        if inside or self.post_norm:
-            return model.get_submodule(self.module_name(layer, "down"))
-        return self.decoder_layers(model)[layer]
+        layers = model.get_submodule(self.layers)
+        model.get_submodule(self.final_norm)
+        for path in self.modules.values():
+            layers[0].get_submodule(path)
+        return replace(self.of_depth(len(layers)), logit_cap=logit_cap(model.config))
 
-    def head(self, model: Any, hidden: Tensor) -> Tensor:
-        """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
-        output = model.get_output_embeddings()
-        logits = output(model.get_submodule(self.final_norm)(hidden))
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return logits if cap is None else (logits / cap).tanh() * cap
+    def of_depth(self, layers: int) -> Architecture:
+        """The layout of a model of so many layers."""
+        matrices = {role: Matrix(path, self.transposed) for role, path in self.modules.items()}
+        parts = LayerParts(MappingProxyType(matrices), self.post_norm)
+        return Architecture(self.layers, self.final_norm, (parts,) * layers)
+
+
+def logit_cap(config: Any) -> float | None:
+    """What a configuration says its logits are squeezed to ± of, by either of the names for it."""
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    caps = (getattr(config.get_text_config(), name, None) for name in names)
+    return next((float(cap) for cap in caps if isinstance(cap, (int, float)) and cap > 0), None)
 
 
 def _mlp(**paths: str) -> Mapping[str, str]:
@@ -72,14 +200,14 @@ def _mlp(**paths: str) -> Mapping[str, str]:
 
 _GATED = _mlp(down="down_proj", gate="gate_proj", up="up_proj")
 
-FAMILIES: tuple[Architecture, ...] = (
-    Architecture(("llama", "mistral", "qwen2", "qwen3"), "model.layers", "model.norm", _GATED),
-    Architecture(("phi3",), "model.layers", "model.norm", _mlp(down="down_proj", gate_up="gate_up_proj")),
-    Architecture(("gemma",), "model.layers", "model.norm", _GATED),
-    Architecture(("gemma2", "gemma3_text"), "model.layers", "model.norm", _GATED, post_norm=True),
-    Architecture(("gpt2",), "transformer.h", "transformer.ln_f", _mlp(down="c_proj", up="c_fc"), transposed=True),
-    Architecture(("gptj",), "transformer.h", "transformer.ln_f", _mlp(down="fc_out", up="fc_in")),
-    Architecture(
+FAMILIES: tuple[Family, ...] = (
+    Family(("llama", "mistral", "qwen2", "qwen3"), "model.layers", "model.norm", _GATED),
+    Family(("phi3",), "model.layers", "model.norm", _mlp(down="down_proj", gate_up="gate_up_proj")),
+    Family(("gemma",), "model.layers", "model.norm", _GATED),
+    Family(("gemma2", "gemma3_text"), "model.layers", "model.norm", _GATED, post_norm=True),
+    Family(("gpt2",), "transformer.h", "transformer.ln_f", _mlp(down="c_proj", up="c_fc"), transposed=True),
+    Family(("gptj",), "transformer.h", "transformer.ln_f", _mlp(down="fc_out", up="fc_in")),
+    Family(
         ("gpt_neox",),
         "gpt_neox.layers",
         "gpt_neox.final_layer_norm",
@@ -88,44 +216,13 @@ FAMILIES: tuple[Architecture, ...] = (
 )
 
 
-def row_of(model_type: str, found: str = "") -> Architecture:
-    """The row for a ``config.model_type``.
-
-    Raises:
-        SphereEditError: there is none; ``found`` says what the model is made of.
-    """
-    for row in FAMILIES:
-        if model_type in row.model_types:
-            return row
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise SphereEditError(
-        f"model family '{model_type}' is not supported yet (supported: {known}).\n{found}\n"
-        "To add it, add one row to FAMILIES in sphere_edit/models/architecture.py (the path of the decoder layers, "
-        "of the final norm, and of the matrix that writes the MLP's output) and a tiny config to tests/families.py."
-    )
+def row_of(model_type: str) -> Family | None:
+    """The row for a ``config.model_type``, if there is one."""
+    return next((row for row in FAMILIES if model_type in row.model_types), None)
 
 
-def architecture_of(model: Any) -> Architecture:
-    """The row for ``model``, by its ``config.model_type``.
-
-    Raises:
-        SphereEditError: for an unknown family, naming the modules found and how to add a row; and for a known one
-            whose modules are not where the row says.
-    """
-    model_type = model.config.model_type
-    row = row_of(model_type, _describe(model))
-    try:
-        for role in row.modules:
-            model.get_submodule(row.module_name(0, role))
-        model.get_submodule(row.final_norm)
-    except AttributeError as error:
-        raise SphereEditError(
-            f"this '{model_type}' model is not laid out as its family usually is: {error}.\n{_describe(model)}"
-        ) from None
-    return row
-
-
-def _describe(model: nn.Module) -> str:
+def described(model: nn.Module) -> str:
+    """What a model is made of, for the refusal of one that cannot be edited."""
     lists = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
@@ -134,3 +231,8 @@ def _describe(model: nn.Module) -> str:
     name, layers = max(lists, key=lambda item: len(item[1]))
     matrices = [path for path, m in layers[0].named_modules() if getattr(m, "weight", None) is not None]
     return f"Its longest list of layers is '{name}' ({len(layers)} layers), each with: {', '.join(matrices)}."
+
+
+def with_whole_rows(architecture: Architecture) -> Architecture:
+    """The same, whose targets run whole rows."""
+    return replace(architecture, whole_rows=True)

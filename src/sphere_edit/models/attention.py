@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sphere_edit.models.configuration import text_config
+
 _NAME = "sphere_edit_grouped"
+_CHANGING = (
+    "s_aux",
+    "sinks",
+    "indices",
+    "position_bias",
+    "block_indices",
+)  # what some families add: sinks, sparse keys
 
 
 def use_plain_attention(model: Any) -> None:
     """Let ``model`` compute attention in plain products from now on, with heads that share keys taken together."""
-    heads = model.config.num_attention_heads
-    if getattr(model.config, "num_key_value_heads", heads) == heads:
+    config = text_config(model)
+    if getattr(config, "num_key_value_heads", None) in (None, getattr(config, "num_attention_heads", None)):
         model.set_attn_implementation("eager")
         return
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,21 +42,27 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **ignored: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention whose query heads stand as further rows beside the keys that they share.
 
     transformers' eager attention repeats keys and values for each query head of a group, and sums their gradients
-    again; here neither exists. Scores are summed and normalised as there.
+    again; here neither exists. Scores are summed and normalised as there. Where a family changes the scores in a way of
+    its own (`_CHANGING`), its own eager attention computes them.
 
     Args:
         query: ``[B, heads, S, D]``; key and value: ``[B, groups, T, D]``.
         attention_mask: added to the scores, ``[B, 1, S, T]``.
         softcap: scores are squeezed to ± this (Gemma 2).
+        others: transformers' further arguments; those in `_CHANGING` change the scores, the rest do not.
 
     Returns:
         ``[B, S, heads, D]``, and the attention weights.
     """
+    if any(others.get(name) is not None for name in _CHANGING):
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        result: tuple[Tensor, Tensor] = eager(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return result
     batch, heads, rows, width = query.shape
     groups, columns = key.shape[1], key.shape[2]
     scale = width**-0.5 if scaling is None else scaling

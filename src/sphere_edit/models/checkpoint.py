@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors
-from sphere_edit.models.architecture import Architecture, row_of
+from sphere_edit.models.architecture import Family, row_of
 from sphere_edit.models.loading import checkpoint_folder
 from sphere_edit.models.soundness import is_scale, quantised, refuse_unreadable
 from sphere_edit.models.source import candidates, read_config, stored_tensors
@@ -30,7 +30,7 @@ class Checkpoint:
         self.source = source
         self.folder = Path(checkpoint_folder(source))
         self._config = read_config(self.folder)
-        self.architecture: Architecture = row_of(str(self._config.get("model_type")))
+        self.architecture = _row(source, str(self._config.get("model_type")))
         self._tensors = stored_tensors(self.folder)
         pattern = re.compile(rf"(?:^|\.){re.escape(self.architecture.layers.split('.', 1)[-1])}\.(\d+)\.")
         found = [int(match[1]) for name in self._tensors if (match := pattern.search(name))]
@@ -76,6 +76,16 @@ class Checkpoint:
         with _opened(stored.file) as file:
             weight: Tensor = file.get_tensor(stored.name)
         return (weight.T if self.architecture.transposed else weight).to(torch.float32).contiguous()
+
+
+def _row(source: str, model_type: str) -> Family:
+    row = row_of(model_type)
+    if row is None:
+        raise SphereEditError(
+            f"the layout of '{source}' ('{model_type}') is found by running it, and here only its files are read; `sphere-edit inspect` "
+            "looks at such a model"
+        )
+    return row
 
 
 def _opened(path: Path) -> Any:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sphere_edit.models.hooks import Stop, first_output, watched
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.sites import Keys, entering
 from sphere_edit.models.tokens import TokenBatch
 
 _HEAD_ROWS = 512  # positions whose logits exist at one time; changes memory, not results
@@ -32,9 +33,9 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(kept, warn_only=warn)
 
 
-def at(hidden: Tensor, positions: Tensor) -> Tensor:
+def at(hidden: Keys, positions: Tensor) -> Tensor:
     """``hidden [B, S, d]`` at one position a row: ``[B, d]``."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), positions.to(hidden.device)]
+    return hidden[torch.arange(len(positions), device=hidden.device), positions.to(hidden.device)]
 
 
 @torch.no_grad()
@@ -43,12 +44,12 @@ def activations(
     batch: TokenBatch,
     inputs_of: Sequence[nn.Module] = (),
     output_of: nn.Module | None = None,
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Keys], Tensor | None]:
     """Inputs of some modules and the output of one, each ``[B, S, d]``; nothing after the last of them is computed.
 
     The modules must be called in the order given, ``output_of`` last.
     """
-    with watched(inputs_of, output_of) as (inputs, outputs):
+    with watched(inputs_of, output_of, (len(batch.ids), batch.ids.shape[1])) as (inputs, outputs):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return inputs, (outputs[0] if outputs else None)
 
@@ -75,14 +76,23 @@ class Graph:
         parameters: Mapping[str, Tensor] | None = None,
         outputs_of: Sequence[nn.Module] = (),
     ):
-        self.inputs: list[Tensor] = []  # of each module, [B, S, d_in]
-        self.shifts: list[Tensor] = []  # zeros added to each module's output; a gradient by them is one by the output
+        self.inputs: list[Keys] = []  # of each module, [B, S, d_in]
+        self.shifts: list[
+            Tensor
+        ] = []  # zeros [B, S, d] added to each module's output; a gradient by them is one by the output
+        shape = (len(batch.ids), batch.ids.shape[1])
         found: list[Tensor] = []
 
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            self.inputs.append(args[0].detach())
-            self.shifts.append(torch.zeros_like(output, requires_grad=True))
-            return output + self.shifts[-1]
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            self.inputs.append(entering(module, args, kwargs, shape))
+            shift = output.new_zeros(*shape, output.shape[-1], requires_grad=True)
+            self.shifts.append(shift)
+            if output.numel() == shift.numel():
+                return output + shift.view_as(output)
+            rest = output.new_zeros(
+                len(output) - shape[0] * shape[1], output.shape[-1]
+            )  # of other experts, to be added up
+            return output + torch.cat([shift.flatten(0, 1), rest])
 
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             found.append(first_output(output))
@@ -91,7 +101,7 @@ class Graph:
         call = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
         with ExitStack() as hooks:
             for module in outputs_of:
-                hooks.callback(module.register_forward_hook(record).remove)
+                hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
             last = loaded.architecture.decoder_layers(loaded.model)[-1]
             hooks.callback(last.register_forward_hook(stop).remove)
             with suppress(Stop), torch.enable_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
-from sphere_edit.models.pretrained import from_pretrained
+from sphere_edit.models.configuration import loader_of
+from sphere_edit.models.pretrained import first_lines, from_pretrained
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.spelling import spell_both
 
@@ -39,20 +41,40 @@ def converted(folder: str, name: str) -> str:
     """
     from transformers import __version__ as version
 
-    digest = hashlib.sha256((Path(folder) / name).read_bytes())
+    with (Path(folder) / name).open("rb") as file:
+        _refuse_others(file.name, name)
+        digest = hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}-both"
     if not target.is_dir():
-        tokenizer, model = from_pretrained(name, folder, torch.float32, False, gguf_file=name)
+        tokenizer, model = from_pretrained(name, folder, torch.float32, gguf=name)
         _restore_rope(model.config, Path(folder) / name)
-        # the weights are dense from here on: what is saved must load without the file
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
         model.config.__dict__.pop("_name_or_path", None)
         with folder_in_place(target) as temporary, quiet():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             spell_both(temporary)
     return str(target)
+
+
+def _refuse_others(path: str, name: str) -> None:
+    """Refuse what the file's header says is no decoder, or none that transformers reads from GGUF."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+    from transformers import __version__ as version
+
+    try:
+        kind = GGUFReader(path).fields["general.architecture"].contents()
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise SphereEditError(f"'{name}' is a damaged GGUF file, or one that gguf cannot read: {error}") from None
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(Path(path).parent), gguf_file=name)
+    except Exception as error:  # whatever transformers stumbles over
+        raise SphereEditError(
+            f"'{name}' is a GGUF file of the architecture '{kind}', which transformers {version} does not read from GGUF "
+            f"({first_lines(error)}); give the model in Hugging Face format (a folder or hub id with safetensors)"
+        ) from None
+    loader_of(config.to_dict(), name)
 
 
 def _restore_rope(config: Any, file: Path) -> None:

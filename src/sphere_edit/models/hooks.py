@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sphere_edit.models.sites import Keys, entering
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer was called with, hidden states first
 
 
@@ -27,13 +29,15 @@ def first_output(output: Any) -> Tensor:
 
 
 @contextmanager
-def watched(inputs_of: Sequence[nn.Module], output_of: nn.Module | None) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Record inputs of some modules and the output of one while a model runs; it stops after the last of them."""
-    inputs: list[Tensor] = []
+def watched(
+    inputs_of: Sequence[nn.Module], output_of: nn.Module | None, shape: tuple[int, int]
+) -> Iterator[tuple[list[Keys], list[Tensor]]]:
+    """Record what enters some modules and the output of one while a model runs a batch of ``shape``; it stops after the last of them."""
+    inputs: list[Keys] = []
     outputs: list[Tensor] = []
 
-    def take_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0].detach())
+    def take_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(entering(module, args, kwargs, shape))
         if output_of is None and module is inputs_of[-1]:
             raise Stop
 
@@ -43,7 +47,7 @@ def watched(inputs_of: Sequence[nn.Module], output_of: nn.Module | None) -> Iter
 
     with ExitStack() as hooks:
         for module in inputs_of:
-            hooks.callback(module.register_forward_pre_hook(take_input).remove)
+            hooks.callback(module.register_forward_pre_hook(take_input, with_kwargs=True).remove)
         if output_of is not None:
             hooks.callback(output_of.register_forward_hook(take_output).remove)
         with suppress(Stop):

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphere_edit.models.architecture import architecture_of
-
 # case, spaces, digits, accents and other scripts: what tokenizers differ in
 _SHOWING = " Ada's 1,234 cafés\n\tin  TOKYO (東京) — don’t! ﬁ 🙂"
 
@@ -26,9 +24,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(model: Any, layers: Sequence[int]) -> dict[int, str]:
-    """For each of ``layers``, a SHA-256 over the weights outside the layers and those of the layers up to it."""
-    prefix = architecture_of(model).layers + "."
+def fingerprints(model: Any, path: str, layers: Sequence[int]) -> dict[int, str]:
+    """For each of ``layers``, a SHA-256 over the weights outside the layers (which are at ``path``) and those of the layers up to it."""
+    prefix = f"{path}."
     outside: dict[str, torch.Tensor] = {}
     inside: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture, architecture_of
+from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.attention import use_plain_attention
+from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
-from sphere_edit.models.pretrained import first_lines, from_pretrained, usable
-from sphere_edit.models.probe import check_head
+from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
+from sphere_edit.models.probe import architecture_of, check_head
 from sphere_edit.models.soundness import (
     check_fetched,
     check_folder,
@@ -26,8 +28,11 @@ from sphere_edit.models.soundness import (
     check_stored,
     quantised,
     refuse_file,
+    refuse_lossy,
+    undone_by_loading,
 )
-from sphere_edit.models.source import hub_companions, hub_folder, refuse_pointer
+from sphere_edit.models.source import hub_companions, hub_folder, read_config, refuse_pointer
+from sphere_edit.progress import Quiet, Reporter
 
 EMBEDDED = "smollm2"
 
@@ -118,15 +123,20 @@ def resolve_dtype(name: str) -> torch.dtype | str:
 
 
 def load_model(
-    source: str | os.PathLike[str], device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    source: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
 ) -> LoadedModel:
-    """Load ``source`` with transformers and hash its weights.
+    """Load ``source`` whole with transformers and hash its weights; what cannot be edited is refused before weights are fetched.
 
     Args:
         source: a hub id, a local folder, a ``.gguf`` file, or ``smollm2`` for the embedded SmolLM2-135M-Instruct.
         device: see `resolve_device`.
-        dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``.
+        dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``; fp8 and mxfp4 to bfloat16.
         trust_remote_code: run code that comes with the model; off unless the user asks.
+        reporter: told what a quantised model takes in memory, before it is loaded.
 
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
@@ -139,13 +149,19 @@ def load_model(
     if gguf is not None:
         where = converted(where, gguf)
         chosen = torch.float32 if chosen == "auto" else chosen
-    elif local:
+    config = read_config(Path(where)) if local else check_hub(where)
+    # without a configuration, the loader says what is the matter
+    loader = CAUSAL if config is None else loader_of(config, source, trust_remote_code)
+    found = None if config is None else undone_by_loading(config, source, Path(where) if local else None)
+    if local and gguf is None:
         check_stored(Path(where), source)
-    else:
-        check_hub(where)
-    tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code)
+    if found is not None:
+        chosen = torch.bfloat16 if chosen == "auto" else chosen
+        _say_memory(reporter or Quiet(), source, found, skeleton(where, loader, trust_remote_code), chosen)
+    tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found)
     if getattr(model, "hf_quantizer", None) is not None:
-        raise quantised(source, model.config.to_dict(), "and this device computes with it as it is")
+        raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
+    refuse_lossy(model, source, config or {})
     if not local:
         check_fetched(where)
     model.config._name_or_path = source
@@ -154,6 +170,18 @@ def load_model(
     except RuntimeError as error:
         raise SphereEditError(f"model '{source}' does not fit {target}: {first_lines(error)}") from None
     return prepare(model, tokenizer, source)
+
+
+def _say_memory(
+    reporter: Reporter, source: str, found: Mapping[str, Any], model: nn.Module, dtype: torch.dtype | str
+) -> None:
+    assert isinstance(dtype, torch.dtype)
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    reporter.say(
+        f"'{source}' is stored as {found['quant_method']}; it is turned into {name}, takes {size / 1e9:,.1f} GB of memory so, "
+        f"and an export of it is {name} too"
+    )
 
 
 def checkpoint_folder(source: str) -> str:

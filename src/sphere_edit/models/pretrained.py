@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.configuration import CAUSAL
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.soundness import refuse_scales
 
 
-def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bool, **kwargs: Any) -> tuple[Any, Any]:
+def from_pretrained(
+    source: str,
+    where: str,
+    dtype: torch.dtype | str,
+    trust: bool = False,
+    loader: str = CAUSAL,
+    quantised: Mapping[str, Any] | None = None,
+    gguf: str | None = None,
+) -> tuple[Any, Any]:
     """A model and its tokenizer from a folder or hub id ``where``; ``source`` is what the user called it.
+
+    Args:
+        trust: whether code that comes with the model may be run.
+        loader: the auto class of transformers that builds it.
+        quantised: how its weights are quantised, which is undone.
+        gguf: the name of a GGUF file in the folder, to be read in its place.
 
     Raises:
         SphereEditError: it cannot be loaded, or its files lack weights that its configuration describes.
     """
     # transformers is imported here and not above, so that `sphere-edit --help` answers at once
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    file = {} if gguf is None else {"gguf_file": gguf}
+    options: dict[str, Any] = {"use_safetensors": True}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **kwargs)
-            causal: Any = AutoModelForCausalLM
-            model, found = causal.from_pretrained(
-                where,
-                dtype=dtype,
-                trust_remote_code=trust,
-                use_safetensors=None if kwargs else True,
-                output_loading_info=True,
-                **kwargs,
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **file)
+            if gguf is not None:
+                options = {**file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+            elif quantised is not None:
+                options["config"] = _undone(where, quantised, trust)
+            model, found = getattr(transformers, loader).from_pretrained(
+                where, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **options
             )
+            if quantised is not None:  # saving would take the steps of loading back, and quantise the weights again
+                model._weight_conversions = None
     except Exception as error:  # whatever the library, its tokenizers and its checks of a configuration raise
         if is_out_of_memory(error):
             raise
@@ -46,6 +63,34 @@ def from_pretrained(source: str, where: str, dtype: torch.dtype | str, trust: bo
             f"first: {lacking[0]}. Is it a whole checkpoint of a causal language model?"
         )
     return tokenizer, model
+
+
+def _undone(where: str, quantised: Mapping[str, Any], trust: bool) -> Any:
+    from transformers import AutoConfig
+
+    from sphere_edit.models.dequantising import undo
+
+    config = AutoConfig.from_pretrained(where, trust_remote_code=trust)
+    undo(config, quantised)
+    return config
+
+
+def skeleton(where: str, loader: str, trust: bool = False) -> Any:
+    """A model without weights: its modules, with the names and shapes of its parameters.
+
+    Raises:
+        SphereEditError: transformers cannot build it.
+    """
+    import transformers
+
+    try:
+        with quiet(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust)
+            return getattr(transformers, loader).from_config(config, trust_remote_code=trust)
+    except Exception as error:  # whatever the library and its checks of a configuration raise
+        raise SphereEditError(
+            f"no model can be built from the configuration of '{where}': {first_lines(error)}"
+        ) from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -9,12 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture
+from sphere_edit.models.architecture import Architecture, described, row_of
 from sphere_edit.models.hooks import first_output
 
 _TOKENS = 8
 # the head is given the same numbers, so that only the order of sums can differ; Granite's scaled logits differ by much more
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The layout of ``model``, by the row of its ``config.model_type``.
+
+    Raises:
+        SphereEditError: for an unknown family; and for a known one whose modules are not where the row says.
+    """
+    model_type = model.config.model_type
+    row = row_of(model_type)
+    if row is None:
+        raise SphereEditError(f"model family '{model_type}' is not supported yet.\n{described(model)}")
+    try:
+        return row.architecture(model)
+    except AttributeError as error:
+        raise SphereEditError(
+            f"this '{model_type}' model is not laid out as its family usually is: {error}.\n{described(model)}"
+        ) from None
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class UpperLayers:
     ):
         architecture, model = loaded.architecture, loaded.model
         self._loaded = loaded
-        self._inside = inside or architecture.post_norm
+        self._inside = inside or architecture.inside(layer)
         self._site = architecture.value_site(model, layer, inside)
         self._layers = list(architecture.decoder_layers(model))[layer if self._inside else layer + 1 :]
         self._calls: list[Call] = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
@@ -16,7 +17,7 @@ from sphere_edit.models.loading import LoadedModel, whole_folder
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.source import (
     INDEX,
-    Companions,
+    NOTHING,
     StoredTensor,
     candidates,
     companions,
@@ -38,15 +39,17 @@ class Replica:
         source: the folder of the model's own files, None where there is none (a model made in memory).
         why_anew: why the weights cannot be the source's own with some bytes replaced; empty where they can.
         companions: the files that come along.
+        dtype: of the floats in them.
     """
 
-    def __init__(self, loaded: LoadedModel, weights: EditedWeights):
+    def __init__(self, loaded: LoadedModel, weights: EditedWeights, dtype: torch.dtype | None = None):
         self._loaded, self._weights = loaded, weights
+        self.dtype, self._other = dtype or loaded.dtype, dtype not in (None, loaded.dtype)
         code = any(
             type(part).__module__.startswith("transformers_modules") for part in (loaded.model, loaded.tokenizer)
         )
         self.source: Path | None = None
-        self.companions = Companions((), (), None)
+        self.companions = NOTHING
         self._places: dict[str, StoredTensor] = {}
         try:
             source = whole_folder(loaded.source, code)
@@ -66,8 +69,9 @@ class Replica:
             raise SphereEditError(f"the files of '{self._loaded.source}' hold no {name}.weight under that name")
         dtype = _DTYPES[str(original.dtype)]
         if all(tensor.dtype != dtype for tensor in found):
+            wanted = "is wanted" if self._other else "was loaded"
             raise SphereEditError(
-                f"the model was loaded as {_SPELLED[dtype]}, and its files are {_SPELLED.get(found[0].dtype, found[0].dtype)}"
+                f"the model {wanted} as {_SPELLED[dtype]}, and its files are {_SPELLED.get(found[0].dtype, found[0].dtype)}"
             )
         content = tensor_bytes(original)
         shape = tuple(original.shape)
@@ -79,7 +83,10 @@ class Replica:
         return same[0]
 
     def _as_stored(self, name: str, weight: Tensor) -> Tensor:
-        return self._weights.as_parameters({name: weight})[f"{name}.weight"]
+        if not self._other:
+            return self._weights.as_parameters({name: weight})[f"{name}.weight"]
+        (stored,) = self._weights.as_parameters({name: weight}, torch.float32).values()
+        return self._cast(name, stored)
 
     def write(self, folder: Path) -> None:
         """Put configuration, tokenizer, companions and weights into an empty folder.
@@ -113,19 +120,35 @@ class Replica:
 
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
+        model = self._loaded.model
+        weights = {name: self._cast(name, value) for name, value in model.state_dict().items()} if self._other else None
         with quiet():
-            self._loaded.model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             if self.source is None:
                 self._loaded.tokenizer.save_pretrained(folder)
+        of_source = read_config(folder if self.source is None else self.source)
+        write_json(folder / "config.json", plain_config(of_source, self.dtype))
         if self.source is None:
             spell_both(folder)
-        else:
-            write_json(folder / "config.json", plain_config(read_config(self.source), self._loaded))
+
+    def _cast(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        cast = value.to(self.dtype)
+        if not bool(cast.isfinite().all()):
+            raise SphereEditError(
+                f"{name} does not fit {_spelled(self.dtype)}; export with --dtype bfloat16 or float32"
+            )
+        return cast
 
 
-def plain_config(config: Mapping[str, Any], loaded: LoadedModel) -> dict[str, Any]:
-    """A source's configuration for weights written from memory: in the model's dtype, quantised no more."""
-    dtype = str(loaded.dtype).removeprefix("torch.")
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plain_config(config: Mapping[str, Any], numbers: torch.dtype) -> dict[str, Any]:
+    """A source's configuration for weights written from memory: in their dtype, quantised no more."""
+    dtype = _spelled(numbers)
     kept = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
     spelled: Sequence[str] = [name for name in ("dtype", "torch_dtype") if name in kept] or ["dtype", "torch_dtype"]
     return kept | dict.fromkeys(spelled, dtype)

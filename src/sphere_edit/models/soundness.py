@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.source import (
     SINGLE,
@@ -22,6 +24,7 @@ from sphere_edit.models.source import (
 _FLOATS = ("F32", "F16", "BF16")
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_UNDONE = ("fp8", "mxfp8", "mxfp4")  # what models are published in, and transformers turns back on any machine
 _SEPARATE = "hf_quant_config.json"  # where NVIDIA's ModelOpt tells what config.json may leave out
 _ORIGINALS = ("_name_or_path", "base_model_name_or_path", "base_model")
 # the last part of a tensor's name that says how to read other numbers: scales, zeros, packed weights, codebooks
@@ -107,30 +110,26 @@ def _pickles(names: Iterable[str]) -> str:
     )
 
 
-def check_hub(name: str) -> None:
-    """The same of a hub model, as far as its configuration tells: nothing else is fetched.
+def check_hub(name: str) -> Mapping[str, Any] | None:
+    """The configuration of a hub model, for which nothing else is fetched; None where it cannot be had.
 
     Raises:
-        SphereEditError: it is an adapter, or quantised by an unknown method.
+        SphereEditError: the model is an adapter.
     """
     config = cached(name, "config.json")
     refuse_adapter(cached(name, _ADAPTER), name, alone=config is None)
-    if config is not None:
-        check_config(read_object(config), name)
+    return None if config is None else read_object(config)
 
 
 def check_stored(folder: Path, source: str) -> None:
     """Refuse weights that are not plain float32, float16 or bfloat16, from the configuration and the files' headers.
 
-    A method of quantisation that the installed transformers knows is left to it: on some devices it gives the plain
-    weights back, and where it does not, the loaded model says so.
-
     Raises:
-        SphereEditError: the weights are quantised, or a file cannot be read.
+        SphereEditError: the weights are quantised in a way that cannot be undone, or a file cannot be read.
     """
-    config = read_config(folder)
-    if not check_config(config, source, folder):
-        refuse_unreadable(stored_tensors(folder), config, source)
+    config, tensors = read_config(folder), stored_tensors(folder)
+    if undone_by_loading(config, source, folder) is None:
+        refuse_unreadable(tensors, config, source)
 
 
 def check_fetched(name: str) -> None:
@@ -144,22 +143,21 @@ def check_fetched(name: str) -> None:
         check_stored(config.parent, name)
 
 
-def check_config(config: Mapping[str, Any], source: str, folder: Path | None = None) -> bool:
-    """Whether the configuration names a quantisation that the installed transformers knows.
+def undone_by_loading(config: Mapping[str, Any], source: str, folder: Path | None = None) -> Mapping[str, Any] | None:
+    """How the weights are quantised, where loading undoes it exactly; None where they are plain.
 
     Raises:
-        SphereEditError: it names one that transformers does not know, and would load as if the weights were plain.
+        SphereEditError: they are quantised in another way.
     """
     found = _quantisation(config, folder)
     if found is None:
-        return False
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    bits = next((f"_{bits}bit" for bits in (4, 8) if found.get(f"load_in_{bits}bit")), None)
+        return None
     method = found.get("quant_method")
-    if (f"bitsandbytes{bits}" if bits else method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise quantised(source, config, f"by a method that this transformers does not know: '{method}'")
-    return True
+    bits = next((f" ({bits} bits)" for bits in (4, 8) if found.get(f"load_in_{bits}bit")), "")
+    if method not in _UNDONE:
+        named = f"'{method}'{bits}" if method else "a method that its configuration does not name"
+        raise quantised(source, config, f"by {named}, which cannot be undone here")
+    return found
 
 
 def _quantisation(config: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any] | None:
@@ -187,13 +185,27 @@ def refuse_unreadable(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
             raise quantised(source, config, f"or at least no floats: {name} is stored as {tensor.dtype}")
 
 
+def refuse_lossy(model: Any, source: str, config: Mapping[str, Any]) -> None:
+    """Refuse a loaded model with parameters of other numbers than float32, float16 and bfloat16.
+
+    Raises:
+        SphereEditError: naming the first.
+    """
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    name = next((name for name, weight in model.named_parameters() if weight.dtype not in floats), None)
+    if name is not None:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise quantised(source, config, f"and {name} is still {dtype} after loading, for lack of its scales")
+
+
 def refuse_scales(names: Iterable[str], source: str, config: Mapping[str, Any]) -> None:
     """Refuse a model that did not take stored tensors which say how to read others.
 
     Raises:
         SphereEditError: naming the first.
     """
-    found = sorted(name for name in names if is_scale(name))
+    every = set(names)  # a layer that is not part of the model comes with its own scales
+    found = sorted(name for name in every if is_scale(name) and f"{name.rsplit('.', 1)[0]}.weight" not in every)
     if found:
         raise quantised(
             source, config, f"and the model did not take {len(found)} tensors that say how; the first: {found[0]}"

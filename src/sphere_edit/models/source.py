@@ -23,6 +23,7 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 _COMPANIONS = (".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".spm", ".bpe", ".vocab")
 _NAMED = ("licen", "notice", "copying", "use_policy", "acceptable_use", "authors", ".gitattributes")
 _TEMPLATES = "additional_chat_templates"
+_OF_AN_EXPORT = "sphere_edit.json"  # what an export of ours says of itself: the next one says it anew
 _NOT_COPIED = ("adapter_config.json", "trainer_state.json")
 
 
@@ -51,6 +52,9 @@ class Companions:
     taken: tuple[Path, ...]
     left: tuple[str, ...]
     card: Path | None
+
+
+NOTHING = Companions((), (), None)  # of a source without files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def companions(folder: Path, code: bool = False) -> Companions:
     for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
         name = path.relative_to(folder).as_posix()
         hidden = path.is_dir() and path.name.startswith(".")
-        if hidden or path.name in weights or name == _TEMPLATES:
+        if hidden or path.name in weights or name in (_TEMPLATES, _OF_AN_EXPORT):
             continue
         inside = any(path.resolve().is_relative_to(place) for place in home)
         (taken if path.is_file() and inside and _accompanies(path.name, code) else left).append(path)

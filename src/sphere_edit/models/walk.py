@@ -91,7 +91,7 @@ class LayerWalk:
     ) -> Iterator[tuple[Tensor, ...]]:
         """For each row of the chunk what `read` is asked for, the output last."""
         hidden = chunk.hidden
-        with watched(inputs_of, output_of) as (inputs, outputs):
+        with watched(inputs_of, output_of, (len(hidden), hidden.shape[1])) as (inputs, outputs):
             for number in range(self._at, last + 1):
                 hidden = self._run(chunk, number, hidden)
         return zip(*(at(seen, chunk.last).float() for seen in (*inputs, *outputs)), strict=True)

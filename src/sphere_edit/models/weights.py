@@ -1,6 +1,7 @@
 """The matrices under edit: float32 masters as ``[d_out, d_in]``, and the view of them that the model runs with.
 
-GPT-2's Conv1D stores the transpose; that is settled in this file and nowhere else.
+GPT-2's Conv1D stores the transpose, and so do some experts; that is settled in this file and nowhere else. A layer of experts is one entry,
+``[E, d_out, d_in]``, wherever a weight is said to be ``[d_out, d_in]`` (`sphere_edit.numerics.experts`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.identity import tensor_bytes
+from sphere_edit.models.sites import parameter_name, parameter_of
 from sphere_edit.numerics.update import Update
 
 
@@ -32,8 +34,9 @@ class EditedWeights:
 
     def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
         self.names = tuple(names)
-        self._transposed = architecture.transposed
-        self._parameters = {name: _weight_of(model.get_submodule(name)) for name in self.names}
+        self._matrices = {name: architecture.named(name) for name in self.names}
+        self._stored_as = {name: parameter_name(architecture, name) for name in self.names}
+        self._parameters = {name: parameter_of(model, architecture, name) for name in self.names}
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
                 raise SphereEditError(f"{name} is stored as {parameter.dtype}; editing needs float weights")
@@ -44,11 +47,11 @@ class EditedWeights:
 
     def original(self, name: str) -> Tensor:
         """A copy of W0 as float32 ``[d_out, d_in]``."""
-        return _master(self._oriented(self._stored[name]))
+        return _master(self._oriented(name, self._stored[name]))
 
     def deployed(self, name: str) -> Tensor:
         """A copy of the matrix the model runs with, as float32 ``[d_out, d_in]``."""
-        return _master(self._oriented(self._parameters[name].detach()))
+        return _master(self._oriented(name, self._parameters[name].detach()))
 
     def set(self, name: str, weight: Tensor) -> None:
         """Make a copy of ``weight [d_out, d_in]`` the working weight, and what the model runs with."""
@@ -57,7 +60,7 @@ class EditedWeights:
     def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
         return {
-            f"{name}.weight": self._oriented(weight).to(dtype or self._parameters[name].dtype)
+            self._stored_as[name]: self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
             for name, weight in weights.items()
         }
 
@@ -105,8 +108,8 @@ class EditedWeights:
         """SHA-256 of the working weight's bytes."""
         return hashlib.sha256(tensor_bytes(self.working[name])).hexdigest()
 
-    def _oriented(self, stored: Tensor) -> Tensor:
-        return stored.T if self._transposed else stored
+    def _oriented(self, name: str, stored: Tensor) -> Tensor:
+        return stored.mT if self._matrices[name].transposed else stored
 
     def _take(self, name: str, weight: Tensor) -> None:
         """As `set`, of a float32 tensor that nobody else holds."""
@@ -114,7 +117,7 @@ class EditedWeights:
         self._write(name, weight)
 
     def _write(self, name: str, weight: Tensor) -> None:
-        self._copy(name, self._oriented(weight))
+        self._copy(name, self._oriented(name, weight))
 
     def _copy(self, name: str, stored: Tensor) -> None:
         parameter = self._parameters[name]
@@ -129,9 +132,3 @@ class EditedWeights:
 def _master(weight: Tensor, device: torch.device | None = None) -> Tensor:
     """One copy of ``weight``, row-major and in float32."""
     return weight.to(device or weight.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight

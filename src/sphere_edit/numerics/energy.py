@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sphere_edit.numerics.experts import identity_like, mean_diagonal
 from sphere_edit.numerics.linalg import spd_factor
 
 _FLOOR = 1e-7  # distance given to neurons that coincide, so that their energy is large and not infinite
@@ -32,8 +33,11 @@ def hyperspherical_energy(weight: Tensor, power: int = 1, block: int = _BLOCK) -
 
     ``power`` is s: 0 gives ``Σ −log‖·‖``. Works in blocks of ``block`` rows, so that no d_out × d_out matrix exists;
     computed in float64. Zero rows have no direction and are left out; rows nearer than 1e-7 count as that far apart.
+    Of a layer of experts ``[E, d_out, d_in]``, whose neurons are the experts' own, it is the sum over experts.
     """
     _check_power(power)
+    if weight.dim() == 3:
+        return _together([hyperspherical_energy(expert, power, block) for expert in weight])
     neurons = _Neurons.of(weight)
     total = 0.0
     for rows, columns, cosines in neurons.blocks(block, upper=True):
@@ -43,6 +47,12 @@ def hyperspherical_energy(weight: Tensor, power: int = 1, block: int = _BLOCK) -
         total += float(energy.sum()) * (1 if rows == columns else 2)
     n = len(neurons.index)
     return Energy(total, total / (n * (n - 1)) if n > 1 else 0.0, n)
+
+
+def _together(energies: list[Energy]) -> Energy:
+    """Of a layer of experts: no pair reaches from one expert to another."""
+    total, pairs = sum(one.total for one in energies), sum(one.neurons * (one.neurons - 1) for one in energies)
+    return Energy(total, total / pairs if pairs else 0.0, sum(one.neurons for one in energies))
 
 
 def energy_gradient(weight: Tensor, power: int = 1, block: int = _BLOCK) -> Tensor:
@@ -57,6 +67,8 @@ def energy_gradient(weight: Tensor, power: int = 1, block: int = _BLOCK) -> Tens
     have pairs nearer than 1e-7, whose energy is held constant.
     """
     _check_power(power)
+    if weight.dim() == 3:
+        return torch.stack([energy_gradient(expert, power, block) for expert in weight])
     neurons = _Neurons.of(weight)
     gradient = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     along = torch.zeros(len(neurons.index), dtype=torch.float64, device=weight.device)
@@ -101,7 +113,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class KeyMetric:
-    """``C = C0 + ε I`` of a matrix's inputs, as its Cholesky factor ``[d_in, d_in]`` in float64."""
+    """``C = C0 + ε I`` of a matrix's inputs, as its Cholesky factor ``[d_in, d_in]`` (``[E, d_in, d_in]``) in float64."""
 
     factor: Tensor
 
@@ -109,7 +121,7 @@ class KeyMetric:
     def of(cls, second_moment: Tensor, ridge: float = 0.01) -> KeyMetric:
         """From C0, with ε as ``ridge`` times its mean eigenvalue."""
         c = second_moment.double()
-        c = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
+        c = c + ridge * mean_diagonal(c) * identity_like(c)
         return cls(spd_factor(c))
 
 
@@ -121,7 +133,7 @@ def energy_bounds(gradient: Tensor, delta: Tensor, keys: KeyMetric | None = None
     largest = norm * float(d.norm())
     if keys is None:
         return Bounds(norm, first_order, largest, least)
-    weighted = float(torch.linalg.solve_triangular(keys.factor, g.T, upper=False).norm())  # ‖L⁻¹ Gᵀ‖ = ‖G C^-½‖
+    weighted = float(torch.linalg.solve_triangular(keys.factor, g.mT, upper=False).norm())  # ‖L⁻¹ Gᵀ‖ = ‖G C^-½‖
     response = float((d @ keys.factor).norm())
     return Bounds(norm, first_order, largest, least, abs(first_order) / weighted if weighted else 0.0, response)
 
@@ -129,7 +141,7 @@ def energy_bounds(gradient: Tensor, delta: Tensor, keys: KeyMetric | None = None
 def collateral_ratio(delta: Tensor, weight: Tensor, second_moment: Tensor) -> float:
     """``tr(ΔW C0 ΔWᵀ) / tr(W C0 Wᵀ)``: the mean squared change of a matrix's outputs over ordinary keys, relative to them.
 
-    ``delta`` and ``weight`` are ``[d_out, d_in]``, ``second_moment`` is C0 ``[d_in, d_in]``; in the dtype of C0. Of a weight without
+    ``delta`` and ``weight`` are ``[d_out, d_in]``, ``second_moment`` is C0 ``[d_in, d_in]``, or all three by expert; in the dtype of C0. Of a weight without
     any output it is 0.
     """
     moved, whole = (matrix.to(second_moment.dtype) for matrix in (delta, weight))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.numerics.experts import identity_like, mean_diagonal
 
 _LARGE = 2048
 _GRAM_ROWS = 1024
@@ -92,10 +93,10 @@ def _gram(a: Tensor) -> Tensor:
 
 
 def spd_factor(matrix: Tensor) -> Tensor:
-    """Cholesky factor ``L [d, d]`` (float64) of a symmetric positive semidefinite ``matrix = L Lᵀ``.
+    """Cholesky factor ``L [d, d]`` (float64) of a symmetric positive semidefinite ``matrix = L Lᵀ``, or of each block ``[E, d, d]``.
 
     A singular matrix (fewer tokens seen than it has rows) is lifted by the smallest multiple of its mean diagonal,
-    from 1e-12 up, that makes it positive definite.
+    from 1e-12 up, that makes it positive definite; blocks are lifted together, as the matrix that they make up.
 
     Raises:
         SphereEditError: it holds NaN or infinite numbers, or is far from semidefinite.
@@ -103,11 +104,11 @@ def spd_factor(matrix: Tensor) -> Tensor:
     a = matrix.double()
     if not bool(torch.isfinite(a).all()):
         raise _not_finite()
-    scale = a.diagonal().mean()
+    scale = mean_diagonal(a)
     lift = 0.0
     for exponent in range(-12, 0):
-        factor, failed = torch.linalg.cholesky_ex(a + lift * scale * torch.eye(len(a), dtype=a.dtype, device=a.device))
-        if not failed:
+        factor, failed = torch.linalg.cholesky_ex(a + lift * scale * identity_like(a))
+        if not bool(failed.any()):
             return factor
         lift = 10.0**exponent
     raise SphereEditError("the linear system for the weight update is not positive definite, not even nearly")
@@ -119,11 +120,16 @@ def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def factor_solve(factor: Tensor, right: Tensor) -> Tensor:
-    """``(L Lᵀ)⁻¹ right`` for a lower triangular ``factor [d, d]`` and ``right [d, n]``, in float64."""
+    """``(L Lᵀ)⁻¹ right`` for a lower triangular ``factor [d, d]`` and ``right [d, n]``, in float64.
+
+    Or for blocks ``[E, d, d]`` and ``right [E · d, n]``.
+    """
     b = right.double()
     if not bool(torch.isfinite(b).all()):
         raise _not_finite()
-    return torch.cholesky_solve(b, factor)
+    if factor.dim() == 2:
+        return torch.cholesky_solve(b, factor)
+    return torch.cholesky_solve(b.unflatten(0, (len(factor), -1)), factor).flatten(0, 1)
 
 
 def _not_finite() -> SphereEditError:
@@ -141,19 +147,19 @@ def grown_solution(solved: Tensor, keys: Tensor) -> Tensor:
     d, n = keys.shape
     if n > d:
         return torch.linalg.solve(torch.eye(d, dtype=keys.dtype, device=keys.device) + solved @ keys.T, solved)
-    return spd_solve(_capacitance(solved, keys), solved.T).T
+    return spd_solve(capacitance(solved, keys), solved.T).T
 
 
 def grown_inverse(inverse: Tensor, keys: Tensor) -> Tensor:
     """``(B + K Kᵀ)⁻¹`` from ``inverse = B⁻¹ [d, d]`` by steps of rank d at most, O(d² n) in all; stays symmetric."""
     for part in keys.split(len(keys), dim=1):
         solved = inverse @ part
-        half = torch.linalg.solve_triangular(spd_factor(_capacitance(solved, part)), solved.T, upper=False)
+        half = torch.linalg.solve_triangular(spd_factor(capacitance(solved, part)), solved.T, upper=False)
         inverse = inverse - half.T @ half
     return inverse
 
 
-def _capacitance(solved: Tensor, keys: Tensor) -> Tensor:
+def capacitance(solved: Tensor, keys: Tensor) -> Tensor:
     """``I + Kᵀ B⁻¹ K``, made symmetric."""
     inner = keys.T @ solved
     return (inner + inner.T) / 2 + torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
@@ -206,17 +212,19 @@ class NullSpaceRule(str, Enum):
 def null_space(second_moment: Tensor, rule: NullSpaceRule, threshold: float) -> Tensor:
     """Orthonormal basis ``V [d, r]`` (float64) of the directions that keys hardly use; ``P = V Vᵀ``.
 
-    Source: AlphaEdit (arXiv:2410.02355, section 3.2), with eigenvectors of ``C0 [d, d]`` below a threshold.
+    Source: AlphaEdit (arXiv:2410.02355, section 3.2), with eigenvectors of ``C0 [d, d]`` below a threshold. Of blocks ``[E, d, d]`` the
+    rule is that of the whole matrix, and the basis is ``[E, d, r]``: an expert with fewer directions than r has columns of zeros.
     """
     values, vectors = torch.linalg.eigh(second_moment.double())
     if rule is NullSpaceRule.QUANTILE:
-        count = round(threshold * len(values))
+        order = values.flatten().argsort(stable=True).argsort(stable=True).view_as(values)
+        unused = order < round(threshold * values.numel())
     else:
-        limit = threshold * float(values.mean()) if rule is NullSpaceRule.MEAN else threshold
-        count = int((values < limit).sum())
+        unused = values < (threshold * float(values.mean()) if rule is NullSpaceRule.MEAN else threshold)
+    count = int(unused.sum(-1).max())
     if count == 0:
         raise SphereEditError(
             f"no direction of the keys is unused under the null-space rule '{rule.value}' with threshold {threshold:g} "
-            f"(eigenvalues of C0 run from {values[0]:.3g} to {values[-1]:.3g}); raise the threshold"
+            f"(eigenvalues of C0 run from {values.min():.3g} to {values.max():.3g}); raise the threshold"
         )
-    return vectors[:, :count]
+    return vectors[..., :count] * unused[..., None, :count]

@@ -7,11 +7,17 @@ from typing import Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sphere_edit.numerics.linalg import keeps_precision, leading_right_directions, principal_rank
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, Update
 
 Delta = TypeVar("Delta", Tensor, LowRankUpdate, DenseUpdate, Update)
+
+
+def rank_of(directions: Tensor) -> int:
+    """How many directions there are in ``[d_in, r]``, or in all experts' ``[E, d_in, r]``, which may have columns of zeros."""
+    return directions.shape[1] if directions.dim() == 2 else int(directions.any(1).sum())
 
 
 def unit_rows(weight: Tensor) -> Tensor:
@@ -52,7 +58,12 @@ class Sphere(BaseModel):
     )
 
     def directions(self, weight: Tensor) -> Tensor:
-        """``U [d_in, r]`` in float64 for ``weight [d_out, d_in]``, columns orthonormal."""
+        """``U [d_in, r]`` in float64 for ``weight [d_out, d_in]``, columns orthonormal.
+
+        Of a layer of experts ``[E, d_out, d_in]`` each expert's own, ``[E, d_in, r]``: one with fewer than r has columns of zeros.
+        """
+        if weight.dim() == 3:
+            return pad_sequence([self.directions(expert).T for expert in weight], batch_first=True).mT.contiguous()
         return leading_right_directions(unit_rows(weight), lambda values: principal_rank(values, self.eta))
 
     def __call__(self, delta: Delta, weight: Tensor) -> Delta:

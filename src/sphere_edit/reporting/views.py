@@ -358,7 +358,7 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
     if facts:
-        yield Facts.of(content["per_fact"], history.batches, count=facts)
+        yield Facts.of(content["per_fact"], history.standing, count=facts)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,17 @@ _AGES = 10  # classes of age that retention tells apart
 
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """Scores of some facts on the unedited and on the edited model."""
+    """Scores of some facts on the unedited and on the edited model; and what was measured of both on held-out text, if that was asked."""
 
     facts: list[Fact]
     unedited: list[FactScores]
     edited: list[FactScores]
+    heldout: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Means over the facts, in percent."""
-        return {"unedited": summarise(self.unedited), "edited": summarise(self.edited)}
+        scores = {"unedited": self.unedited, "edited": self.edited}
+        return {side: {**summarise(found), **self.heldout.get(side, {})} for side, found in scores.items()}
 
 
 class Evaluator:
@@ -115,12 +117,14 @@ class Evaluator:
             return False
         return True
 
-    def before_and_after(self, facts: Sequence[Fact], edited: bool) -> BeforeAndAfter:
-        """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``."""
+    def before_and_after(self, facts: Sequence[Fact], edited: bool, heldout: bool = False) -> BeforeAndAfter:
+        """Scores of any facts on the unedited model, and on the model as it stands if that is ``edited``; with ``heldout`` of its text too."""
         with self.weights.unedited():
             complete = complete_answers(self.loaded, facts)
             before = self.score(complete, "unedited model", say=True)
-        return BeforeAndAfter(complete, before, self.score(complete, "edited model", say=True) if edited else before)
+        after = self.score(complete, "edited model", say=True) if edited else before
+        text = {"unedited": self._text_on_unedited(), "edited": self._text()} if heldout else {}
+        return BeforeAndAfter(complete, before, after, text)
 
     # --- of a run -------------------------------------------------------------------------------------------------
 
@@ -256,13 +260,16 @@ class Evaluator:
 
     def _whole_model(self) -> dict[str, Any]:
         """Held-out text on the model as it stands, and the energy of every edited matrix."""
+        return {**self._text(), "energy": self._energies(self.weights.deployed)}
+
+    def _text(self) -> dict[str, float | None]:
+        """Held-out text on the model as it stands, compared with the unedited one."""
         if self._unedited_hidden is None:
             self._text_on_unedited()
         text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=self._unedited_hidden)
-        energies = self._energies(self.weights.deployed)
-        return {**catalogue.of_heldout(text), "energy": energies}
+        return catalogue.of_heldout(text)
 
-    def _text_on_unedited(self) -> dict[str, Any]:
+    def _text_on_unedited(self) -> dict[str, float | None]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
         with self.weights.unedited():
             found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")

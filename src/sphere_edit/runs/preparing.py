@@ -23,6 +23,7 @@ from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import content_digest, read_json, write_json
 from sphere_edit.models.loading import load_model
+from sphere_edit.numerics.experts import inputs_of
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import RunFolder
@@ -98,7 +99,7 @@ def session_of(
     config = run.config
     settings = make_settings(config.settings)
     source = str(model or config.model.source)
-    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code)
+    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code, reporter)
     if loaded.fingerprint != config.model.fingerprint:
         raise SphereEditError(
             f"the model at '{source}' is not the one this run edited (its weights have another hash); "
@@ -122,7 +123,7 @@ def committer_of(session: Session, run: RunFolder) -> Committer:
 
 def _check_shapes(session: Session, statistics: Mapping[str, Statistics], folder: Path) -> None:
     for name, known in statistics.items():
-        width = session.weights.working[name].shape[1]
+        width = inputs_of(session.weights.working[name])
         if not all(row.fits(known[row.name], width) for row in session.ingredients if row.name in known):
             raise SphereEditError(
                 f"{folder} is damaged: what it has of {name} is not that of {width} inputs; put it back from a backup"

@@ -11,6 +11,7 @@ from sphere_edit.facts.chat import has_chat_template
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.facts.readers import FactSet
+from sphere_edit.models.configuration import positions
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.session import Session
@@ -93,7 +94,7 @@ def readable(
     Those to be ``edited`` need a subject, where the method writes at it.
     """
     encoder = Encoder(session.loaded.tokenizer)
-    limit = getattr(session.loaded.model.config, "max_position_embeddings", float("inf")) - _TEMPLATE_ROOM
+    limit = positions(session.loaded.model) - _TEMPLATE_ROOM
     usable, bad = [], []
     for fact in facts:
         try:

@@ -31,7 +31,7 @@ class Session:
     def __init__(self, loaded: LoadedModel, given: Settings, preset: str | None, reporter: Reporter):
         self.loaded, self.given, self.preset, self.reporter = loaded, given, preset, reporter
         self.method, self.sphere = given.make_method(), given.make_sphere()
-        matrices = given.resolved_matrices(loaded.architecture, self.depth)
+        matrices = given.resolved_matrices(loaded.architecture)
         faster = loaded.dtype == torch.float32 and fast_bfloat16(loaded.device)
         self.settings = given.with_resolved(matrices, loaded.device, faster)
         self.layers = [layer for layer, _ in matrices]
@@ -41,7 +41,7 @@ class Session:
     @classmethod
     def load(cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False) -> Session:
         """Load a model, and take a preset's settings for it where nothing else was given."""
-        loaded = load_model(model, given.device, given.dtype, trust_remote_code)
+        loaded = load_model(model, given.device, given.dtype, trust_remote_code, reporter)
         session = cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)
         if session.preset is not None:
             reporter.say(f"Settings of {given.method} {session.preset}, but for what you set")
@@ -50,7 +50,7 @@ class Session:
     @property
     def depth(self) -> int:
         """How many decoder layers the model has."""
-        return len(self.loaded.architecture.decoder_layers(self.loaded.model))
+        return len(self.loaded.architecture.parts)
 
     @property
     def ingredients(self) -> tuple[Ingredient, ...]:

@@ -95,7 +95,7 @@ class RunWeights:
         if sphere is None or sphere.alpha == 1:
             return before, written, (sphere or Sphere())(written, before)
         principal = sphere.directions(self.original(name) if sphere.basis == "pretrained" else before)
-        part = (written.double() @ principal) @ principal.T
+        part = (written.double() @ principal) @ principal.mT
         return before, (written + sphere.alpha / (1 - sphere.alpha) * part).float(), written
 
     def _rebuilt(self, name: str) -> Tensor:

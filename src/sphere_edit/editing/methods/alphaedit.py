@@ -8,17 +8,10 @@ from pydantic import Field
 from torch import Tensor, eye, float64
 
 from sphere_edit.editing.ingredients import EarlierKeys, Needs, NullSpace, SecondMoment
-from sphere_edit.editing.methods.base import (
-    LayerProblem,
-    LayerwiseMethod,
-    Seen,
-    State,
-    Statistics,
-    memory,
-    with_keys,
-    without_keys,
-)
+from sphere_edit.editing.memory import memory, recalled, with_keys, without_keys
+from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Seen, State, Statistics
 from sphere_edit.editing.sources import FromTargets
+from sphere_edit.numerics.experts import experts_of, times
 from sphere_edit.numerics.linalg import NullSpaceRule, grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
@@ -53,21 +46,23 @@ class AlphaEdit(LayerwiseMethod):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times a right factor in the null space, solved in float64."""
         basis = _basis(problem.statistics)
-        keys = basis.T @ problem.keys.double()
-        solved = self._memory(state, basis)["inverse"] @ keys
-        return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T @ basis.T)
+        keys = times(basis.mT, problem.keys.double())
+        solved = recalled(self._memory(state, basis), keys)
+        return LowRankUpdate(problem.residual.double(), times(basis, grown_solution(solved, keys)).T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
         basis = _basis(statistics)
-        return with_keys(self._memory(state, basis), basis.T @ seen["keys"].double())
+        return with_keys(self._memory(state, basis), times(basis.mT, seen["keys"].double()))
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""
-        return without_keys(state, _basis(statistics).T @ keys.double())
+        return without_keys(state, times(_basis(statistics).mT, keys.double()))
 
     def _memory(self, state: State, basis: Tensor) -> State:
-        identity = eye(basis.shape[1], dtype=float64, device=basis.device)
+        identity = eye(basis.shape[-1], dtype=float64, device=basis.device)
+        if (experts := experts_of(basis)) > 0:
+            identity = identity.repeat(experts, 1, 1)
         return state or memory(self.l2 * identity, identity / self.l2)
 
 

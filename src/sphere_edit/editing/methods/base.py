@@ -6,17 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, cholesky_inverse
 
 from sphere_edit.editing.ingredients import Needs, SecondMoment
+from sphere_edit.editing.memory import Metric
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
-from sphere_edit.numerics.linalg import grown_inverse, spd_factor
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import Update
-
-_DRIFT = 1e-7
 
 
 class Method(BaseModel, ABC):
@@ -39,6 +36,9 @@ class Method(BaseModel, ABC):
     recheck: ClassVar[int] = 0  # earlier facts asked for each new one, to edit again what is forgotten
     repair: ClassVar[int] = 0  # steps at a stream's end that take back what it did to ordinary text
     one_fact_a_subject: ClassVar[bool] = False  # whether two facts of one subject are kept out of one batch
+    by_experts: ClassVar[bool] = (
+        True  # whether it can edit a layer of experts, one wide matrix with a block-diagonal C0
+    )
     calibrated: ClassVar[bool] = False  # whether the first run on a model without known settings begins with `tune`
     targets: ClassVar[dict[str, Any]] = {}  # how its targets are found by default, where that is not as published
     roles: ClassVar[tuple[tuple[str, ...], ...]] = (("down",),)  # matrices it edits by default: the first set there is
@@ -82,8 +82,11 @@ class Method(BaseModel, ABC):
         """The state without some earlier ``keys [d_in, m]``, whose facts the coming batch supersedes."""
         return state
 
-    def metric(self, state: State, statistics: Statistics) -> Tensor | None:
-        """M⁻¹ ``[d_in, d_in]`` of the keys that a repair is to leave alone: C0⁻¹, None for a method that asks nothing of ordinary keys."""
+    def metric(self, state: State, statistics: Statistics) -> Metric | None:
+        """M⁻¹ ``[d_in, d_in]`` of the keys that a repair is to leave alone: C0⁻¹, None for a method that asks nothing of ordinary keys.
+
+        Of a layer of experts it is block-diagonal, ``[E, d_in, d_in]``, but for what is remembered of earlier keys.
+        """
         return None if self.needs.get(SecondMoment) is None else cholesky_inverse(statistics.factor)
 
     def deploy(self, original: Tensor, working: Tensor) -> Tensor:
@@ -117,34 +120,6 @@ class JointMethod(Method):
     @abstractmethod
     def descend(self, objective: Objective, weights: Mapping[str, Tensor]) -> dict[str, Update]:
         """ΔW of every matrix, starting from ``weights``, without SPHERE."""
-
-
-def memory(system: Tensor, inverse: Tensor) -> State:
-    """The state of a method that must leave earlier keys alone: ``B + Kp Kpᵀ [d, d]`` and its inverse, float64.
-
-    Both lie in memory as a checkpoint reads them, so that products round alike after it.
-    """
-    return {"system": system.contiguous(), "inverse": inverse.contiguous()}
-
-
-def with_keys(state: State, keys: Tensor) -> State:
-    """The `memory` with more ``keys [d, n]`` in it.
-
-    The inverse takes a step of rank n, O(d² n). How far it has drifted is measured at these keys; beyond 1e-7 of
-    their norm, which float32 updates would show, it is made afresh, O(d³).
-    """
-    keys = keys.double()
-    system = state["system"] + keys @ keys.T
-    inverse = grown_inverse(state["inverse"], keys)
-    drift = (system @ (inverse @ keys) - keys).norm() / keys.norm()
-    return memory(system, inverse if bool(drift < _DRIFT) else torch.cholesky_inverse(spd_factor(system)))
-
-
-def without_keys(state: State, keys: Tensor) -> State:
-    """The `memory` without some ``keys [d, m]`` that are in it; its inverse is made afresh, for a step back may cancel."""
-    keys = keys.double()
-    system = state["system"] - keys @ keys.T
-    return memory(system, torch.cholesky_inverse(spd_factor(system)))
 
 
 def layers_from(share: float, count: int, depth: int) -> tuple[int, ...]:

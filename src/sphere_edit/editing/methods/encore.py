@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import cholesky_inverse
 
-from sphere_edit.editing.methods.base import LayerProblem, State, Statistics, memory
+from sphere_edit.editing.memory import memory, recalled
+from sphere_edit.editing.methods.base import LayerProblem, State, Statistics
 from sphere_edit.editing.methods.memit import MemitSeq
 from sphere_edit.numerics.linalg import grown_solution, spd_factor
 from sphere_edit.numerics.update import LowRankUpdate
@@ -30,12 +31,12 @@ class Encore(MemitSeq):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + μ I + Kp Kpᵀ + K Kᵀ)⁻¹``, in float64."""
         keys = problem.keys.double()
-        inverse = (state or self.start(problem.statistics))["inverse"]
-        return LowRankUpdate(problem.residual.double(), grown_solution(inverse @ keys, keys).T)
+        solved = recalled(state or self.start(problem.statistics), keys)
+        return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T)
 
     def start(self, statistics: Statistics) -> State:
         """The memory before any edit: λ C0 + μ I and its inverse."""
         factor = statistics.factor
-        system = self.penalty(len(factor)) * (factor @ factor.T)
-        system.diagonal().add_(self.ridge)
+        system = self.penalty(statistics.width) * (factor @ factor.mT)
+        system.diagonal(dim1=-2, dim2=-1).add_(self.ridge)
         return memory(system, cholesky_inverse(spd_factor(system)))

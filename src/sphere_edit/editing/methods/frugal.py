@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, cat
 
 from sphere_edit.editing.ingredients import ContextTokens, EarlierKeys, Needs, SecondMoment
-from sphere_edit.editing.methods.base import LayerProblem, Seen, State, Statistics, with_keys
+from sphere_edit.editing.memory import recalled, with_keys
+from sphere_edit.editing.methods.base import LayerProblem, Seen, State, Statistics
 from sphere_edit.editing.methods.memit import MemitSeq
 from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import grown_solution
@@ -56,8 +57,8 @@ class Frugal(MemitSeq):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹``, in float64."""
         columns = self._columns(problem.keys, problem.given.get("context_tokens"))
-        inverse = (state or self.start(problem.statistics))["inverse"]
-        solution = grown_solution(inverse @ columns, columns)[:, : problem.keys.shape[1]]
+        solved = recalled(state or self.start(problem.statistics), columns)
+        solution = grown_solution(solved, columns)[:, : problem.keys.shape[1]]
         return LowRankUpdate(problem.residual.double(), solution.T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:

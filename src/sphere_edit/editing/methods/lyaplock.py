@@ -31,6 +31,9 @@ class LyapLock(LayerwiseMethod):
     paper: ClassVar[str] = "Wang et al. 2025, EMNLP, LyapLock"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="pretrained", project="per_layer")
     dense: ClassVar[bool] = True
+    by_experts: ClassVar[bool] = (
+        False  # its system of earlier keys is d_in × d_in, with a weight that changes from batch to batch
+    )
 
     second_moment_weight: float = Field(1000.0, gt=0, description="λ, the weight of C0 against the batch's keys")
     budget: float = Field(60.0, gt=0, description="α, the bound on the disturbance in units of the first batch's")

@@ -8,16 +8,8 @@ from pydantic import Field
 from torch import Tensor, cholesky_inverse
 
 from sphere_edit.editing.ingredients import EarlierKeys, Needs, SecondMoment
-from sphere_edit.editing.methods.base import (
-    LayerProblem,
-    LayerwiseMethod,
-    Seen,
-    State,
-    Statistics,
-    memory,
-    with_keys,
-    without_keys,
-)
+from sphere_edit.editing.memory import Metric, memory, metric_of, recalled, with_keys, without_keys
+from sphere_edit.editing.methods.base import LayerProblem, LayerwiseMethod, Seen, State, Statistics
 from sphere_edit.editing.sources import FromTargets
 from sphere_edit.numerics.linalg import factor_solve, grown_solution
 from sphere_edit.numerics.projection import Sphere
@@ -75,7 +67,7 @@ class MemitSeq(Memit):
         if not state:
             return super().solve(problem, state)
         keys = problem.keys.double()
-        return LowRankUpdate(problem.residual.double(), grown_solution(state["inverse"] @ keys, keys).T)
+        return LowRankUpdate(problem.residual.double(), grown_solution(recalled(state, keys), keys).T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys to those that later batches must leave alone."""
@@ -84,12 +76,12 @@ class MemitSeq(Memit):
     def start(self, statistics: Statistics) -> State:
         """The memory before any edit: λ C0 and its inverse."""
         factor = statistics.factor
-        weight = self.penalty(len(factor))
-        return memory(weight * (factor @ factor.T), cholesky_inverse(factor) / weight)
+        weight = self.penalty(statistics.width)
+        return memory(weight * (factor @ factor.mT), cholesky_inverse(factor) / weight)
 
-    def metric(self, state: State, statistics: Statistics) -> Tensor | None:
+    def metric(self, state: State, statistics: Statistics) -> Metric | None:
         """The inverse of all that is to be left alone, in units of C0⁻¹."""
-        return self.penalty(len(statistics.factor)) * (state or self.start(statistics))["inverse"]
+        return metric_of(state or self.start(statistics), self.penalty(statistics.width))
 
     def forget(self, state: State, keys: Tensor, statistics: Statistics) -> State:
         """Take superseded keys out again: what was written there is to be overwritten, not preserved."""

@@ -1,67 +1,41 @@
-"""A folder that plain transformers and vLLM load: the source's own files but for the edited tensors, and a card of the edits."""
+"""The card of an export: what was edited, how it measures, and below it the original model's own card."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from sphere_edit._version import __version__
 from sphere_edit.evaluation import catalogue
-from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
+from sphere_edit.evaluation.catalogue import LIKELIHOOD, PARTS, PERPLEXITY, STRICT, Metric
 from sphere_edit.facts.fact import Fact
-from sphere_edit.files import folder_in_place, write_text
-from sphere_edit.models.loading import EMBEDDED, LoadedModel
-from sphere_edit.models.replica import Replica
 from sphere_edit.models.source import Companions
-from sphere_edit.models.weights import EditedWeights
-from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
-from sphere_edit.runs.session import Session
 from sphere_edit.text import code, markdown, public_name
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")  # of the original's card
+_COLUMNS = (LIKELIHOOD, STRICT)  # how prompts are judged, on a card
 _FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
 
-def export_run(session: Session, run: RunFolder, folder: Path) -> None:
-    """Export the model of a run, whose last batch must be in place, with a card of its edits; say what a user should know of it."""
-    facts = run.facts()
-    retained = [facts[index] for index in run.history.retained]
-    card = model_card(run.config, run.history, retained, run.current_metrics())
-    for sentence in export_model(session.loaded, session.weights, folder, card):
-        session.reporter.say(sentence)
+@dataclass(frozen=True)
+class Note:
+    """What a form has to say on its card.
 
-
-def export_model(loaded: LoadedModel, weights: EditedWeights, folder: Path, card: str) -> list[str]:
-    """Write the edited model to a new folder: the source's own files, but for the edited tensors and the card.
-
-    Where the edited tensors cannot be found in the source's files, all weights are written anew by transformers.
-
-    Returns:
-        what a user should know of it, in sentences.
-
-    Raises:
-        SphereEditError: the folder is not empty or cannot be written; nothing half-written is left behind.
+    Attributes:
+        library: what loads it, as the hub calls that.
+        text: paragraphs of our own, ready as Markdown.
+        measured: means of metrics in this form, by what was measured; the first column is what the others are compared with.
     """
-    replica = Replica(loaded, weights)
-    with folder_in_place(folder) as temporary:
-        replica.write(temporary)
-        write_text(temporary / "README.md", whole_card(card, _hub_name(loaded, replica), replica.companions))
-    told = []
-    if replica.why_anew:
-        kept = "tokenizer and the rest are the source's own" if replica.source else "so are configuration and tokenizer"
-        told.append(f"All weights were written anew by transformers, because {replica.why_anew}; {kept}")
-    if replica.companions.left:
-        told.append(
-            f"Left behind, as nothing that loads the edited model needs it: {', '.join(replica.companions.left)} "
-            "(weights in other forms are not edited; code comes along only where it was trusted)"
-        )
-    return told
+
+    library: str = "transformers"
+    text: str = ""
+    measured: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def whole_card(card: str, hub: str | None, companions: Companions) -> str:
@@ -82,12 +56,6 @@ def whole_card(card: str, hub: str | None, companions: Companions) -> str:
     return f"---\n{head}---\n\n{our_text.strip()}\n{below}"
 
 
-def _hub_name(loaded: LoadedModel, replica: Replica) -> str | None:
-    """The original's name on the hub, None for a model of this machine."""
-    here = replica.source is None or loaded.source == EMBEDDED or Path(loaded.source).is_absolute()
-    return None if here else loaded.source
-
-
 def _split(card: str) -> tuple[dict[str, Any], str]:
     """A card's metadata and its text."""
     found = _FRONT.match(card)
@@ -104,7 +72,13 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metrics: Mapping[str, Any] | None) -> str:
+def model_card(
+    config: RunConfig,
+    history: History,
+    facts: Sequence[Fact],
+    metrics: Mapping[str, Any] | None,
+    note: Note,
+) -> str:
     """The README of an exported model."""
     settings, sphere = config.settings, config.sphere
     projection = (
@@ -116,7 +90,7 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {note.library}",
         "tags: [model-editing, sphere-edit]",
         "---",
         "",
@@ -132,6 +106,8 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
         f"- Statistics: {markdown(config.corpus.origin)}",
         f"- Seed {settings['seed']}; {markdown(versions)}",
         "",
+        *([note.text, ""] if note.text else []),
+        *_measured_in_form(note.measured),
     ]
     if metrics is not None:
         before, after = metrics["unedited"], metrics["edited"]
@@ -141,7 +117,7 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
             "| | before | after | before, strict | after, strict |",
             "|---|---|---|---|---|",
         ]
-        for likelihood, strict in zip(*map(catalogue.of_protocol, (LIKELIHOOD, STRICT)), strict=True):
+        for likelihood, strict in zip(*map(catalogue.of_protocol, _COLUMNS), strict=True):
             cells = [metric.said(side[metric.name]) for metric in (likelihood, strict) for side in (before, after)]
             lines.append(f"| {likelihood.title} | " + " | ".join(cells) + " |")
         cells = [PERPLEXITY.said(side[PERPLEXITY.name]) for side in (before, after)]
@@ -159,3 +135,20 @@ def model_card(config: RunConfig, history: History, facts: Sequence[Fact], metri
     if len(facts) > 100:
         lines.append(f"- … and {len(facts) - 100} more")
     return "\n".join(lines) + "\n"
+
+
+def _measured_in_form(measured: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A table of what was measured in this form, a row a metric."""
+    if not measured:
+        return []
+    rows = [
+        f"| {metric.label} | " + " | ".join(metric.said(column.get(metric.name)) for column in measured.values()) + " |"
+        for metric in shown_metrics()
+    ]
+    head = f"| | {' | '.join(measured)} |"
+    return ["## Measured in this form", "", head, "|---" * (1 + len(measured)) + "|", *rows, ""]
+
+
+def shown_metrics() -> list[Metric]:
+    """What is told of an export: every part likelihood and strict, and perplexity."""
+    return [*(catalogue.of_part(part, protocol) for part in PARTS for protocol in _COLUMNS), PERPLEXITY]
