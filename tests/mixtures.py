@@ -111,11 +111,11 @@ def mixture(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, PreTr
 def layout(family: str) -> Architecture:
     """Where its experts are."""
     _, block, shared = MIXTURES[family]
-    matrices = {EXPERTS: Matrix(f"{block}.experts.down_proj", family in TRANSPOSED, True)}
+    matrices = {EXPERTS: Matrix(f"{block}.experts.down_proj", family in TRANSPOSED, True, family == "granitemoe")}
     if shared is not None:
         matrices["down"] = Matrix(f"{shared}.down_proj")
     norm = "model.embedding_norm" if family == "lfm2_moe" else "model.norm"
-    return Architecture("model.layers", norm, (LayerParts(matrices, inside=family == "granitemoe"),) * DEPTH)
+    return Architecture("model.layers", norm, (LayerParts(matrices),) * DEPTH)
 
 
 def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import sys
@@ -13,6 +14,7 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit.editor import Editor
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
 
 ROOT = Path(__file__).parents[1] / "benchmarks"
@@ -96,3 +98,18 @@ def test_a_figure_of_fronts_takes_in_the_rows_of_another(runs, tmp_path, script)
     assert len(lines) == 4
     assert set(tables[0].splitlines()[2:]) < set(lines), "the first run's row comes from its file as it was"
     assert tables[2] == tables[1]
+
+
+def test_rewordings_are_given_and_the_other_paraphrases_asked(tmp_path, script):
+    model = save_tiny("llama", tmp_path / "model")
+    records = fact_records(3)
+    for record in records:
+        record["paraphrases"].append(f"They say that {record['prompt'].replace('{}', record['subject'])}")
+    (tmp_path / "facts.json").write_text(json.dumps(records))
+    (tmp_path / "text.txt").write_text("The river there is the Tiber.\n\n" * 40)
+    for given in (0, 1):
+        out = script("rewordings.py", model, "out", "--given", given, "--facts", "facts.json", "--corpus", "text.txt")
+    assert [line[:4] for line in out.splitlines()[2:]] == ["| 0 ", "| 1 "]
+    run = RunFolder.open(tmp_path / "out" / "run-1")
+    assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
+    assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())

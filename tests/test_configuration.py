@@ -10,38 +10,19 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import __version__ as version
 
-from families import _LLAMA, tiny_model
+from families import tiny_model
+from images import TEXT, tiny_image_text
 from sphere_edit import SphereEditError
 from sphere_edit.models import loading, soundness
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.configuration import CAUSAL, IMAGE_TEXT, loader_of, positions, text_config
 
-TEXT: dict[str, Any] = {**_LLAMA, "head_dim": 8, "vocab_size": 416, "initializer_range": 0.2, "pad_token_id": 0}
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-}
-IMAGES = {"image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302, "mm_tokens_per_image": 4}
-
-
-def tiny_gemma3(**text: Any) -> Any:
-    """An image-text model, whose text decoder has a configuration of its own."""
-    torch.manual_seed(0)
-    text = {**TEXT, "query_pre_attn_scalar": 8, "sliding_window": 16, **text}
-    return AutoModelForImageTextToText.from_config(
-        AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, **IMAGES)
-    )
-
 
 def test_values_of_the_text_decoder_are_read_from_its_own_configuration():
-    nested = tiny_gemma3()
+    nested = tiny_image_text("gemma3")
     assert (positions(nested), text_config(nested).hidden_size) == (256, 32)
     plain, _ = tiny_model("llama")
     assert (positions(plain), text_config(plain)) == (256, plain.config)
@@ -55,7 +36,7 @@ def test_values_of_the_text_decoder_are_read_from_its_own_configuration():
 @torch.no_grad()
 def test_plain_attention_gives_the_logits_of_a_nested_model_and_of_one_with_attention_sinks(family):
     if family == "gemma3":
-        model = tiny_gemma3()
+        model = tiny_image_text("gemma3")
     else:
         torch.manual_seed(0)
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}

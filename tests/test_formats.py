@@ -379,7 +379,7 @@ def test_own_records_in_the_fields_of_others_lose_nothing():
     assert fact.target_true == "Oslo"
     assert fact.paraphrases == ("Ola's home is", "You find Ola in")
     assert fact.neighbors == (Neighbor("Ada lives in"), Neighbor("Eva lives in", "Rome"), Neighbor("Una lives in"))
-    assert (fact.generation_prompts, fact.rewordings, fact.chat) == (("Ola is",), ("Lund is where Ola lives",), True)
+    assert (fact.generation_prompts, fact.rewordings, fact.chat) == (("Ola is",), ("Lund is where {} lives",), True)
     assert fact.portability == (Probe("hop", "Ola's country is", ("Sweden",)),)
     assert read.ignored == {"note": 1}
     assert facts_from([fact]).facts == [fact], "read again, it is the same"

@@ -15,9 +15,11 @@ from sphere_edit.editing.methods import METHODS, make_method
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import FactPrompts, TargetSettings
 from sphere_edit.editor import Editor, opened
+from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.forms import contexts, forms_of, others_in_place
+from sphere_edit.facts.forms import begins_its_row, contexts, forms_of, others_in_place, wordings
 from sphere_edit.facts.prompts import Encoder
+from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Quiet
 from test_every_method import COMMON, OPTIONS
@@ -166,3 +168,29 @@ def test_a_run_with_such_facts_supersedes_resumes_and_rolls_back(method, tmp_pat
             assert all(torch.equal(value, states[name][part]) for part, value in state.items())
         again.rollback(1)
         assert all(torch.equal(again.weights.working[name], after_one[name]) for name in after_one)
+
+
+def test_a_rewording_that_does_not_begin_with_the_subject_is_a_form_of_its_own():
+    """Of a fact whose subject begins its row; the rewordings of another fact stay with it."""
+    encoder = Encoder(tiny_tokenizer())
+    rewordings = ["The capital of {} is", "Where A lies, they say", "{} is ruled from"]
+    record = {"subject": "A", "prompt": "{} has the capital", "target_new": "Rome", "rewordings": rewordings}
+    (fact,) = facts_from([record], False).facts
+    assert fact.rewordings == ("The capital of {} is", "Where {} lies, they say", "{} is ruled from")
+    assert begins_its_row(fact, encoder)
+    forms = forms_of(fact, encoder)
+    assert [form.rewordings for form in forms] == [(), (), ("Where {} lies, they say",)]
+    assert forms[-1].prompt == "The capital of {} is"
+    asked = [form.filled_prompt for form, _ in wordings(forms[-1], ["{}", "So. {}"], encoder)]
+    assert asked == ["The capital of A is"] * 2 + ["Where A lies, they say"]
+
+
+def test_a_rewording_without_the_subject_is_refused():
+    record = {
+        "subject": "France",
+        "prompt": "{} has the capital",
+        "target_new": "Rome",
+        "rewordings": ["Its capital is"],
+    }
+    with pytest.raises(SphereEditError, match="'France' does not occur in the prompt 'Its capital is'"):
+        facts_from([record], False)

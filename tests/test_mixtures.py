@@ -5,24 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from conftest import fact_records
-from mixtures import FEW, MIXTURES, TRANSPOSED, tiny_mixture
+from mixtures import FEW, MIXTURES, TRANSPOSED, layout, save_mixture, tiny_mixture
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.moments import second_moments
 from sphere_edit.editing.problem import LayerProblem, Statistics
 from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients
 from sphere_edit.editing.targets import TargetSettings
+from sphere_edit.exports import delta
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.experts import JointKeys, why_not
 from sphere_edit.models.forward import Graph, activations
+from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.loading import LoadedModel, cast_copy
+from sphere_edit.models.replica import Replica
 from sphere_edit.models.sites import module_of, parameter_of
+from sphere_edit.models.source import stored_tensors
 from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.experts import by_expert, experts_of, wide
+from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.progress import Quiet
 
 LAYER = 2
@@ -210,3 +216,39 @@ def test_experts_that_cannot_be_edited_say_why():
     module.has_post_expert_norm = True
     assert "normalised" in why_not(module)
     assert "gate_up_proj" in why_not(torch.nn.Linear(2, 2))
+
+
+@few
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_changes_the_edited_experts_in_the_files_alone(family, dtype, tmp_path):
+    source = save_mixture(family, tmp_path / "source", dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    loaded = LoadedModel(model, None, layout(family), str(source), fingerprint(model))
+    weights, name = weights_of(loaded), name_of(loaded)
+    change = torch.zeros_like(weights.original(name))
+    change[1] = 0.5
+    weights.set(name, weights.original(name) + change)
+    replica = Replica(loaded, weights)
+    assert replica.why_anew == ""
+    (tmp_path / "edited").mkdir()
+    replica.write(tmp_path / "edited")
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "edited")
+    changed = [key for key in before if before[key].content() != after[key].content()]
+    assert len(changed) == 1
+    assert ("experts.1." in changed[0]) == (family not in TRANSPOSED)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype=dtype)
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[key], value) for key, value in again.named_parameters())
+
+
+def test_a_delta_of_experts_gives_their_bits():
+    original = torch.randn(3, 5, 4)
+    updates = [LowRankUpdate(torch.randn(5, n), torch.randn(3, n, 4)) for n in (2, 3)]
+    wanted = updates[1].added_to(updates[0].added_to(original))
+    parts = {
+        "left": torch.cat([one.left for one in updates], 1),
+        "right": torch.cat([one.right for one in updates], 1),
+        "batches": torch.tensor([2, 3]),
+    }
+    exact = delta._exact(original, parts, wanted, torch.float32)
+    assert torch.equal(delta.rebuilt(original, exact, torch.float32), wanted)

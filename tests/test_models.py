@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from conftest import fact_records
-from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_model, tiny_tokenizer
+from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_tokenizer
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, context_token_keys
@@ -28,6 +28,7 @@ from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models import gguf, loading, pretrained
+from sphere_edit.models.architecture import row_of
 from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.forward import activations, at, last_hidden
@@ -35,7 +36,6 @@ from sphere_edit.models.generation import generate
 from sphere_edit.models.gguf import embedded_model_file
 from sphere_edit.models.identity import fingerprints
 from sphere_edit.models.loading import load_model, prepare
-from sphere_edit.models.probe import architecture_of
 from sphere_edit.models.replay import UpperLayers
 from sphere_edit.models.tokens import TokenBatch, batches_by_length, over_batches, same_length_batches
 from sphere_edit.models.weights import EditedWeights
@@ -48,7 +48,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def edited(model, layers):
-    architecture = architecture_of(model)
+    architecture = row_of(model.config.model_type).architecture(model)
     return EditedWeights(model, architecture, [architecture.module_name(layer, "down") for layer in layers])
 
 
@@ -489,21 +489,6 @@ def _twins():
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_family_names_what_it_found_and_how_to_add_a_row():
-    model, _ = tiny_model("llama")
-    model.config.model_type = "mystery"
-    with pytest.raises(SphereEditError, match=r"(?s)'mystery'.*model\.layers.*mlp\.down_proj") as error:
-        architecture_of(model)
-    assert "4 layers" in str(error.value)
-
-
-def test_a_family_that_is_laid_out_otherwise_is_told():
-    model, _ = tiny_model("llama")
-    del model.model.layers[0].mlp.down_proj
-    with pytest.raises(SphereEditError, match="not laid out as its family usually is"):
-        architecture_of(model)
-
-
 def test_loading_refuses_what_is_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "fake.gguf").write_bytes(b"GGML of an older kind")
@@ -700,9 +685,12 @@ def test_loss_and_gradient_of_a_target_are_those_of_its_definition(family):
         dataclasses.replace(fact, prompt=prompt)
         for fact, prompt in zip(facts(), ["In truth {} is", "{} has"] * 2, strict=True)
     ]
+    given[1] = dataclasses.replace(given[1], rewordings=("Everybody knows {} for its", "Where {} is, there is"))
     encoder = Encoder(loaded.tokenizer)
     prompts = [FactPrompts.of(fact, TEMPLATES, encoder) for fact in given]
-    assert {prompt.kl_row for prompt in prompts} == {0, len(TEMPLATES)}, "both ways of the KL prompt occur"
+    assert [len(prompt.targets) - len(TEMPLATES) for prompt in prompts] == [0, 2, 0, 0]
+    given_alone = [prompt for prompt, fact in zip(prompts, given, strict=True) if not fact.rewordings]
+    assert {prompt.kl_row for prompt in given_alone} == {0, len(TEMPLATES)}, "both ways of the KL prompt occur"
     descent = _Descent(loaded, prompts, LAYER, settings, inside=False)
     descent._evaluate()  # δ = 0: fixes the distribution that the KL divergence is taken from
     generator = torch.Generator().manual_seed(0)
@@ -733,8 +721,9 @@ def defined_loss(loaded, fact, delta, h, settings, encoder):
         return logits.log_softmax(-1)
 
     nll = []
-    for template in TEMPLATES:
-        text, end = fill(template, fact)
+    said = [(template, None) for template in TEMPLATES] + [("{}", prompt) for prompt in fact.rewordings]
+    for template, prompt in said:
+        text, end = fill(template, fact, prompt)
         tokens, start = encoder.with_target(text, fact.target_new)
         found = log_probs(tokens.ids, tokens.last_token_of(end), delta)
         target = torch.tensor(tokens.ids[start:])

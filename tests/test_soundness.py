@@ -136,7 +136,7 @@ def test_fp8_is_turned_into_plain_weights_and_exported_as_such(folder, tmp_path,
     size = sum(weight.numel() for weight in loaded.model.parameters()) * 2 / 1e9
     (told,) = reporter.said
     assert f"is stored as fp8; it is turned into bfloat16, takes {size:,.1f} GB" in told
-    assert "quantised" in energy(folder)
+    assert torch.equal(Checkpoint(str(folder)).weight(MATRIX), plain[f"{MATRIX}.weight"].float())
     weights = EditedWeights(loaded.model, loaded.architecture, [MATRIX])
     (told,) = write_hf(Shipment(loaded, weights, lambda note: "# Card"), tmp_path / "out")
     assert "its files are F8_E4M3" in told
@@ -158,6 +158,7 @@ def test_fp8_without_the_scales_of_a_matrix(folder):
     del tensors[f"{MATRIX}.weight_scale_inv"]
     save_file(tensors, file, {"format": "pt"})
     assert f"and {MATRIX}.weight is still float8_e4m3fn after loading" in loading(folder)
+    assert f"and no scales say how to read {MATRIX}" in energy(folder)
 
 
 def test_a_quantised_shard_that_is_cut_short(folder):

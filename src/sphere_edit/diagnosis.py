@@ -30,7 +30,7 @@ def diagnose(
         model: a model; or a run, whose original model is then compared with what the run made of it.
         against: a model or a run to compare with.
         layers: all by default, or those that the run edited.
-        roles: matrices in each layer, by role or by their name; ``down`` by default, or what the run edited.
+        roles: matrices in each layer, by role or by their name; what writes the MLP's output by default, or what the run edited.
         power: s of HE_s.
         eta: share of the neurons' spectrum that counts as principal.
 
@@ -53,7 +53,7 @@ def diagnose(
     if isinstance(after, RunWeights) and layers is None and roles is None:
         names = after.names
     else:
-        names = before.names(layers, roles or ["down"])
+        names = before.names(layers, roles)
     with reporter.bar("matrices", len(names), "matrices") as advance:
         for name in names:
             yield _report(name, before, after, power, eta)

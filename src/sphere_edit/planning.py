@@ -117,7 +117,8 @@ def _timed_batch(session: Session) -> float:
             EnergyChange.of(weight, 1.001 * weight, None)
             sphere.directions(weight)
             if session.ingredients:
-                torch.linalg.cholesky(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device))
+                identity = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
+                torch.linalg.cholesky(identity.expand(*weight.shape[:-2], -1, -1))
 
         total += count * _timed(measure)
     return total
@@ -181,7 +182,7 @@ def _memory(session: Session) -> int:
     held = sum(row.memory(shapes) + row.state(shapes) for row in session.ingredients)
     solving = max((row.scratch(shape) for row in needs.ingredients for shape in shapes), default=0) or matrices * 4 * 4
     if session.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
-        repairing = 6 * matrices * 4 + sum(4 * weight.shape[1] ** 2 for weight in session.weights.working.values())
+        repairing = 6 * matrices * 4 + sum(4 * shape.square for shape in shapes)
         solving = max(solving, repairing)
     vocabulary = session.loaded.model.get_output_embeddings().weight.shape[0]
     tokens = session.settings.tokens_per_batch
@@ -206,4 +207,4 @@ def _disk(session: Session, facts: Sequence[Fact]) -> int:
 
 
 def _shapes(session: Session) -> list[Shape]:
-    return [(weight.shape[0], weight.shape[1]) for weight in session.weights.working.values()]
+    return [Shape.of(weight) for weight in session.weights.working.values()]

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sphere_edit.editing.batch import Clock
-from sphere_edit.editing.ingredients import SecondMoment
+from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.moments import load_corpus
 from sphere_edit.editing.presets import tuned_file
@@ -258,8 +258,8 @@ class _Bench:
         """Measure the second moments of all layers that any trial may ask for, in one pass over the text, or as few as memory allows."""
         if self.loaded.architecture.one_layer:  # one layer can be edited at a time, and is measured with its trial
             return
-        widest = max(weight.shape[1] for weight in self.session({}).weights.working.values())
-        together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest**2)))
+        widest = max(Shape.of(weight).square for weight in self.session({}).weights.working.values())
+        together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest)))
         for first in range(0, len(layers), together):
             with tempfile.TemporaryDirectory() as folder:
                 some = list(layers[first : first + together])

@@ -17,6 +17,7 @@ from sphere_edit.cli.options import (
     Device,
     Forms,
     Limit,
+    Matrices,
     ModelDtype,
     Project,
     SkipBad,
@@ -61,6 +62,10 @@ def edit(
     forms: Forms = None,
     layers: Annotated[
         str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
+    ] = None,
+    matrices: Annotated[
+        Matrices | None,
+        typer.Option(help="Of a mixture of experts: each layer's shared expert or dense MLP, or its routed experts."),
     ] = None,
     corpus: Corpus = None,
     device: Device = None,
@@ -108,6 +113,7 @@ def edit(
         "chat": chat,
         "forms": forms and [form.strip() for form in forms.split(",")],
         "layers": None if layers is None else read_layers(layers),
+        "matrices": matrices and matrices.value,
         "moments": {"corpus": corpus},
         "device": device,
         "dtype": dtype and dtype.value,

@@ -9,6 +9,13 @@ from typing import Annotated, Any
 import typer
 
 
+class Matrices(str, Enum):
+    """Settings.matrices as the command line shows it."""
+
+    down = "down"
+    experts = "experts"
+
+
 class Basis(str, Enum):
     """Which weights SPHERE takes its directions from."""
 

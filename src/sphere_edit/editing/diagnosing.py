@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict  # typing's own has no types at run time before Python 3.12
+from typing_extensions import NotRequired, TypedDict  # typing's own has no types at run time before Python 3.12
 
 from sphere_edit.editing.batch import Written
 from sphere_edit.editing.problem import Statistics
@@ -27,9 +27,10 @@ from sphere_edit.numerics.energy import (
     energy_gradient,
     hyperspherical_energy,
 )
-from sphere_edit.numerics.experts import inputs_of, wide
+from sphere_edit.numerics.experts import experts_of, inputs_of, wide
 from sphere_edit.numerics.linalg import squared_singular_values
 from sphere_edit.numerics.projection import Sphere, rank_of
+from sphere_edit.numerics.update import Update
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class MatrixEntry(TypedDict):
     response: float | None
     relative_drift: float  # ‖W − W0‖ / ‖W0‖
     collateral_ratio: float | None  # tr((W − W0) C0 (W − W0)ᵀ) / tr(W0 C0 W0ᵀ)
+    expert_norms: NotRequired[list[float]]  # of a layer of experts, the length of each one's part of the update
 
 
 class BatchDiagnosis:
@@ -144,6 +146,7 @@ class BatchDiagnosis:
             "response": bounds.response,
             "relative_drift": _share(float((now - original).double().norm()), original),
             "collateral_ratio": None if moment is None else collateral_ratio(now - original, original, moment),
+            **_of_experts(update),
         }
 
     def _metric(self, name: str, moment: Tensor | None) -> KeyMetric | None:
@@ -155,6 +158,16 @@ class BatchDiagnosis:
         if name not in self._unedited:
             self._unedited[name] = hyperspherical_energy(self._weights.original(name)).total
         return self._unedited[name]
+
+
+class _Experts(TypedDict, total=False):
+    expert_norms: list[float]
+
+
+def _of_experts(update: Update) -> _Experts:
+    """How far the update goes in each expert; nothing for a matrix of no experts."""
+    delta = update.dense()
+    return {"expert_norms": delta.double().flatten(1).norm(dim=1).tolist()} if experts_of(delta) else {}
 
 
 def _share(length: float, weight: Tensor) -> float:

@@ -25,12 +25,29 @@ from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import copied, write_tensors
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.numerics.experts import experts_of, inputs_of
 from sphere_edit.numerics.experts import width as width_of
 from sphere_edit.numerics.linalg import NullSpaceRule, dominant_vectors
 from sphere_edit.numerics.update import PARTS
 from sphere_edit.progress import Reporter
 
-Shape = tuple[int, int]  # d_out and d_in of an edited matrix
+
+class Shape(tuple[int, int]):
+    """d_out and d_in of an edited matrix; of a layer of experts E · d_in, and C0 then has one block an expert."""
+
+    experts: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Shape:
+        """Of a weight ``[d_out, d_in]`` or ``[E, d_out, d_in]``."""
+        shape = cls((weight.shape[-2], inputs_of(weight)))
+        shape.experts = max(1, experts_of(weight))
+        return shape
+
+    @property
+    def square(self) -> int:
+        """How many numbers C0 has."""
+        return int(self[1] ** 2 // self.experts)
 
 
 @dataclass
@@ -263,15 +280,15 @@ class SecondMoment(Ingredient):
 
     def memory(self, shapes: Sequence[Shape]) -> int:
         """C0, its factors for the solve and for the energy's bounds; while C0 is measured, its sums take as much."""
-        return sum((4 + 8 + 8) * inner**2 for _, inner in shapes)
+        return sum((4 + 8 + 8) * shape.square for shape in shapes)
 
     def scratch(self, shape: Shape) -> int:
         """A few matrices of its size in float64."""
-        return 4 * 8 * shape[1] ** 2
+        return 4 * 8 * shape.square
 
     def disk(self, shapes: Sequence[Shape], planned: Planned) -> int:
         """C0 in float32."""
-        return sum(4 * inner**2 for _, inner in shapes)
+        return sum(4 * shape.square for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -405,8 +422,8 @@ class EarlierKeys(Ingredient):
         return {name: {self.name: keys} for name, keys in source.all_keys(facts).items()}
 
     def state(self, shapes: Sequence[Shape]) -> int:
-        """A system of all keys and its inverse, float64."""
-        return sum(2 * 8 * inner**2 for _, inner in shapes)
+        """A system of all keys and its inverse, float64; of experts not the keys themselves, whose number is not known here."""
+        return sum(2 * 8 * shape.square for shape in shapes)
 
     def disk(self, shapes: Sequence[Shape], planned: Planned) -> int:
         """A column as each problem has it, float32."""

@@ -56,10 +56,11 @@ class SubjectReader:
         inside: bool,
         max_tokens: int,
         contexts: Literal["mean", "each"] = "mean",
+        role: str | None = None,
     ):
         self._names, self._layers, self._inside, self._contexts = names, layers, inside, contexts
         self._modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
-        self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside)
+        self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside, role)
         clean = prompts.rows[:: prompts.templates]
         others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
         self._clean = LayerWalk(loaded, clean, layers[0], layers[-1], max_tokens)

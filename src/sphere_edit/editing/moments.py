@@ -33,6 +33,7 @@ _SAMPLE_ROWS = 64
 _WINDOW_BATCHES = 2  # padded batches' worth of tokens in a window, between two looks at the convergence
 _LEAST_WINDOWS = 4
 _STORE_SECONDS = 120.0
+_EXPERTS_TOKENS = 4  # times as much text is read for experts
 _SAMPLER = 2  # to be raised when `sample_text` draws otherwise: cached text of another sampler is not its own
 
 
@@ -53,6 +54,11 @@ class MomentSettings(BaseModel):
     )
     max_length: int = Field(512, ge=8, description="tokens of one passage; the rest of a longer one is left out")
     heldout: int = Field(300, ge=1, description="passages at the corpus's end kept for perplexity (a fifth at most)")
+
+    def for_experts(self) -> MomentSettings:
+        """These with four times the tokens of a corpus, unless it was said how many: few tokens reach each expert."""
+        given = "tokens" in self.model_fields_set
+        return self if given else self.model_copy(update={"tokens": _EXPERTS_TOKENS * self.tokens})
 
 
 @dataclass(frozen=True)

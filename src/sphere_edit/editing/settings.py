@@ -17,7 +17,7 @@ from sphere_edit.editing.presets import preset_of, read_tuned
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, Form, chosen_forms, short
-from sphere_edit.models.architecture import WRITERS, Architecture
+from sphere_edit.models.architecture import EXPERTS, WRITERS, Architecture
 from sphere_edit.numerics.projection import Sphere
 
 Matrix = tuple[int, str]  # layer and role
@@ -76,6 +76,11 @@ class Settings(BaseModel):
     layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = Field(
         None,
         description="edited layers, or those of each role {gate: …, up: …, down: …}; by default the method's choice",
+    )
+    matrices: Literal["down", "experts"] | None = Field(
+        None,
+        description="of a mixture of experts, what is edited: each layer's shared expert or dense MLP, or its routed experts; by "
+        "default the former where most layers have one",
     )
     batch_size: int = Field(100, ge=1, description="facts in one batch")
     chat: bool | None = Field(
@@ -156,7 +161,8 @@ class Settings(BaseModel):
         recheck = method.recheck if self.recheck is None else self.recheck
         repair = self._resolved_repair(method)
         update = {"layers": plain, "sphere": sphere, "options": options, "targets": targets, "recheck": recheck}
-        return self.model_copy(update={**update, "repair": repair})
+        moments = self.moments.for_experts() if EXPERTS in layers else self.moments
+        return self.model_copy(update={**update, "repair": repair, "moments": moments, "matrices": None})
 
     @property
     def deployed_by(self) -> str | None:
@@ -190,6 +196,10 @@ class Settings(BaseModel):
             chosen = {role: tuple(sorted(layers)) for role, layers in self.layers.items()}
             if not chosen:
                 raise SphereEditError("--layers takes layer numbers for at least one role")
+            if self.matrices is not None:
+                raise SphereEditError(
+                    f"--layers says which matrices to edit ({', '.join(chosen)}); leave out --matrices"
+                )
             if bad := [role for role in chosen if role not in architecture.roles]:
                 raise SphereEditError(f"this model has no '{bad[0]}' matrix; it has {', '.join(architecture.roles)}")
             if feed.at_subjects and not set(chosen) <= set(WRITERS):
@@ -198,12 +208,20 @@ class Settings(BaseModel):
                 )
         else:
             roles = next((roles for roles in method.roles if set(roles) <= set(architecture.roles)), ("down",))
-            roles = tuple(architecture.writer if role == "down" else role for role in roles)
+            writer = self.matrices or architecture.writer
+            if writer not in architecture.roles:
+                raise SphereEditError(f"this model has no '{writer}' matrices; it has {', '.join(architecture.roles)}")
+            roles = tuple(writer if role == "down" else role for role in roles)
             layers = _default_layers(method, architecture, roles) if self.layers is None else tuple(sorted(self.layers))
             chosen = dict.fromkeys(roles, layers)
+        if EXPERTS in chosen and not method.by_experts:
+            raise SphereEditError(
+                f"{method.name} cannot edit routed experts: it needs a system of all inputs of a layer's experts, squared; choose another "
+                "method, or matrices that are not experts (--matrices down)"
+            )
         for role, layers in chosen.items():
             _check_layers(layers, architecture, role)
-            changed = any(map(architecture.inside, layers))
+            changed = any(architecture.inside(layer, role) for layer in layers)
             if len(layers) > 1 and feed.one_layer(changed):
                 why = f"{method.name} sets its target at an MLP's output"
                 if changed:
@@ -219,7 +237,11 @@ def _default_layers(method: Method, architecture: Architecture, roles: Sequence[
     """The method's own choice among the layers that have all roles; the last of them where one layer is edited."""
     having = [layer for layer in architecture.having(roles[0]) if all(layer in architecture.having(r) for r in roles)]
     layers = tuple(having[place] for place in method.default_layers(len(having)))
-    return layers[-1:] if method.needs.feed.one_layer(any(map(architecture.inside, layers))) else layers
+    return (
+        layers[-1:]
+        if method.needs.feed.one_layer(any(architecture.inside(layer, roles[0]) for layer in layers))
+        else layers
+    )
 
 
 def _check_layers(layers: tuple[int, ...], architecture: Architecture, role: str) -> None:

@@ -56,7 +56,7 @@ class Feed:
         raise NotImplementedError
 
     def one_layer(self, changed: bool) -> bool:
-        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`LayerParts.inside`)."""
+        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`Matrix.inside`)."""
         return False
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
@@ -183,7 +183,7 @@ class OptimisedTargets(Source):
         """Set ``targets`` for the facts taken up."""
         computing = self.computing()
         self.targets: Targets = optimise_targets(
-            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance
+            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance, self._role
         )
         if computing is not self.loaded:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
@@ -200,7 +200,7 @@ class OptimisedTargets(Source):
         """What the last edited MLP says at the facts' subjects, ``[d, n]``."""
         prompts = SubjectPrompts.of(self._forms, self.templates[:1], self.encoder)
         names, layers = self.weights.names, self.layers
-        return SubjectReader(self.loaded, prompts, names, layers, True, self.max_tokens).clean_values()
+        return SubjectReader(self.loaded, prompts, names, layers, True, self.max_tokens, role=self._role).clean_values()
 
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
@@ -211,7 +211,9 @@ class OptimisedTargets(Source):
     def _new_reader(self) -> SubjectReader:
         prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
         names, layers = self.weights.names, self.layers
-        return SubjectReader(self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts)
+        return SubjectReader(
+            self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts, self._role
+        )
 
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
@@ -260,6 +262,11 @@ class OptimisedTargets(Source):
         return self._copy
 
     @property
+    def _role(self) -> str:
+        """Of the last edited matrix."""
+        return self.loaded.architecture.role_of(self.weights.names[-1])
+
+    @property
     def _inside(self) -> bool:
         return self.feed.site == "mlp"
 
@@ -268,7 +275,11 @@ class OptimisedTargets(Source):
         keys, values = self._the_reader().keys_and_values(index)
         if index == len(self.layers) - 1 and not self.asked_again:
             self._reader = None
-        return keys, (self._wanted(index, values) - values) / (len(self.layers) - index)
+        return keys, (self._wanted(index, values) - values) / ((len(self.layers) - index) * self._factor(index))
+
+    def _factor(self, index: int) -> float:
+        """What the output of a matrix is multiplied with on its way to the value site."""
+        return 1.0 if self._inside else self.loaded.architecture.named(self.weights.names[index]).factor
 
     def _wanted(self, index: int, values: Tensor) -> Tensor:
         """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ."""

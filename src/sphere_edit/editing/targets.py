@@ -14,11 +14,11 @@ from torch import Tensor
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.forms import contexts
+from sphere_edit.facts.forms import wordings
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.models.replay import UpperLayers
+from sphere_edit.models.replay import replay
 from sphere_edit.models.tokens import Predictions, over_batches
 from sphere_edit.progress import Advance
 
@@ -118,10 +118,11 @@ def optimise_targets(
     settings: TargetSettings,
     inside: bool = False,
     advance: Advance = lambda facts: None,
+    role: str | None = None,
 ) -> Targets:
     """``v* = h + δ`` for each fact: δ at the value site of ``layer``, at the subject's last token, in every template.
 
-    Loss (DESIGN, section 3): mean over templates of the mean over target tokens of −log p, plus kl_factor times
+    Loss (DESIGN, section 3): mean over templates, and over the fact's rewordings beside them, of the mean over target tokens of −log p, plus kl_factor times
     KL(edited ‖ original) after the subject in "{subject} is a", plus weight_decay · ‖δ‖ / ‖h‖². ‖δ‖ is clamped to
     clamp_norm_factor · ‖h‖ after each update; a fact leaves the optimisation once its loss is below stop_loss, or its target
     has been the likeliest often enough (most_probable; ENCORE, arXiv:2502.01636). Facts
@@ -130,6 +131,7 @@ def optimise_targets(
     Args:
         layer: the last edited layer L.
         inside: add δ to the MLP's output (ROME) and not to the layer's.
+        role: of the edited matrix, whose output that is.
         advance: told of the facts done, and parts of facts.
 
     Raises:
@@ -139,10 +141,13 @@ def optimise_targets(
     prompts = [FactPrompts.of(fact, templates, encoder) for fact in facts]
 
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
-        return _Descent(loaded, chunk, layer, settings, inside).run(advance)
+        return _Descent(loaded, chunk, layer, settings, inside, role).run(advance)
 
     with deterministic(loaded.device):
-        order = over_batches(prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens)
+        whole = loaded.architecture.whole_rows
+        order = over_batches(
+            prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens(whole)
+        )
     for fact, found in zip(facts, order, strict=True):
         if not all(loss < float("inf") for loss in found.losses):
             raise SphereEditError(
@@ -184,7 +189,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class FactPrompts:
-    """One fact's rows of token ids: one a template (prompt and target but for its last token), then the KL prompt's.
+    """One fact's rows of token ids: one a template or rewording (prompt and target but for its last token), then the KL prompt's.
 
     The KL prompt ends with the subject: that is where its next token is predicted, and nothing after it can matter. If
     the fact's own prompt begins with the subject, the first row says the same up to there, and there is no other.
@@ -205,18 +210,17 @@ class FactPrompts:
         """Tokens of the answer, after the template that makes the most of it."""
         return max(map(len, self.targets))
 
-    @property
-    def replayed_tokens(self) -> int:
-        """Tokens in one evaluation of the loss: from the subject's last token on, padded."""
-        spans = (len(row) - subject for row, subject in zip(self.rows, self.subjects, strict=True))
+    def replayed_tokens(self, whole: bool = False) -> int:
+        """Tokens in one evaluation of the loss: from the subject's last token on, or of ``whole`` rows, padded."""
+        spans = (len(row) - (0 if whole else subject) for row, subject in zip(self.rows, self.subjects, strict=True))
         return len(self.rows) * max(spans)
 
     @classmethod
     def of(cls, fact: Fact, templates: Sequence[str], encoder: Encoder) -> FactPrompts:
-        """The prompts of one fact in every template, the first of which is the bare one."""
+        """The prompts of one fact in every template, the first of which is the bare one, and its rewordings."""
         rows, subjects, starts, targets = [], [], [], []
-        for template in contexts(fact, templates):
-            tokens, start, subject = encoder.with_answer(fact, template)
+        for form, template in wordings(fact, templates, encoder):
+            tokens, start, subject = encoder.with_answer(form, template)
             rows.append(tokens.ids[:-1])
             subjects.append(subject)
             starts.append(start)
@@ -247,12 +251,18 @@ class _Descent:
     """Descent on the δs of one chunk of facts. Rows are laid out fact by fact."""
 
     def __init__(
-        self, loaded: LoadedModel, prompts: list[FactPrompts], layer: int, settings: TargetSettings, inside: bool
+        self,
+        loaded: LoadedModel,
+        prompts: list[FactPrompts],
+        layer: int,
+        settings: TargetSettings,
+        inside: bool,
+        role: str | None = None,
     ):
         self.loaded, self.settings, self.prompts = loaded, settings, prompts
         rows = [row for fact in prompts for row in fact.rows]
         pivots = [position for fact in prompts for position in fact.subjects]
-        self.upper = UpperLayers(loaded, rows, pivots, layer, inside)
+        self.upper = replay(loaded, rows, pivots, layer, inside, role)
         self.active = list(range(len(prompts)))
         self.block = _VOCABULARY_ROWS.get(loaded.device.type, _MANY_ROWS)
         self._index()

@@ -13,7 +13,7 @@ from typing import Literal
 from sphere_edit.evaluation.heldout import HeldoutScores
 from sphere_edit.evaluation.scores import FactScores, PromptScore
 
-Of = Literal["prompts", "heldout", "texts", "ability"]  # what a metric is measured of
+Of = Literal["prompts", "heldout", "texts", "ability", "routes"]  # what a metric is measured of
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,9 @@ DIVERGENCE = Metric(
 )  # fmt: skip
 FLUENCY = Metric("fluency", "Fluency", "texts", rising=None, unit="", digits=3, page=False)
 CONSISTENCY = Metric("consistency", "Consistency", "texts", rising=True, unit="", digits=3, page=False)
+ROUTES = Metric(
+    "routes", "Routes changed above the edit", "routes", rising=False, distance=True, page=False, compared=False
+)  # of a mixture of experts
 HELDOUT = (PERPLEXITY, DIVERGENCE)
 TEXTS = (FLUENCY, CONSISTENCY)
 
@@ -210,4 +213,4 @@ def of_heldout(scores: HeldoutScores) -> dict[str, float | None]:
 
 def whole_model() -> tuple[str, ...]:
     """What journal and ``metrics.json`` call that which is measured of the model as a whole."""
-    return (*(metric.name for metric in HELDOUT), "energy", "texts")
+    return (*(metric.name for metric in HELDOUT), "energy", "texts", "routes")

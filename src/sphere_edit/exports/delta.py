@@ -114,7 +114,7 @@ def rebuilt(original: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -
         weight = (weight.double() + parts["delta"].double()).float()
     else:
         sizes = parts["batches"].tolist()
-        for left, right in zip(parts["left"].split(sizes, 1), parts["right"].split(sizes, 0), strict=True):
+        for left, right in zip(parts["left"].split(sizes, 1), parts["right"].split(sizes, -2), strict=True):
             weight = _sum_of_products(weight, left.double(), right.double())
     stored = weight.to(dtype)
     stored.view(-1)[parts["where"].long()] = parts["values"].to(dtype)
@@ -123,6 +123,10 @@ def rebuilt(original: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -
 
 def _sum_of_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``W + L R`` rounded to float32, the products of float64 factors added one after another, so that no machine rounds otherwise."""
+    if weight.dim() == 3:  # of experts, which share the left factor
+        return torch.stack(
+            [_sum_of_products(*expert) for expert in zip(weight, [left] * len(weight), right, strict=True)]
+        )
     sums = []
     for rows, factors in zip(weight.double().split(_ROWS), left.split(_ROWS), strict=True):
         total = rows.clone()
@@ -154,7 +158,7 @@ def _factors(run: RunFolder, name: str, limit: int) -> Parts | None:
         return None
     return {
         "left": torch.cat([one["left"] for one in kept], 1).float(),
-        "right": torch.cat([one["right"] for one in kept], 0).float(),
+        "right": torch.cat([one["right"] for one in kept], -2).float(),
         "batches": torch.tensor([one["left"].shape[1] for one in kept]),
     }
 

@@ -62,7 +62,8 @@ class Fact:
         target_true_ids: the tokens of target_true where the unedited model was asked for it.
         separator: what stands between the prompt and target_new; None in runs begun before it was kept, which go on by their rule (`joined`).
         answers, true_answers: other right answers beside target_new, other old ones beside target_true.
-        portability, rewordings: kept for what will measure and use them; nothing does yet.
+        portability: prompts whose answers follow from the edit.
+        rewordings: prompts, with ``{}``, that say the same: the target is optimised in them too (`paraphrases` only measure).
         forms: those in which it is edited, the first of which is the one it is asked in; none were said: plain.
     """
 
@@ -197,7 +198,7 @@ def make_fact(
         generation_prompts=_texts(generation_prompts, "generation_prompts", about),
         answers=tuple(dict.fromkeys(a for a in (*others, *_answers(answers)) if a != wanted)),
         portability=tuple(_probe(item, about) for item in as_list(portability, "portability")),
-        rewordings=_texts(rewordings, "rewordings", about),
+        rewordings=_rewordings(rewordings, about, named["subject"]),
         forms=chosen_forms(chat, forms),
         source_id=source_id,
         record=record,
@@ -223,6 +224,11 @@ def chosen_forms(chat: object, forms: object) -> tuple[Form, ...]:
     if chat is not None and chat != ("chat" in chosen):
         raise BadRecord(f"'chat' is {str(chat).lower()}, but 'forms' says {' and '.join(chosen)}; give one of them")
     return tuple(sorted(chosen, key=given.index))
+
+
+def _rewordings(value: object, subject: str, name: str) -> tuple[str, ...]:
+    """Prompts with ``{}``; without a subject as they are."""
+    return tuple(_template(text_of(item, "rewordings"), subject, name) for item in as_list(value, "rewordings"))
 
 
 def _template(prompt: str, subject: str, name: str) -> str:

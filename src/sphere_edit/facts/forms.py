@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder, fill
+from sphere_edit.facts.seam import separator_between
 
 _OPENER = "\n"  # what stands before a fact that is not to be the first of a row: a line's end
 _OTHERS = (
@@ -41,7 +42,8 @@ def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]
     - with a line's end before it, for the subject inside a text;
     - with the prompt up to its longest token behind it, for the bare prompt: that token has read the subject, and says what is asked.
 
-    A prompt that is nothing but its subject has the first form only. A tokenizer that begins every row with a token of its own
+    A prompt that is nothing but its subject has the first form only. A rewording that begins otherwise is a form of its own, and
+    takes the others along. A tokenizer that begins every row with a token of its own
     never comes to this.
 
     Args:
@@ -50,7 +52,9 @@ def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]
     if not begins_its_row(fact, encoder):
         return [fact]
     text, end = fill("{}", fact)
-    inside = replace(fact, subject=_OPENER + text[:end], prompt="{}" + text[end:])
+    inside = replace(fact, subject=_OPENER + text[:end], prompt="{}" + text[end:], rewordings=())
+    within = [form for form in _reworded(fact) if not begins_its_row(form, encoder)]
+    others = [replace(within[0], rewordings=tuple(form.prompt for form in within[1:]))] if within else []
     tokens = encoder.encode(text)
     avoided = sinks(tokens.ids)
     places = [
@@ -59,10 +63,22 @@ def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]
         if text[max(start, end) : stop].strip()
     ]
     if not places:
-        return [inside]
+        return [inside, *others]
     *_, place = min(places)
-    bare = {**vars(fact), "subject": text[:place], "prompt": "{}" + text[place:]}
-    return [inside, BareForm(**bare)]
+    bare = {**vars(fact), "subject": text[:place], "prompt": "{}" + text[place:], "rewordings": ()}
+    return [inside, BareForm(**bare), *others]
+
+
+def _reworded(fact: Fact) -> list[Fact]:
+    """The fact in each of its rewordings."""
+    found = [replace(fact, prompt=prompt, rewordings=()) for prompt in fact.rewordings]
+    return [replace(form, separator=separator_between(form.filled_prompt, fact.target_new)) for form in found]
+
+
+def wordings(fact: Fact, templates: Sequence[str], encoder: Encoder) -> list[tuple[Fact, str]]:
+    """All in which a form's target is optimised: the form in each context template, and each of its rewordings in none."""
+    rewordings = [forms_of(form, encoder)[0] for form in _reworded(fact)]
+    return [*((fact, template) for template in contexts(fact, templates)), *((form, "{}") for form in rewordings)]
 
 
 def contexts(fact: Fact, templates: Sequence[str]) -> list[str]:

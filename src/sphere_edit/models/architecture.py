@@ -25,11 +25,17 @@ class Matrix:
         path: within its layer: of a module with a ``weight``, or, of experts, of a parameter with one matrix each ``[E, …]``.
         transposed: stored ``[in, out]`` (GPT-2's Conv1D; the experts of gpt-oss and Llama 4).
         experts: the matrices of all experts, side by side: ``[d_out, E · d_in]``.
+        inside: of one that writes the MLP's output: this is changed on its way into the residual stream (a norm after the MLP, a
+            gate that depends on the token), so that a target can only be met before that: δ is added to the output of the matrix.
+            Since no other layer reaches that place, exactly one layer is edited.
+        factor: what the output is multiplied with on its way (Granite's residual multiplier).
     """
 
     path: str
     transposed: bool = False
     experts: bool = False
+    inside: bool = False
+    factor: float = 1.0
 
     @property
     def module(self) -> str:
@@ -39,19 +45,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What of one decoder layer can be edited, and how the MLP's output reaches the residual stream.
-
-    Attributes:
-        matrices: by role; ``down`` and ``experts`` write into the residual stream.
-        inside: the output is changed on its way into the residual stream (a norm after the MLP, a gate that depends on the token),
-            so that a target can only be met before that: δ is added to the output of ``down``. Since no other layer reaches that
-            place, exactly one layer is edited.
-        factor: what the output is multiplied with on its way (Granite's residual multiplier).
-    """
+    """What of one decoder layer can be edited: matrices by role, of which ``down`` and ``experts`` write into the residual stream."""
 
     matrices: Mapping[str, Matrix]
-    inside: bool = False
-    factor: float = 1.0
 
     @property
     def writer(self) -> str | None:
@@ -71,6 +67,7 @@ class Architecture:
         logit_cap: what they are squeezed to ± of by tanh (Gemma 2).
         whole_rows: targets run whole rows through the upper layers, since these keep more of a prefix than keys and values
             (state-space and linear attention, indexers): slower.
+        silent: layers that a text does not run through (cross-attention to images).
         found: how the layout is known: by a family's row, or by the probe.
     """
 
@@ -80,6 +77,7 @@ class Architecture:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     whole_rows: bool = False
+    silent: frozenset[int] = frozenset()
     found: str = "row"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -87,6 +85,16 @@ class Architecture:
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def running(self, model: nn.Module, first: int = 0, last: int | None = None) -> dict[int, nn.Module]:
+        """The decoder layers that a text runs through, from ``first`` to ``last`` (that included), by number."""
+        end = len(self.parts) if last is None else last + 1
+        layers = self.decoder_layers(model)
+        return {number: layers[number] for number in range(first, end) if number not in self.silent}
+
+    def last_layer(self, model: nn.Module) -> nn.Module:
+        """The last layer that a text runs through."""
+        return list(self.running(model).values())[-1]
 
     def matrix(self, layer: int, role: str) -> Matrix:
         """The matrix ``role`` of a layer."""
@@ -98,8 +106,15 @@ class Architecture:
 
     def named(self, name: str) -> Matrix:
         """The matrix whose full path is ``name``."""
-        layer, path = name.removeprefix(f"{self.layers}.").split(".", 1)
-        return next(matrix for matrix in self.parts[int(layer)].matrices.values() if matrix.path == path)
+        return self._parts_of(name).matrices[self.role_of(name)]
+
+    def role_of(self, name: str) -> str:
+        """Its role."""
+        path = name.removeprefix(f"{self.layers}.").split(".", 1)[1]
+        return next(role for role, matrix in self._parts_of(name).matrices.items() if matrix.path == path)
+
+    def _parts_of(self, name: str) -> LayerParts:
+        return self.parts[int(name.removeprefix(f"{self.layers}.").split(".", 1)[0])]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -122,23 +137,26 @@ class Architecture:
 
     @property
     def one_layer(self) -> bool:
-        """Whether targets can be met in one layer only (`LayerParts.inside`), in any of those that are edited by default."""
-        return any(map(self.inside, self.having(self.writer)))
+        """Whether targets can be met in one layer only (`Matrix.inside`), in any of those that are edited by default."""
+        return any(self.inside(layer) for layer in self.having(self.writer))
 
-    def inside(self, layer: int) -> bool:
-        """Whether a target of this layer can only be met at its MLP's output (`LayerParts.inside`)."""
-        return self.parts[layer].inside
+    def inside(self, layer: int, role: str | None = None) -> bool:
+        """Whether a target of this layer can only be met at its MLP's output (`Matrix.inside`); ``role``: as it is edited by default."""
+        return self._writing(layer, role).inside
 
-    def value_site(self, model: nn.Module, layer: int, inside: bool = False) -> nn.Module:
-        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output.
+    def value_site(self, model: nn.Module, layer: int, inside: bool = False, role: str | None = None) -> nn.Module:
+        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output (``role``).
 
-        Where the layer's parts say so it is always the latter.
+        Where the matrix says so it is always the latter.
         """
-        if not (inside or self.inside(layer)):
+        if not (inside or self.inside(layer, role)):
             return self.decoder_layers(model)[layer]
-        writer = self.parts[layer].writer
-        assert writer is not None
-        return model.get_submodule(f"{self.layers}.{layer}.{self.matrix(layer, writer).module}")
+        return model.get_submodule(f"{self.layers}.{layer}.{self._writing(layer, role).module}")
+
+    def _writing(self, layer: int, role: str | None) -> Matrix:
+        matrices = self.parts[layer].matrices
+        chosen = next((one for one in (role, self.writer, *WRITERS) if one in WRITERS and one in matrices), None)
+        return matrices[chosen] if chosen is not None else Matrix("")
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
@@ -154,7 +172,7 @@ class Family:
 
     Attributes:
         modules: paths, within a layer, of the matrices that can be edited, by role.
-        transposed, post_norm: as `Matrix.transposed`, and `LayerParts.inside` by a norm.
+        transposed, post_norm: as `Matrix.transposed`, and `Matrix.inside` by a norm.
     """
 
     model_types: tuple[str, ...]
@@ -182,8 +200,11 @@ class Family:
 
     def of_depth(self, layers: int) -> Architecture:
         """The layout of a model of so many layers."""
-        matrices = {role: Matrix(path, self.transposed) for role, path in self.modules.items()}
-        parts = LayerParts(MappingProxyType(matrices), self.post_norm)
+        matrices = {
+            role: Matrix(path, self.transposed, inside=self.post_norm and role in WRITERS)
+            for role, path in self.modules.items()
+        }
+        parts = LayerParts(MappingProxyType(matrices))
         return Architecture(self.layers, self.final_norm, (parts,) * layers)
 
 

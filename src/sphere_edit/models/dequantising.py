@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
@@ -73,5 +73,14 @@ def undo(config: Any, found: Mapping[str, Any]) -> None:
     nested = config.get_text_config(decoder=True)
     if nested is not config and hasattr(nested, "quantization_config"):
         del nested.quantization_config
+    config.quantization_config = _undone(found)
+
+
+def quantiser(found: Mapping[str, Any]) -> Any:
+    """transformers' loader of a checkpoint that is quantised as ``found`` says, set to undo it."""
+    return AutoHfQuantizer.from_config(_undone(found), pre_quantized=True)
+
+
+def _undone(found: Mapping[str, Any]) -> dict[str, Any]:
     method = found["quant_method"] if found["quant_method"] == "mxfp4" else _FP8
-    config.quantization_config = {**found, "quant_method": method, "dequantize": True}
+    return {**found, "quant_method": method, "dequantize": True}

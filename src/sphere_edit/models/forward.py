@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sphere_edit.models.hooks import Stop, first_output, watched
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.sites import Keys, entering
 from sphere_edit.models.tokens import TokenBatch
 
@@ -56,7 +56,7 @@ def activations(
 
 def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
     """Output of the last decoder layer, ``[B, S, d_model]``, before the final norm."""
-    _, hidden = activations(loaded, batch, output_of=loaded.architecture.decoder_layers(loaded.model)[-1])
+    _, hidden = activations(loaded, batch, output_of=loaded.architecture.last_layer(loaded.model))
     assert hidden is not None
     return hidden
 
@@ -102,7 +102,7 @@ class Graph:
         with ExitStack() as hooks:
             for module in outputs_of:
                 hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
-            last = loaded.architecture.decoder_layers(loaded.model)[-1]
+            last = loaded.architecture.last_layer(loaded.model)
             hooks.callback(last.register_forward_hook(stop).remove)
             with suppress(Stop), torch.enable_grad():
                 torch.func.functional_call(loaded.model, dict(parameters or {}), (), call)

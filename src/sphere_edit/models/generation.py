@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.models.forward import at, last_hidden, next_token_scores
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, over_batches
 
 _GREEDY_TOKENS = 4096  # in one batch of `greedy_continuations`

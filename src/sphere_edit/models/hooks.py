@@ -25,14 +25,22 @@ class Stop(Exception):
 
 
 def first_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def folded(rows: Tensor, batch: int) -> Tensor:
+    """A module's rows as ``[B, S, d]``: some are given, and give, all tokens in one ``[B · S, d]`` (OPT, shared experts)."""
+    return rows.unflatten(0, (batch, -1)) if rows.dim() == 2 else rows
 
 
 @contextmanager
 def watched(
     inputs_of: Sequence[nn.Module], output_of: nn.Module | None, shape: tuple[int, int]
 ) -> Iterator[tuple[list[Keys], list[Tensor]]]:
-    """Record what enters some modules and the output of one while a model runs a batch of ``shape``; it stops after the last of them."""
+    """Record what enters some modules and the output of one while a model runs a batch of ``shape``; it stops after the last of them.
+
+    The output ``[B, S, d]`` is a copy: some layers add to it in place (Falcon).
+    """
     inputs: list[Keys] = []
     outputs: list[Tensor] = []
 
@@ -42,7 +50,7 @@ def watched(
             raise Stop
 
     def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(first_output(output).detach())
+        outputs.append(folded(first_output(output).detach().clone(), shape[0]))
         raise Stop
 
     with ExitStack() as hooks:

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
+from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
-from sphere_edit.models.probe import architecture_of, check_head
+from sphere_edit.models.probe import architecture_of, check_head, with_replay
 from sphere_edit.models.soundness import (
     check_fetched,
     check_folder,
@@ -35,27 +35,6 @@ from sphere_edit.models.source import hub_companions, hub_folder, read_config, r
 from sphere_edit.progress import Quiet, Reporter
 
 EMBEDDED = "smollm2"
-
-
-@dataclass
-class LoadedModel:
-    """A model ready to be edited: evaluation mode, no gradients on its weights, on one device."""
-
-    model: Any
-    tokenizer: Any
-    architecture: Architecture
-    source: str
-    fingerprint: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Numbers the model's first parameter is made of."""
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's first parameter lives."""
-        return next(self.model.parameters()).device
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -219,13 +198,12 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
     """Wrap a model that is already in memory: evaluation mode, no weight gradients, identity hashed.
 
     Raises:
-        SphereEditError: its family is not supported, tokenizer and model do not belong together, its weights are broken, or its
-            logits are not what its family's row makes of its last layer.
+        SphereEditError: its layout is not understood, tokenizer and model do not belong together, its weights are broken, or its
+            logits are not what its layout makes of its last layer.
     """
-    architecture = architecture_of(model)
     rows = model.get_input_embeddings().weight.shape[0]
     with usable(source):
-        ids = tokenizer("The capital of France is Paris.")["input_ids"]
+        ids = tokenizer("The capital of France is Paris, and the river there is the Seine.")["input_ids"]
     if max(ids, default=0) >= rows:
         raise SphereEditError(
             f"the tokenizer of '{source}' gives token ids that its model, with {rows} tokens, does not have"
@@ -237,8 +215,10 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
                 f"the weights of '{source}' are broken: {name} holds numbers that are infinite or undefined; get the model again"
             )
     with usable(source):
+        architecture = architecture_of(model, ids, source)
         check_head(model, architecture, ids, source)
-    return LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
+        loaded = LoadedModel(model, tokenizer, architecture, source, fingerprint(model))
+        return loaded if architecture.found == "row" else with_replay(loaded, ids)
 
 
 def _locate(source: str) -> tuple[str, str | None]:

@@ -75,8 +75,11 @@ def _undone(where: str, quantised: Mapping[str, Any], trust: bool) -> Any:
     return config
 
 
-def skeleton(where: str, loader: str, trust: bool = False) -> Any:
-    """A model without weights: its modules, with the names and shapes of its parameters.
+def skeleton(where: str, loader: str, trust: bool = False, dtype: torch.dtype | None = None) -> Any:
+    """A model without weights: its modules, with the names, shapes and dtypes of its parameters.
+
+    Args:
+        dtype: of the parameters, where it is not the configuration's.
 
     Raises:
         SphereEditError: transformers cannot build it.
@@ -86,7 +89,9 @@ def skeleton(where: str, loader: str, trust: bool = False) -> Any:
     try:
         with quiet(), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust)
-            return getattr(transformers, loader).from_config(config, trust_remote_code=trust)
+            return getattr(transformers, loader).from_config(
+                config, trust_remote_code=trust, dtype=dtype or config.dtype
+            )
     except Exception as error:  # whatever the library and its checks of a configuration raise
         raise SphereEditError(
             f"no model can be built from the configuration of '{where}': {first_lines(error)}"

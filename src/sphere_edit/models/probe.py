@@ -1,38 +1,72 @@
-"""What is looked at once, when a model is loaded: whether it computes as its family's row says."""
+"""What is looked at once, when a model is loaded: what it is made of, and whether it computes so."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture, described, row_of
+from sphere_edit.models.architecture import Architecture, described, row_of, with_whole_rows
+from sphere_edit.models.finding import NotFound, found_layout
 from sphere_edit.models.hooks import first_output
+from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.replay import UpperLayers, WholeRows, fits
 
-_TOKENS = 8
+_TOKENS, _MOST = 8, 12
 # the head is given the same numbers, so that only the order of sums can differ; Granite's scaled logits differ by much more
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def architecture_of(model: Any) -> Architecture:
-    """The layout of ``model``, by the row of its ``config.model_type``.
+def architecture_of(model: Any, ids: Sequence[int], source: str) -> Architecture:
+    """The layout of ``model``: by the row of its ``config.model_type``, or, without one or where that does not fit, found by running it.
+
+    Args:
+        ids: token ids of a sentence.
+        source: what the user called the model.
 
     Raises:
-        SphereEditError: for an unknown family; and for a known one whose modules are not where the row says.
+        SphereEditError: no layout was found; it says what is missing and what the model is made of.
     """
-    model_type = model.config.model_type
-    row = row_of(model_type)
-    if row is None:
-        raise SphereEditError(f"model family '{model_type}' is not supported yet.\n{described(model)}")
+    row = row_of(model.config.model_type)
+    with suppress(AttributeError):  # a model of the family that is laid out otherwise
+        if row is not None:
+            return row.architecture(model)
     try:
-        return row.architecture(model)
-    except AttributeError as error:
+        return found_layout(model, _some(ids))
+    except NotFound as error:
         raise SphereEditError(
-            f"this '{model_type}' model is not laid out as its family usually is: {error}.\n{described(model)}"
+            f"'{source}' (model type '{model.config.model_type}') cannot be edited: {error}. {described(model)}"
         ) from None
+
+
+def with_replay(loaded: LoadedModel, ids: Sequence[int]) -> LoadedModel:
+    """The same, with what was found out of how its upper layers can be run again (`replay`): from a token on, or whole rows.
+
+    Raises:
+        SphereEditError: in neither way.
+    """
+    architecture = loaded.architecture
+    layer = architecture.having(architecture.writer)[0]
+    rows = [_some(ids), _some(ids)[:-3]]
+    if fits(UpperLayers, loaded, rows, layer):
+        return loaded
+    whole = replace(loaded, architecture=with_whole_rows(architecture))
+    if fits(WholeRows, whole, rows, layer):
+        return whole
+    raise SphereEditError(
+        f"'{loaded.source}' (model type '{loaded.model.config.model_type}') cannot be edited: its upper layers, run again with the "
+        "arguments they were called with, give another result than its own forward pass"
+    )
+
+
+def _some(ids: Sequence[int]) -> list[int]:
+    """A dozen tokens or fewer, eight at least."""
+    return (list(ids or [0]) * _TOKENS)[: max(_TOKENS, min(len(ids), _MOST))]
 
 
 @torch.no_grad()
@@ -53,7 +87,7 @@ def check_head(model: Any, architecture: Architecture, ids: Sequence[int], sourc
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(first_output(output))
 
-    hook = architecture.decoder_layers(model)[-1].register_forward_hook(keep)
+    hook = architecture.last_layer(model).register_forward_hook(keep)
     device = model.get_input_embeddings().weight.device
     try:
         row = torch.tensor([list(ids[:_TOKENS]) or [0]], device=device)
@@ -71,7 +105,7 @@ def check_head(model: Any, architecture: Architecture, ids: Sequence[int], sourc
     if not difference <= tolerance:
         raise SphereEditError(
             f"the logits of '{source}' are not what its final norm and output embedding make of its last layer (relative "
-            f"difference {difference:.1e}, allowed {tolerance:.0e}): this '{model.config.model_type}' model scales or changes "
+            f"difference {difference:.1e}, allowed {tolerance:.0e}): this '{model.config.model_type}' model changes "
             "them in a way that sphere-edit does not know, so neither targets nor measurements would be of this model"
         )
 

@@ -1,4 +1,4 @@
-"""The upper layers replayed with δ added below them, from the subject's last token on."""
+"""The upper layers replayed with δ added below them: from the subject's last token on, or, where that does not do, whole rows."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.hooks import Call, Stop, first_output, hidden_first
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
+from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.tokens import TokenBatch
+
+_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
-class UpperLayers:
-    """The layers above a value site, replayed with δ added there, from the subject's last token on.
+class Replay:
+    """The layers above a value site, run again and again with δ added there.
 
-    One clean forward pass records, by hook, what every upper layer was called with (masks, rotary tables, …, whatever
-    the family passes) and its keys and values. Each replay then runs only those layers, and within them only the
-    positions from the pivot on: what stands before it does not depend on δ. No family needs code of its own for this.
-
-    Rows are padded on the left too, so that all pivots share a column; column 0 of a replay is the pivot.
+    One clean forward pass records, by hook, what every upper layer was called with (masks, rotary tables, …, whatever the family
+    passes). Each replay then runs only those layers. No family needs code of its own for this.
 
     Args:
         rows: token ids.
         pivots: the position in each row at which δ is added.
         layer: the layer whose value site it is (`Architecture.value_site`).
-        inside: the site is the output of the layer's ``down`` matrix.
+        inside, role: the site is the output of the layer's matrix ``role``.
     """
+
+    value: Tensor  # [B, d]: what stands at the pivots
+    _start: Tensor  # what the first of the layers run again is given
+    _clean: Tensor  # the last layer's output [B, positions from the pivot on, d]
+    _real: Tensor  # which of these positions hold a token
 
     def __init__(
         self,
@@ -37,14 +42,119 @@ class UpperLayers:
         pivots: Sequence[int],
         layer: int,
         inside: bool = False,
+        role: str | None = None,
     ):
         architecture, model = loaded.architecture, loaded.model
         self._loaded = loaded
-        self._inside = inside or architecture.inside(layer)
-        self._site = architecture.value_site(model, layer, inside)
-        self._layers = list(architecture.decoder_layers(model))[layer if self._inside else layer + 1 :]
+        self._inside = inside or architecture.inside(layer, role)
+        self._site = architecture.value_site(model, layer, inside, role)
+        self._layers = list(architecture.running(model, layer if self._inside else layer + 1).values())
         self._calls: list[Call] = []
         self._record(rows, pivots)
+
+    def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def _run_clean(self, batch: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """One plain pass: what stands at the site and what the last layer gives back, ``[B, S, d]``; the layers' calls are kept."""
+        values: list[Tensor] = []
+        last: list[Tensor] = []
+
+        def take_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            values.append(folded(first_output(output).clone(), batch))
+
+        def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._calls.append(hidden_first(args, kwargs))
+
+        def take_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            last.append(first_output(output))
+            raise Stop
+
+        with ExitStack() as hooks:
+            hooks.callback(self._site.register_forward_hook(take_value).remove)
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
+            final = self._loaded.architecture.last_layer(self._loaded.model)
+            hooks.callback(final.register_forward_hook(take_last).remove)
+            with suppress(Stop):
+                self._loaded.model(**inputs)
+        return values[0], last[0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        size = len(self.value)
+
+        def pick(item: Any) -> Any:
+            if isinstance(item, Tensor) and item.dim() > 1 and size > 1 and len(item) == size:
+                return item[rows]
+            return item
+
+        self._calls = _mapped(pick, self._calls)
+        self.value, self._start = self.value[rows], self._start[rows]
+        self._clean, self._real = self._clean[rows], self._real[rows]
+
+    def hidden(self, delta: Tensor) -> Tensor:
+        """Last layer's output ``[B, positions from the pivot on, d_model]`` with ``delta [B, d]`` added at the pivots.
+
+        Differentiable in ``delta``.
+        """
+        if self._inside:
+            with self._added_at_site(delta):
+                return self._from_pivots(self._through_layers(self._start))
+        return self._from_pivots(self._through_layers(self._added(self._start, delta)))
+
+    def _added(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        """``hidden [B, S, d]`` with ``delta [B, d]`` added at the pivots."""
+        raise NotImplementedError
+
+    def _from_pivots(self, hidden: Tensor) -> Tensor:
+        """The columns from the pivot on."""
+        return hidden
+
+    def check(self, hidden: Tensor) -> None:
+        """Compare a replay without any δ against the clean pass: they must agree.
+
+        Raises:
+            SphereEditError: this model's layers depend on something a replay does not give them.
+        """
+        tolerance = _TOLERANCES.get(hidden.dtype, 5e-2)
+        difference = self.difference(hidden, self._clean)
+        if not difference <= tolerance:
+            raise SphereEditError(
+                f"replaying the upper layers of this model gives another result than its own forward pass "
+                f"(relative difference {difference:.1e}, allowed {tolerance:.0e}): its layers depend on more than their "
+                "arguments, or its activations overflow; sphere-edit cannot edit it in this dtype"
+            )
+
+    def difference(self, hidden: Tensor, expected: Tensor) -> float:
+        """How far two outputs of the last layer are apart where there are tokens, relative to the second."""
+        theirs = expected[self._real].float()
+        return float((hidden[self._real].float() - theirs).norm() / theirs.norm())
+
+    def _through_layers(self, hidden: Tensor) -> Tensor:
+        for layer, (args, kwargs) in zip(self._layers, self._calls, strict=True):
+            hidden = first_output(layer(hidden, *args[1:], **kwargs))
+        return hidden
+
+    @contextmanager
+    def _added_at_site(self, delta: Tensor) -> Iterator[None]:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            first = first_output(output)
+            changed = self._added(folded(first, len(delta)), delta).view_as(first)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = self._site.register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class UpperLayers(Replay):
+    """A replay of the positions from the pivot on: what stands before it does not depend on δ, and gives its keys and values only.
+
+    Rows are padded on the left too, so that all pivots share a column; column 0 of a replay is the pivot.
+    """
 
     @torch.no_grad()
     def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
@@ -54,37 +164,17 @@ class UpperLayers:
         ids, mask = (part.to(self._loaded.device) for part in _aligned(rows, pivots))
         column, width = max(pivots) + 1, ids.shape[1]
 
-        # hooks: the value at the site, what each upper layer is called with, and what the last one returns
-        values: list[Tensor] = []
-        clean: list[Tensor] = []
-
-        def take_value(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            values.append(first_output(output))
-
-        def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append(hidden_first(args, kwargs))
-
-        def take_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            clean.append(first_output(output))
-            raise Stop
-
         # one clean pass: with a cache, for it is the cache that receives every layer's keys and values; each row counts its
         # positions from its own first token, as it would without the padding on the left
         cache: Any = DynamicCache()
-        with ExitStack() as hooks:
-            hooks.callback(self._site.register_forward_hook(take_value).remove)
-            for layer in self._layers:
-                hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
-            last = self._loaded.architecture.decoder_layers(self._loaded.model)[-1]
-            hooks.callback(last.register_forward_hook(take_last).remove)
-            with suppress(Stop):
-                self._loaded.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+        values, clean = self._run_clean(
+            len(ids),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
 
         # before the pivot, keys and values are all that a replay needs: they take the cache's place in every call
         self._keys_values = _Prefix(
@@ -103,68 +193,115 @@ class UpperLayers:
             return item
 
         # from the pivot on, each call is cut to the columns that are run again
-        self._calls = [_mapped(suffix, call) for call in self._calls]
+        self._calls = _mapped(suffix, self._calls)
 
         # a replay starts from the site's own output, or, δ lying inside a layer, from what that layer was given
-        site = values[0][:, column:]
-        self.value = site[:, 0]  # [B, d]: what stands at the pivots
+        site = values[:, column:]
+        self.value = site[:, 0]
         self._start = self._calls[0][0][0] if self._inside else site
-
-        # `check` compares a replay with the clean pass, at the columns that hold a token
-        self._clean, self._real = clean[0][:, column:], mask[:, column:].bool()
+        self._clean, self._real = clean[:, column:], mask[:, column:].bool()
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
-        size = len(self.value)
         self._keys_values.keep(rows)
+        super().keep(rows)
 
-        def pick(item: Any) -> Any:
-            if isinstance(item, Tensor) and item.dim() > 1 and size > 1 and len(item) == size:
-                return item[rows]
-            return item
+    def _added(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        first = (hidden[:, 0].float() + delta).to(hidden.dtype)
+        return torch.cat([first[:, None], hidden[:, 1:]], dim=1)
 
-        self._calls = [_mapped(pick, call) for call in self._calls]
-        self.value, self._start = self.value[rows], self._start[rows]
-        self._clean, self._real = self._clean[rows], self._real[rows]
 
-    def hidden(self, delta: Tensor) -> Tensor:
-        """Last layer's output ``[B, positions from the pivot on, d_model]`` with ``delta [B, d]`` added at the pivots.
+class WholeRows(Replay):
+    """A replay of whole rows, without a cache: for layers that keep more of a prefix than keys and values, and slower.
 
-        Differentiable in ``delta``.
-        """
-        if self._inside:
-            with self._added_at_site(delta):
-                return self._through_layers(self._start)
-        return self._through_layers(_add_first(self._start, delta))
+    State-space and linear attention, short convolutions and indexers are of this kind. Rows are padded on the right, where nothing
+    that is causal sees it.
+    """
 
-    def check(self, hidden: Tensor) -> None:
-        """Compare a replay without any δ against the clean pass: they must agree.
+    @torch.no_grad()
+    def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
+        batch = TokenBatch.of(rows, self._loaded.device)
+        values, clean = self._run_clean(len(rows), input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        self._pivots = torch.tensor(list(pivots), device=batch.ids.device)
+        self.value = values[torch.arange(len(values), device=values.device), self._pivots]
+        self._start = self._calls[0][0][0] if self._inside else values
+        self._place()
+        self._clean = self._from_pivots(clean)
+        self._real = self._from_pivots(batch.mask[..., None])[..., 0].bool() & self._there
 
-        Raises:
-            SphereEditError: this model's layers depend on something a replay does not give them.
-        """
-        tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-        clean = self._clean[self._real].float()
-        difference = float((hidden[self._real].float() - clean).norm() / clean.norm())
-        if not difference <= tolerance:
-            raise SphereEditError(
-                f"replaying the upper layers of this model gives another result than its own forward pass "
-                f"(relative difference {difference:.1e}, allowed {tolerance:.0e}): its layers depend on more than their "
-                "arguments, or its activations overflow; sphere-edit cannot edit it in this dtype"
-            )
+    def _place(self) -> None:
+        """Where each row's columns from its pivot on are, the last repeated where a row has no more."""
+        width = self._start.shape[1]
+        columns = torch.arange(width - int(self._pivots.min()), device=self._pivots.device)
+        places = self._pivots[:, None] + columns
+        self._columns, self._there = places.clamp_max(width - 1), places < width
 
-    def _through_layers(self, hidden: Tensor) -> Tensor:
-        for layer, (args, kwargs) in zip(self._layers, self._calls, strict=True):
-            hidden = first_output(layer(hidden, *args[1:], **kwargs))
-        return hidden
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        super().keep(rows)
+        self._pivots, self._columns = self._pivots[rows], self._columns[rows]
 
-    @contextmanager
-    def _added_at_site(self, delta: Tensor) -> Iterator[None]:
-        handle = self._site.register_forward_hook(lambda module, args, output: _add_first(output, delta))
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _from_pivots(self, hidden: Tensor) -> Tensor:
+        return hidden.gather(1, self._columns[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _added(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        at_pivot = torch.arange(hidden.shape[1], device=hidden.device) == self._pivots[:, None]
+        changed = (hidden.float() + delta[:, None]).to(hidden.dtype)
+        return torch.where(at_pivot[..., None], changed, hidden)
+
+
+def replay(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    pivots: Sequence[int],
+    layer: int,
+    inside: bool = False,
+    role: str | None = None,
+) -> Replay:
+    """The replay that the model's architecture asks for."""
+    kind = WholeRows if loaded.architecture.whole_rows else UpperLayers
+    return kind(loaded, rows, pivots, layer, inside, role)
+
+
+@torch.no_grad()
+def fits(kind: type[Replay], loaded: LoadedModel, rows: Sequence[Sequence[int]], layer: int) -> bool:
+    """Whether a kind of replay with some δ in the middle of each row equals the whole model's pass with the same δ at the site."""
+    pivots = [len(row) // 2 for row in rows]
+    try:
+        run = kind(loaded, rows, pivots, layer)
+        size = run.value.float().norm(dim=1, keepdim=True)
+        noise = torch.randn(run.value.shape, generator=torch.Generator().manual_seed(0)).to(size.device)
+        delta = noise * size / run.value.shape[1] ** 0.5
+        found = run.hidden(delta)
+        whole = WholeRows(loaded, rows, pivots, layer)
+        expected = whole._from_pivots(_with_delta(loaded, whole, rows, delta, layer))
+        width = min(found.shape[1], expected.shape[1])
+        run._real = run._real[:, :width]
+        return run.difference(found[:, :width], expected[:, :width]) <= _TOLERANCES.get(found.dtype, 5e-2)
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
+        return False  # what this kind of replay gives the layers is not what they ask for
+
+
+def _with_delta(
+    loaded: LoadedModel, whole: WholeRows, rows: Sequence[Sequence[int]], delta: Tensor, layer: int
+) -> Tensor:
+    """The last layer's output ``[B, S, d]`` of the model's own pass with δ at the pivots."""
+    batch = TokenBatch.of(rows, loaded.device)
+    seen: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = first_output(output)
+        changed = whole._added(folded(first, len(rows)), delta).view_as(first)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    last = loaded.architecture.last_layer(loaded.model)
+    with ExitStack() as hooks:
+        hooks.callback(loaded.architecture.value_site(loaded.model, layer).register_forward_hook(add).remove)
+        hooks.callback(
+            last.register_forward_hook(lambda module, args, output: seen.append(first_output(output))).remove
+        )
+        loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return seen[0]
 
 
 def _aligned(rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -181,12 +318,6 @@ def _aligned(rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> tuple[Tens
         ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         mask[index, start : start + len(row)] = 1
     return ids, mask
-
-
-def _add_first(hidden: Tensor, delta: Tensor) -> Tensor:
-    """``hidden [B, S, d]`` with ``delta [B, d]`` added in column 0."""
-    first = (hidden[:, 0].float() + delta).to(hidden.dtype)
-    return torch.cat([first[:, None], hidden[:, 1:]], dim=1)
 
 
 class _Prefix:
@@ -209,10 +340,16 @@ class _Prefix:
         self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
 
 
-def _mapped(change: Callable[[Any], Any], item: Any) -> Any:
-    """``item`` with everything in it changed. Not a closure that calls itself, which would live on with all it holds."""
+def _mapped(change: Callable[[Any], Any], item: Any, known: dict[int, Any] | None = None) -> Any:
+    """``item`` with everything in it changed; a dictionary that stands in several places stays one, as layers share through it.
+
+    Not a closure that calls itself, which would live on with all it holds.
+    """
+    known = {} if known is None else known
     if isinstance(item, (tuple, list)):
-        return type(item)(_mapped(change, part) for part in item)
+        return type(item)(_mapped(change, part, known) for part in item)
     if isinstance(item, dict):
-        return {name: _mapped(change, part) for name, part in item.items()}
+        if id(item) not in known:
+            known[id(item)] = {name: _mapped(change, part, known) for name, part in item.items()}
+        return known[id(item)]
     return change(item)

@@ -18,14 +18,13 @@ from sphere_edit.models.quiet import quiet
 from sphere_edit.models.source import (
     INDEX,
     NOTHING,
-    StoredTensor,
-    candidates,
     companions,
     read_config,
     stored_tensors,
     weight_files,
 )
 from sphere_edit.models.spelling import spell_both
+from sphere_edit.models.stored import Piece, StoredParameters
 from sphere_edit.models.weights import EditedWeights
 
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
@@ -50,41 +49,42 @@ class Replica:
         )
         self.source: Path | None = None
         self.companions = NOTHING
-        self._places: dict[str, StoredTensor] = {}
+        self._places: dict[str, tuple[Piece, ...]] = {}
         try:
             source = whole_folder(loaded.source, code)
             self.companions, self.source = companions(source, code), source
-            tensors = stored_tensors(source)
+            stored = StoredParameters(loaded.model, stored_tensors(source))
             for name in weights.names:
-                self._places[name] = self._place(tensors, name)
+                self._places[name] = self._place(stored, name)
             self.why_anew = ""
         except SphereEditError as error:
             self.why_anew = str(error)
 
-    def _place(self, tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor:
+    def _place(self, stored: StoredParameters, name: str) -> tuple[Piece, ...]:
         """Where the source holds the original matrix ``name``: agreed in name, dtype, shape and every byte."""
-        original = self._as_stored(name, self._weights.original(name))
-        found = candidates(tensors, f"{name}.weight", self._loaded.architecture.layers)
+        original, parameter = self._as_stored(name, self._weights.original(name)), self._weights.stored_as[name]
+        found = stored.pieces(parameter)
         if not found:
-            raise SphereEditError(f"the files of '{self._loaded.source}' hold no {name}.weight under that name")
-        dtype = _DTYPES[str(original.dtype)]
-        if all(tensor.dtype != dtype for tensor in found):
+            form = "in another form than the model" if stored.tensors(parameter) else "under no name that is known"
+            raise SphereEditError(f"the files of '{self._loaded.source}' hold {parameter} {form}")
+        dtype, there = _DTYPES[str(original.dtype)], found[0].tensor.dtype
+        if there != dtype:
             wanted = "is wanted" if self._other else "was loaded"
             raise SphereEditError(
-                f"the model {wanted} as {_SPELLED[dtype]}, and its files are {_SPELLED.get(found[0].dtype, found[0].dtype)}"
+                f"the model {wanted} as {_SPELLED[dtype]}, and its files are {_SPELLED.get(there, there)}"
             )
-        content = tensor_bytes(original)
-        shape = tuple(original.shape)
-        same = [one for one in found if one.dtype == dtype and one.shape == shape and one.content() == content]
-        if len(same) != 1:
-            raise SphereEditError(
-                f"the files of '{self._loaded.source}' hold {name}.weight in another form than the model"
-            )
-        return same[0]
+        for piece in found:
+            tensor, part = piece.tensor, _part(original, piece)
+            same = tensor.dtype == dtype and tensor.shape == tuple(part.shape)
+            if not same or tensor.content() != tensor_bytes(part):
+                raise SphereEditError(
+                    f"the files of '{self._loaded.source}' hold {parameter} in another form than the model"
+                )
+        return found
 
     def _as_stored(self, name: str, weight: Tensor) -> Tensor:
         if not self._other:
-            return self._weights.as_parameters({name: weight})[f"{name}.weight"]
+            return self._weights.as_parameters({name: weight})[self._weights.stored_as[name]]
         (stored,) = self._weights.as_parameters({name: weight}, torch.float32).values()
         return self._cast(name, stored)
 
@@ -111,12 +111,13 @@ class Replica:
         for file in weight_files(self.source):
             with plain_errors(folder / file.name):
                 shutil.copyfile(file, folder / file.name)
-        for name, place in self._places.items():
-            content = tensor_bytes(self._as_stored(name, self._weights.deployed(name)))
-            copy = folder / place.file.name
-            with plain_errors(copy), copy.open("rb+") as opened:
-                opened.seek(place.start)
-                opened.write(content)
+        for name, places in self._places.items():
+            deployed = self._as_stored(name, self._weights.deployed(name))
+            for piece in places:
+                copy = folder / piece.tensor.file.name
+                with plain_errors(copy), copy.open("rb+") as opened:
+                    opened.seek(piece.tensor.start)
+                    opened.write(tensor_bytes(_part(deployed, piece)))
 
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
@@ -140,6 +141,10 @@ class Replica:
                 f"{name} does not fit {_spelled(self.dtype)}; export with --dtype bfloat16 or float32"
             )
         return cast
+
+
+def _part(parameter: Tensor, piece: Piece) -> Tensor:
+    return parameter if piece.index is None else parameter[piece.index]
 
 
 def _spelled(dtype: torch.dtype) -> str:

@@ -149,18 +149,6 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     return StoredTensor(file, name, str(entry["dtype"]), shape, base + start, base + end)
 
 
-def candidates(tensors: Mapping[str, StoredTensor], name: str, layers: str) -> list[StoredTensor]:
-    """Stored tensors that can be the parameter ``name``, the exact name first.
-
-    Files leave out the name of the model around its layers, or put another before it: what follows the list of layers
-    (the last part of ``layers``) must agree.
-    """
-    if name in tensors:
-        return [tensors[name]]
-    tail = f"{layers.rsplit('.', 1)[-1]}{name.removeprefix(layers)}"
-    return [tensor for key, tensor in tensors.items() if key == tail or key.endswith(f".{tail}")]
-
-
 def companions(folder: Path, code: bool = False) -> Companions:
     """What of a source an export takes along besides the weights; with ``code``, Python files too.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sphere_edit.models.forward import at
 from sphere_edit.models.hooks import Call, Stop, first_output, hidden_first, watched
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_by_length, in_order
 
 
@@ -22,7 +22,7 @@ class _WalkedChunk:
 
     rows: list[int]
     last: Tensor  # each row's last token
-    calls: list[Call]  # of the layers from the first on
+    calls: dict[int, Call]  # of the layers from the first on, by number
     entering: Tensor  # hidden states before the first layer
     hidden: Tensor  # and before the layer the walk stands at
 
@@ -36,30 +36,32 @@ class LayerWalk:
     """
 
     def __init__(self, loaded: LoadedModel, rows: Sequence[list[int]], first: int, last: int, max_tokens: int):
-        self._layers = list(loaded.architecture.decoder_layers(loaded.model))
+        self._layers = loaded.architecture.running(loaded.model, first, last)
+        self._numbers = {layer: number for number, layer in self._layers.items()}
         self._first, self._at = first, first
         self._chunks = [
-            self._record(loaded, [rows[index] for index in chunk], chunk, last)
+            self._record(loaded, [rows[index] for index in chunk], chunk)
             for chunk in batches_by_length([len(row) for row in rows], max_tokens)
         ]
 
     @torch.no_grad()
-    def _record(self, loaded: LoadedModel, rows: list[list[int]], indices: list[int], last: int) -> _WalkedChunk:
+    def _record(self, loaded: LoadedModel, rows: list[list[int]], indices: list[int]) -> _WalkedChunk:
         batch = TokenBatch.of(rows, loaded.device)
-        calls: list[Call] = []
+        calls: dict[int, Call] = {}
+        last = max(self._layers)
 
         def take_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(hidden_first(args, kwargs))
-            if module is self._layers[last]:
+            calls[self._numbers[module]] = hidden_first(args, kwargs)
+            if self._numbers[module] == last:
                 raise Stop
 
         with ExitStack() as hooks:
-            for layer in self._layers[self._first : last + 1]:
+            for layer in self._layers.values():
                 hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
             with suppress(Stop):
                 loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        entering = calls[0][0][0]
-        rest = [(args[1:], kwargs) for args, kwargs in calls]
+        entering = calls[min(calls)][0][0]
+        rest = {number: (args[1:], kwargs) for number, (args, kwargs) in calls.items()}
         return _WalkedChunk(indices, batch.mask.sum(1) - 1, rest, entering, entering)
 
     @torch.no_grad()
@@ -97,5 +99,7 @@ class LayerWalk:
         return zip(*(at(seen, chunk.last).float() for seen in (*inputs, *outputs)), strict=True)
 
     def _run(self, chunk: _WalkedChunk, number: int, hidden: Tensor) -> Tensor:
-        args, kwargs = chunk.calls[number - self._first]
+        if number not in self._layers:  # a layer that a text does not run through
+            return hidden
+        args, kwargs = chunk.calls[number]
         return first_output(self._layers[number](hidden, *args, **kwargs))

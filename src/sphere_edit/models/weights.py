@@ -35,7 +35,7 @@ class EditedWeights:
     def __init__(self, model: nn.Module, architecture: Architecture, names: Sequence[str]):
         self.names = tuple(names)
         self._matrices = {name: architecture.named(name) for name in self.names}
-        self._stored_as = {name: parameter_name(architecture, name) for name in self.names}
+        self.stored_as = {name: parameter_name(architecture, name) for name in self.names}
         self._parameters = {name: parameter_of(model, architecture, name) for name in self.names}
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
@@ -60,7 +60,7 @@ class EditedWeights:
     def as_parameters(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Weights ``[d_out, d_in]`` by the names, in the layout and dtype of the model's parameters (or in another); differentiable."""
         return {
-            self._stored_as[name]: self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
+            self.stored_as[name]: self._oriented(name, weight).to(dtype or self._parameters[name].dtype)
             for name, weight in weights.items()
         }
 

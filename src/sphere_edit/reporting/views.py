@@ -224,6 +224,8 @@ class Metrics:
             for metric in catalogue.TEXTS
             if (value := texts.get(metric.name)) is not None
         ]
+        routed = {"text": "held-out text", "facts": "prompts"}
+        rows += [MetricRow(catalogue.ROUTES, routed[of], None, value) for of, value in after.get("routes", {}).items()]
         energies = [
             EnergyRow(name, energy["per_pair"], after["energy"][name]["per_pair"])
             for name, energy in before.get("energy", {}).items()

@@ -19,10 +19,12 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.routing import changed_share, mixed_above, routes_of
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.fact import Fact
+from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, plain_errors, read_cache, read_json, write_cache, write_json
 from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
@@ -209,7 +211,7 @@ class Evaluator:
         sha256 = write_json(path, content)
         if known is not None and known.sha256 in (None, sha256):
             return known
-        whole = {**self._whole_model(), **(self._texts(asked, facts) if final else {})}
+        whole = {**self._whole_model(), **self._routes(facts), **(self._texts(asked, facts) if final else {})}
         summary = summarise(scores)
         found = Evaluation(after=head, facts=len(asked), final=final, summary=summary, sha256=sha256, **whole)
         run.append(found)
@@ -268,6 +270,22 @@ class Evaluator:
             self._text_on_unedited()
         text = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, unedited=self._unedited_hidden)
         return catalogue.of_heldout(text)
+
+    def _routes(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        """Of a mixture of experts, how many routes above the edit changed: of held-out text, and of the facts' prompts."""
+        experts = mixed_above(self.loaded, self.weights.names)
+        if not experts:
+            return {}
+        encoder = Encoder(self.loaded.tokenizer)
+        prompts = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
+        shares = {}
+        for name, rows in (("text", self.heldout), ("facts", prompts)):
+            if rows:
+                read = partial(routes_of, self.loaded, rows, experts, self.max_tokens)
+                with self.weights.unedited():
+                    before = read()
+                shares[name] = changed_share(before, read())
+        return {"routes": shares}
 
     def _text_on_unedited(self) -> dict[str, float | None]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""

@@ -233,6 +233,7 @@ class Evaluation(Record):
     perplexity: float | None
     divergence: float | None
     energy: dict[str, EnergyEntry]
+    routes: dict[str, float] | None = None
     unedited_texts: dict[str, Any] | None = None
     texts: dict[str, Any] | None = None
 

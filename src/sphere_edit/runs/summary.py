@@ -53,7 +53,7 @@ def _checked(measured: dict[str, Any]) -> dict[str, Any]:
     for name, value in measured.items():
         if name == "energy":
             _ENERGIES.validate_python(value)
-        elif name in ("texts", "ability"):
+        elif name in _TABLES:
             _TABLES[name].validate_python(value)
         elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"'{name}' is no number")
@@ -80,6 +80,7 @@ _ENERGIES: TypeAdapter[dict[str, EnergyEntry]] = TypeAdapter(dict[str, EnergyEnt
 _TABLES: dict[str, TypeAdapter[Any]] = {
     "texts": TypeAdapter(TextsEntry),
     "ability": TypeAdapter(dict[str, dict[str, Any]]),
+    "routes": TypeAdapter(dict[str, float]),
 }
 Measured = Annotated[dict[str, Any], AfterValidator(_checked)]
 
