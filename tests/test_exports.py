@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from functools import cache
+import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import fact_records
@@ -20,7 +23,8 @@ from sphere_edit import SphereEditError
 from sphere_edit.cli import app
 from sphere_edit.editor import Editor, opened
 from sphere_edit.exports import delta
-from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.forms import Wanted, write
+from sphere_edit.numerics.lowrank import output_directions, truncated
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from torture import in_child
@@ -125,6 +129,10 @@ def test_the_sum_of_products_is_that_of_float64_and_does_not_depend_on_blocks(mo
     )
     monkeypatch.setattr(delta, "_ROWS", 7)
     assert torch.equal(found, delta.rebuilt(weight, {**parts, **none}, torch.float32))
+    experts = {**parts, **none, "right": torch.stack([right, 2 * right])}
+    both = delta.rebuilt(torch.stack([weight, weight]), experts, torch.float32)
+    assert torch.equal(both[0], found)
+    assert torch.equal(both[1], delta.rebuilt(weight, {**parts, **none, "right": 2 * right}, torch.float32))
     fixed = {"where": torch.tensor([5]), "values": torch.tensor([3.5])}
     assert delta.rebuilt(weight, {**parts, **fixed}, torch.float32).flatten()[5] == 3.5
 
@@ -142,7 +150,7 @@ def test_a_wrong_base_a_damaged_delta_and_a_taken_folder_are_refused(run_of, tmp
     command("export", run_of(), "-o", tmp_path / "whole")
     with pytest.raises(SphereEditError, match="is an export as hf, not a delta"):
         command("apply", tmp_path / "whole", base, "-o", tmp_path / "out")
-    with pytest.raises(SphereEditError, match="--dtype is for --as hf"):
+    with pytest.raises(SphereEditError, match="--dtype is for --as hf, not for --as delta"):
         command("export", run_of(), "--as", "delta", "--dtype", "bfloat16", "-o", tmp_path / "out")
     path = tmp_path / "delta" / delta.FILE
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
@@ -151,13 +159,133 @@ def test_a_wrong_base_a_damaged_delta_and_a_taken_folder_are_refused(run_of, tmp
     assert not (tmp_path / "out").exists()
 
 
+# --- lora ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_kept_directions_are_the_truncated_svd_of_the_weighted_change_with_the_weight_undone():
+    """The definition in float64, with C^½ and its inverse formed; and no other approximation of that rank is nearer."""
+    torch.manual_seed(0)
+    change, inputs = torch.randn(12, 20, dtype=torch.float64), torch.randn(20, 40, dtype=torch.float64)
+    moment = inputs @ torch.diag(torch.logspace(0, -3, 40, dtype=torch.float64)) @ inputs.T
+    values, vectors = torch.linalg.eigh(moment)
+    root, undone = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    left, singular, right = torch.linalg.svd(change @ root, full_matrices=False)
+    strengths, directions = output_directions(change, moment)
+    torch.testing.assert_close(strengths, singular, rtol=1e-7, atol=1e-7)
+    for rank in (1, 5, 12):
+        wanted = (left[:, :rank] * singular[:rank]) @ right[:rank] @ undone
+        found = directions[:, :rank] @ directions[:, :rank].T @ change
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
+        b, a = truncated(change, directions, rank)
+        torch.testing.assert_close(b.double() @ a.double(), found, rtol=1e-5, atol=1e-5)
+
+        def error(approximation: torch.Tensor) -> float:
+            return float(((change - approximation) @ root).norm())
+
+        assert error(found) == pytest.approx(float(singular[rank:].norm()), abs=1e-7)
+        plain_left, plain, plain_right = torch.linalg.svd(change, full_matrices=False)
+        plainly = (plain_left[:, :rank] * plain[:rank]) @ plain_right[:rank]
+        assert error(found) < error(plainly) - 1e-6 or rank == 12, "the plain SVD is another approximation, and worse"
+    b, a = truncated(change, directions, 15)
+    assert (b.shape, a.shape) == ((12, 15), (15, 20))
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "dtype"),
+    [("alphaedit", "llama", "float32"), ("alphaedit", "gpt2", "float32"), ("prune", "llama", "bfloat16")],
+)
+def test_peft_loads_the_adapter_and_at_full_rank_gives_the_runs_logits(run_of, tmp_path, method, family, dtype):
+    run, ids = run_of(method, family, dtype), torch.arange(3, 43)[None]
+    command("export", run, "-o", tmp_path / "whole")
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(ids).logits
+
+    def loaded(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )  # so that no rounding of bfloat16 is compared
+
+    wanted, before = logits(loaded(tmp_path / "whole")), logits(loaded(run.parent / "model"))
+    distances = []
+    for rank in (2, 32):
+        command("export", run, "--as", "lora", "--rank", rank, "-o", tmp_path / f"rank-{rank}")
+        found = logits(PeftModel.from_pretrained(loaded(run.parent / "model"), tmp_path / f"rank-{rank}"))
+        distances.append(float((found - wanted).norm() / (before - wanted).norm()))
+        said = command("verify", tmp_path / f"rank-{rank}", "--against", run)
+        assert "its weights are those of" in said
+    assert distances[1] < 1e-4
+    assert distances[1] < distances[0] < 1
+
+
+def test_an_adapter_keeps_the_rules_of_vllm(run_of, tmp_path):
+    """As its loader reads them: full names of linear modules, one rank, no bias, no saved modules, no DoRA, no rank scaling."""
+    command("export", run_of(), "--as", "lora", "--rank", 8, "-o", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["bias"], config["peft_type"]) == (8, 8, "none", "LORA")
+    assert not any(config[name] for name in ("modules_to_save", "use_dora", "use_rslora", "lora_bias", "rank_pattern"))
+    matrices = json.loads((run_of() / "config.json").read_text())["matrices"]
+    assert config["target_modules"] == matrices
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert tensors.keys() == {f"base_model.model.{name}.lora_{part}.weight" for name in matrices for part in "AB"}
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+    said = command("export", run_of(), "--as", "lora", "--rank", 3, "-o", tmp_path / "odd")
+    assert "Rank 3 is not one of vLLM's" in said
+    assert "--max-lora-rank 8" in said
+
+
+def test_without_a_rank_the_least_within_the_points_is_taken_and_all_tried_are_told(run_of, tmp_path):
+    command("export", run_of(), "--as", "lora", "--within", 0, "--measure", "-o", tmp_path / "near")
+    command("export", run_of(), "--as", "lora", "--within", 1000, "-o", tmp_path / "far")
+    near, far = (json.loads((tmp_path / name / "sphere_edit.json").read_text())["details"] for name in ("near", "far"))
+    assert far["rank"] == 8
+    assert list(far["measured"]) == ["the whole edit", "rank 8"]
+    assert near["rank"] >= 8
+    assert [name for name in near["measured"] if name.startswith("rank")][-1] == f"rank {near['rank']}, loaded by PEFT"
+    metrics = json.loads((run_of() / "metrics.json").read_text())["edited"]
+    for name in ("efficacy_strict", "specificity", "perplexity"):
+        assert near["measured"]["the whole edit"][name] == pytest.approx(metrics[name], rel=1e-5)
+        merged, loaded = (near["measured"][f"rank {near['rank']}{how}"][name] for how in ("", ", loaded by PEFT"))
+        assert merged == pytest.approx(loaded, rel=1e-3)
+    card = (tmp_path / "near" / "README.md").read_text()
+    assert f"| the whole edit | rank {near['rank']}" in card or "| the whole edit | rank 8" in card
+    with opened(run_of(), Quiet(), only_to_read=True) as editor:
+        before = {name: editor.weights.deployed(name) for name in editor.weights.names}
+        editor.export(tmp_path / "again", "lora", within=1000.0, measure=True)
+        assert all(torch.equal(editor.weights.deployed(name), weight) for name, weight in before.items())
+        assert not [name for name, _ in editor.model.named_modules() if "lora" in name], "PEFT is gone again"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--rank", 0], "a rank is 1 or more; 0 is not"),
+        (["--rank", 33], "a rank is from 1 to 32, which leaves nothing out; 33 is not"),
+        (["--rank", 8, "--within", 2], "give one of them"),
+        (["--dtype", "bfloat16"], "--dtype is for --as hf, not for --as lora"),
+    ],
+)
+def test_what_cannot_be_asked_of_an_adapter_is_told(run_of, tmp_path, asked, told):
+    with pytest.raises(SphereEditError, match=told):
+        command("export", run_of(), "--as", "lora", *asked, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_peft_the_command_says_what_to_install(run_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SphereEditError, match=r"pip install 'sphere-edit\[export\]'"):
+        command("export", run_of(), "--as", "lora", "--rank", 8, "-o", tmp_path / "out")
+
+
 # --- kills --------------------------------------------------------------------------------------------------------
 
 
 FORMS = {
-    "hf": lambda shipment, run, folder: write_hf(shipment, folder),
-    "delta": lambda shipment, run, folder: delta.write_delta(shipment, run, folder),
-    "apply": lambda shipment, run, folder: delta.apply_delta(
+    "hf": partial(write, Wanted()),
+    "delta": partial(write, Wanted("delta")),
+    "lora": partial(write, Wanted("lora", rank=4)),
+    "apply": lambda session, run, folder: delta.apply_delta(
         run.path.parent / "delta", str(run.path.parent / "model"), folder, Quiet()
     ),
 }
@@ -173,26 +301,26 @@ def test_killed_at_any_write_an_export_is_whole_or_not_there_and_the_next_leaves
 ):
     """The process is killed at events of the file system: a few, spread over the export, or in the slow checks each."""
     with opened(run_of(), Quiet(), only_to_read=True) as editor:
-        shipment, run, write = editor.shipment(), RunFolder.open(run_of()), FORMS[form]
+        session, run, work = editor.session, RunFolder.open(run_of()), FORMS[form]
         if form == "apply" and not (run.path.parent / "delta").exists():
-            delta.write_delta(shipment, run, run.path.parent / "delta")
-        write(shipment, run, tmp_path / "first" / "out")
+            editor.export(run.path.parent / "delta", "delta")
+        work(session, run, tmp_path / "first" / "out")
         wanted = contents(tmp_path / "first" / "out")
-        said, events = in_child(lambda: write(shipment, run, tmp_path / "second" / "out"))
+        said, events = in_child(lambda: work(session, run, tmp_path / "second" / "out"))
         assert said == "well"
         assert contents(tmp_path / "second" / "out") == wanted, "the same export twice is the same bytes"
         assert events > 10
         killed = 0
         for event in range(1, events + 1, 1 if every else max(1, events // 6)):
             place = tmp_path / "killed" / str(event)
-            said, _ = in_child(lambda place=place: write(shipment, run, place / "out"), events=event)
+            said, _ = in_child(lambda place=place: work(session, run, place / "out"), events=event)
             killed += said == "killed"
             if (place / "out").exists():
                 assert contents(place / "out") == wanted, f"event {event} of {events}"
-                write(shipment, run, place / "next")
+                work(session, run, place / "next")
                 shutil.rmtree(place / "next")
             else:
-                write(shipment, run, place / "out")
+                work(session, run, place / "out")
                 assert contents(place / "out") == wanted
             assert [path.name for path in place.iterdir()] == ["out"], f"event {event} of {events}"
         assert killed > 4

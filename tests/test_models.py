@@ -39,7 +39,7 @@ from sphere_edit.models.loading import load_model, prepare
 from sphere_edit.models.replay import UpperLayers
 from sphere_edit.models.tokens import TokenBatch, batches_by_length, over_batches, same_length_batches
 from sphere_edit.models.weights import EditedWeights
-from sphere_edit.numerics.update import DenseUpdate
+from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate
 from sphere_edit.progress import Quiet
 
 LAYER = 2
@@ -825,3 +825,61 @@ def test_long_answers_take_steps_in_proportion_and_short_ones_as_before():
     settings = TargetSettings(rule="normalised")
     assert [settings.steps_for(tokens) for tokens in (1, 8, 10, 25)] == [13, 13, 26, 65]
     assert TargetSettings().steps_for(25) == 13, "Adam's are as published"
+
+
+@pytest.mark.parametrize("contexts", ["mean", "each"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_carried_values_are_those_of_the_models_own_pass_with_the_target_below(family, contexts):
+    """Layer by layer the residual is what a plain pass with δ at the first edited layer holds there, less what the model holds now."""
+    loaded, layers = tiny(family), [0, 1, LAYER]
+    weights = edited(loaded.model, layers)
+    feed = FromTargets(contexts=contexts, values="each")
+    source = OptimisedTargets(loaded, weights, layers, TEMPLATES, feed, TargetSettings(lr=0.3, steps=3), 256)
+    chosen = facts()
+    source.begin(chosen)
+    encoder, deltas = Encoder(loaded.tokenizer), source.targets.deltas
+    assert float(deltas.norm()) > 0
+
+    def seen(fact, template, layer, delta=None):
+        ids, place = encoder.at_subject(fact, template)
+        found = []
+
+        def shift(module, args, output):
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            hidden[:, place] += delta
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        def keep(module, args, output):
+            found.append((output[0] if isinstance(output, tuple) else output)[0, place].clone())
+
+        blocks = loaded.architecture.decoder_layers(loaded.model)
+        hooks = [] if delta is None else [blocks[layers[0]].register_forward_hook(shift)]
+        hooks.append(blocks[layer].register_forward_hook(keep))
+        loaded.model(input_ids=torch.tensor([ids]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return found[0]
+
+    said = TEMPLATES if contexts == "each" else TEMPLATES[:1]
+    shares = [0.5, *[0.5 / (len(said) - 1)] * (len(said) - 1)] if contexts == "each" else [1.0]
+    wanted = {
+        layer: [seen(fact, t, layer, deltas[:, n]) for n, fact in enumerate(chosen) for t in said] for layer in layers
+    }
+    for index, layer in enumerate(layers):
+        keys, residual = source.layer(index)
+        now = [seen(fact, t, layer) for fact in chosen for t in said]
+        expected = [(w - h) * share**0.5 for w, h, share in zip(wanted[layer], now, shares * len(chosen), strict=True)]
+        torch.testing.assert_close(residual, torch.stack(expected, 1), rtol=1e-3, atol=1e-4)
+        weights.add(weights.names[index], LowRankUpdate(residual, 0.3 * torch.linalg.pinv(keys)))
+
+
+def test_one_layer_carries_nothing():
+    loaded = tiny("llama")
+    found = []
+    for values in ("last", "each"):
+        weights = edited(loaded.model, [LAYER])
+        feed = FromTargets(contexts="each", values=values)
+        source = OptimisedTargets(loaded, weights, [LAYER], TEMPLATES, feed, TargetSettings(lr=0.3, steps=3), 256)
+        source.begin(facts())
+        found.append(source.layer(0))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

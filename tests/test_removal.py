@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,27 +183,49 @@ def test_every_method_takes_facts_back(method, model, tmp_path):
         assert same(weights_of(again), now), "the same again, after a rollback across it"
 
 
-def test_the_unedited_state_is_written_where_subtraction_does_not_bring_it_back(model, tmp_path, monkeypatch):
+def test_the_unedited_model_is_written_where_subtraction_does_not_bring_it_back(model, tmp_path, monkeypatch):
+    """First its state at the subjects, then, where that is not enough, its answers; each once."""
     editor = start(model, tmp_path / "run", repair=0)
     editor.edit(fact_records(6))
     plain, asked = taking_back.Returned.of, []
 
-    def first_not(*args):
+    def not_yet(*args):
         found = plain(*args)
         asked.append(found)
-        return found if len(asked) > 2 else taking_back.Returned(found.answer, "x", False, 1.0, None)
+        back = len(asked) > 2 and len(asked) % 2 == 0
+        return replace(found, returned=back)
 
-    monkeypatch.setattr(taking_back.Returned, "of", first_not)
+    monkeypatch.setattr(taking_back.Returned, "of", not_yet)
     editor.remove([0, 3])
-    kinds = [(record.kind, record.removed, record.written_back) for record in editor.run.history.batches[3:]]
-    assert kinds[:2] == [("removal", [0, 3], []), ("removal", [], [0, 3])]
-    name = editor.weights.names[-1]
-    written = editor.run.read_update(5)[0][name]
-    assert written.norm() > 0
+    written = [(record.kind, record.removed, record.written_back) for record in editor.run.history.batches[3:]]
+    assert written == [("removal", [0, 3], []), ("removal", [], [0, 3]), ("removal", [], [0])]
+    targets = [record.targets for record in editor.run.history.batches[4:]]
+    assert [target["loss_after"] is not None for target in targets] == [False, True], "only answers are optimised"
     assert editor.run.history.written_back == {0, 3}
     editor.edit([fact_records(1)[0]])
     assert editor.run.history.written_back == {3}, "a new fact in its place supersedes what was written back"
     assert editor.run.history.superseded == set()
+    editor.close()
+
+
+def test_the_state_that_is_written_back_is_the_unedited_models(model, tmp_path):
+    """Written exactly (no ordinary keys to spare), the last edited layer holds at the subject what it held before any edit."""
+    options = {"method": "emmet", "options": {}, "layers": [1], "batch_size": 1, "sphere": {"enabled": False}}
+    editor = start(model, tmp_path / "run", repair=0, **options)
+    editor.edit(fact_records(3))
+    source = editor._stream.committer.source
+    fact = editor.run.facts()[1]
+
+    def held() -> torch.Tensor:
+        source._take_up([fact])
+        return source._new_reader().keys_and_values(0)[1].double()
+
+    with editor.weights.unedited():
+        unedited = held()
+    before = held()
+    editor._stream.committer.write_back([1], [fact], "state", [1])
+    after = held()
+    assert float((before - unedited).norm()) > 100 * float((after - unedited).norm())
     editor.close()
 
 

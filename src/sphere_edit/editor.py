@@ -10,8 +10,8 @@ from typing import Any
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.ability import AbilityTasks
-from sphere_edit.exports.hf import write_hf
-from sphere_edit.exports.shipment import Shipment
+from sphere_edit.exports.forms import Wanted, write
+from sphere_edit.exports.manifest import Form
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
@@ -22,7 +22,7 @@ from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
-from sphere_edit.runs.removal import Wanted, wanted_from
+from sphere_edit.runs.removal import FactName, wanted_from
 from sphere_edit.runs.selection import admit, asked
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
@@ -195,7 +195,9 @@ class Editor:
         """
         self._at_work().roll_back(to)
 
-    def remove(self, facts: int | str | Path | FactSet | Iterable[Wanted], exact: bool = False) -> MetricsContent:
+    def remove(
+        self, facts: int | str | Path | FactSet | Iterable[FactName | Mapping[str, Any]], exact: bool = False
+    ) -> MetricsContent:
         """Take single facts back, so that their prompts give the unedited model's answers again; the other facts stay.
 
         What was written for them is subtracted, where the method writes a share for each fact; what does not come back so is written from
@@ -240,14 +242,14 @@ class Editor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export the edited model: the source's own files but for the edited tensors, and a model card."""
-        for sentence in write_hf(self.shipment(), Path(folder)):
-            self.session.reporter.say(sentence)
+        self.export(folder)
 
-    def shipment(self) -> Shipment:
-        """The edited model as every form of export takes it (`sphere_edit.exports`)."""
-        stream = self._at_work()
+    def export(self, folder: str | Path, form: Form = "hf", **asked: Any) -> None:
+        """Write the edited model in a form: ``hf``, ``delta``, ``lora``, …; what can be asked of each, `exports.forms.Wanted` says."""
+        wanted, stream = Wanted(form, **asked), self._at_work()
         stream.committer.settle()
-        return Shipment.of(self.session, stream.run)
+        for sentence in write(wanted, self.session, stream.run, Path(folder)):
+            self.session.reporter.say(sentence)
 
     def adopt_tuned(self) -> None:
         """Before the first edit: go by the settings that `tune` has found for this model since it was loaded."""

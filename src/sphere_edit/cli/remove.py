@@ -12,7 +12,7 @@ from sphere_edit.cli.screen import out, reporter
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
-    from sphere_edit.runs.removal import Wanted
+    from sphere_edit.runs.removal import FactName
 
 
 def remove(
@@ -39,7 +39,7 @@ def remove(
     from sphere_edit.runs.folder import RunFolder
     from sphere_edit.runs.removal import removable
 
-    wanted: list[Wanted] = [*(fact or ()), *(read_facts(facts).facts if facts is not None else ())]
+    wanted: list[FactName] = [*(fact or ()), *(read_facts(facts).facts if facts is not None else ())]
     removable(RunFolder.open(run), wanted)  # what cannot be done is told before any model is loaded
     from sphere_edit.editor import Editor
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sphere_edit.cli.options import Dtype, Run, TrustRemoteCode
 from sphere_edit.cli.screen import out, reporter
-from sphere_edit.errors import SphereEditError
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 
@@ -21,43 +20,42 @@ class Form(str, Enum):
 
     hf = "hf"
     delta = "delta"
+    lora = "lora"
 
 
 def export(
     run: Run,
     output: Output,
     form: Annotated[
-        Form, typer.Option("--as", help="hf: the whole model. delta: the change alone, for sphere-edit apply.")
+        Form,
+        typer.Option(
+            "--as", help="hf: the whole model. delta: the change, for sphere-edit apply. lora: a PEFT adapter."
+        ),
     ] = Form.hf,
     dtype: Annotated[
-        Dtype, typer.Option(help="Numbers of the weights written. \\[default: as the run's model has them]")
+        Dtype, typer.Option(help="hf: numbers of the weights. \\[default: as the run's model has them]")
     ] = Dtype.auto,
+    rank: Annotated[int | None, typer.Option(help="lora: its rank. \\[default: the least within --within]")] = None,
+    within: Annotated[
+        float | None, typer.Option(min=0, help="lora: points that it may be worse than the whole edit. \\[default: 1]")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Load what was written, and measure it.")] = False,
 ) -> None:
     """Write the edited model, or what was changed in it, to a new folder with a card and a manifest."""
     from sphere_edit.runs.folder import RunFolder
 
-    folder = RunFolder.open(run)
-    if dtype is not Dtype.auto and form is not Form.hf:
-        raise SphereEditError(f"--dtype is for --as hf; as {form.value} the numbers are those of the run")
+    RunFolder.open(run)
     _check_output(output)
     import torch
 
     from sphere_edit.editor import opened
-    from sphere_edit.exports.delta import write_delta
-    from sphere_edit.exports.hf import write_hf
+    from sphere_edit.exports.forms import Wanted
 
     numbers = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    asked: dict[str, Any] = {"dtype": numbers, "rank": rank, "within": within, "measure": measure}
+    Wanted(form.value, **asked)
     with opened(run, reporter(), only_to_read=True) as editor:
-        shipment = editor.shipment()
-        match form:
-            case Form.hf:
-                told = write_hf(shipment, output, numbers)
-                said = f"the model; AutoModelForCausalLM.from_pretrained('{output}') loads it"
-            case Form.delta:
-                told = write_delta(shipment, folder, output)
-                said = f"the change; sphere-edit apply {output} BASE -o DIR makes the whole model of it"
-    _say(told)
-    out.print(f"{output} holds {said}.", soft_wrap=True)
+        editor.export(output, form.value, **asked)
 
 
 def apply(

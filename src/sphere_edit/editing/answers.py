@@ -42,12 +42,17 @@ def coded_targets(encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
     return [(tokens.ids, start) for tokens, start in answered]
 
 
-def own_answers(loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
-    """Prompt and the model's own greedy answer as it stands, of as many tokens as each fact's new answer has; fewer where it ends its text."""
+def coded_own(loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
+    """Prompt and the model's own answer as it stands, of as many tokens as each fact's new answer has."""
     prompts = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
     lengths = [len(ids) - start for ids, start in coded_targets(encoder, facts)]
-    said = greedy_continuations(loaded, prompts, lengths, [end_tokens(loaded)] * len(facts))
+    said = own_answers(loaded, prompts, lengths)
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, said, strict=True)]
+
+
+def own_answers(loaded: LoadedModel, prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """The model's own greedy answers as it stands, token ids, so many each; fewer where it ends its text."""
+    return greedy_continuations(loaded, prompts, lengths, [end_tokens(loaded)] * len(prompts))
 
 
 def target_rows(loaded: LoadedModel, coded: Sequence[Coded], max_tokens: int) -> Iterator[tuple[list[int], TargetRows]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from sphere_edit.numerics.experts import by_expert, experts_of, wide
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
+
+Back = Literal[
+    "state", "answer"
+]  # which of the unedited model's is written at the prompts of facts that are taken back
 
 
 class Clock:
@@ -78,10 +83,12 @@ class Solver:
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
 
-    def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: bool = False) -> Written:
+    def write(
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: Back | None = None
+    ) -> Written:
         """Solve a batch and add its updates to the working weights, which are left in the model.
 
-        With ``back``, what is written is what the unedited model makes of the facts' prompts.
+        With ``back``, what is written is what the unedited model makes of the facts' prompts: its state, or its answers.
         """
         self.weights.use_working()
         before = self.weights.snapshot()
@@ -150,10 +157,10 @@ class Solver:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _solve_groups(
-        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: bool
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: Back | None
     ) -> tuple[list[_Group], Report]:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
-        begin = self.source.begin_back if back else self.source.begin
+        begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
         report, groups = Report(), []
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:

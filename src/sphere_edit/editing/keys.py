@@ -45,6 +45,7 @@ class SubjectReader:
         contexts: a column a fact, averaged over the templates, or one a fact and template, fact by fact, the clean prompt first.
         inside: values stand at the output of the last ``down`` matrix and are averaged as keys are (R-ROME); otherwise
             they are what stands at the last layer's value site in the clean prompt.
+        own: values of a matrix stand at its own layer's output, not at the last one's.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class SubjectReader:
         max_tokens: int,
         contexts: Literal["mean", "each"] = "mean",
         role: str | None = None,
+        own: bool = False,
     ):
         self._names, self._layers, self._inside, self._contexts = names, layers, inside, contexts
         self._modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
         self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside, role)
+        self._own = dict(loaded.architecture.running(loaded.model)) if own else {}
+        self._per_fact = prompts.templates - 1
         clean = prompts.rows[:: prompts.templates]
         others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
         self._clean = LayerWalk(loaded, clean, layers[0], layers[-1], max_tokens)
@@ -68,21 +72,30 @@ class SubjectReader:
 
     def keys_and_values(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, columns]`` of matrix number ``index``, those below it being written, and ``h [d, columns]``; float32."""
-        layer, last, module = self._layers[index], self._layers[-1], self._modules[index]
+        layer, module = self._layers[index], self._modules[index]
+        last, site = (layer, self._own[layer]) if self._own else (self._layers[-1], self._site)
         self._clean.stand_at(layer)
-        (keys,), values = self._clean.read(last, [module], self._site)
+        (keys,), values = self._clean.read(last, [module], site)
         assert values is not None
         if self._others is None:
             return _columns(keys), _columns(values)
         self._others.stand_at(layer)
         if self._contexts == "each":
-            (others,), other_values = self._others.read(last, [module], self._site)
+            (others,), other_values = self._others.read(last, [module], site)
             assert other_values is not None
             return _columns(interleaved(keys, others)), _columns(interleaved(values, other_values))
         (others,), other_values = self._others.read(layer, [module], self._site if self._inside else None)
         if other_values is not None:
             values = _averaged(values, other_values)
         return _columns(_averaged(keys, others)), _columns(values)
+
+    def carried(self, deltas: Tensor) -> dict[int, Tensor]:
+        """What each layer from the first edited one on holds, ``[d, columns]``, when ``deltas [d, n]`` is added to the first's output."""
+        clean = self._clean.carried(deltas.T)
+        if self._contexts == "each" and self._others is not None:
+            each = deltas.T.repeat_interleave(self._per_fact, 0)
+            clean = [interleaved(*pair) for pair in zip(clean, self._others.carried(each), strict=True)]
+        return dict(zip(self._clean.layers, map(_columns, clean), strict=True))
 
     def clean_values(self) -> Tensor:
         """``h [d, n]`` (float32) of the clean prompts, with the weights as they stand."""

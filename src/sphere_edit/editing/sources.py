@@ -13,13 +13,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import Coded, coded_targets, in_each_form, own_answers, target_rows
+from sphere_edit.editing.answers import Coded, coded_own, coded_targets, in_each_form, own_answers, target_rows
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
     GRADIENT_SCALE,
+    FactPrompts,
     Targets,
     TargetSettings,
     anchored,
+    in_contexts,
     optimise_targets,
     typical_length,
 )
@@ -113,8 +115,11 @@ class Source:
         """Take up some facts, with the weights as they stand; ``advance`` is told of those done."""
         raise NotImplementedError
 
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
-        """Take up some facts whose prompts are to be answered as the unedited model does, whatever the facts say."""
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
+        """Take up some facts whose prompts are to be answered as the unedited model does, whatever the facts say.
+
+        Where there is another way too, ``answers`` asks for its greedy answers themselves.
+        """
         raise NotImplementedError
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -155,6 +160,7 @@ class OptimisedTargets(Source):
     anchor: float | None = None  # the length of every target at the MLP's output, for a method that wants one
     _copy: LoadedModel | None = None
     _reader: SubjectReader | None = None
+    _back: list[FactPrompts] | None = None  # prompts with the unedited model's answers, where these are the targets
     _unedited: Tensor | None = None  # what the value site is to hold in each column, where that is the unedited model's
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
@@ -163,29 +169,53 @@ class OptimisedTargets(Source):
         share = len(self._facts) / len(self._forms)
         self.find(lambda forms: advance(forms * share))
 
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
         """Take the unedited model's own values at the subjects for targets, in each context: nothing has to be optimised.
 
-        What is read above the edited layers then comes from these, so that not one answer comes back but the whole distribution.
+        What is read above the edited layers then comes from these, so that not one answer comes back but the whole distribution. What other
+        tokens have changed stays; ``answers`` are targets that are optimised just until the unedited model's answers are the likeliest.
         """
         self._take_up(facts)
+        if answers or self._carries:
+            share = len(self._facts) / len(self._forms)
+            self._back = self._own_answers()
+            self.find(lambda forms: advance(forms * share))
+            return
         with self.weights.unedited():
             _, self._unedited = self._new_reader().keys_and_values(0)
         advance(len(facts))
 
+    def _own_answers(self) -> list[FactPrompts]:
+        """The forms taken up with what the unedited model says to each in every context."""
+        encoder, templates = self.encoder, self.templates
+        prompts = [in_contexts(form, templates, encoder) for form in self._forms]
+        with self.weights.unedited():
+            said = iter(own_answers(self.loaded, [row for rows in prompts for row in rows], self._answer_lengths()))
+        return [
+            FactPrompts.said(form, templates, encoder, [next(said) for _ in rows])
+            for form, rows in zip(self._forms, prompts, strict=True)
+        ]
+
+    def _answer_lengths(self) -> list[int]:
+        """How many tokens each form's new answer has, once for each context."""
+        coded = coded_targets(self.encoder, self._forms)
+        return [len(ids) - start for ids, start in coded for _ in self.templates]
+
     def _take_up(self, facts: Sequence[Fact]) -> None:
         """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
-        self._facts, self._reader, self._unedited = list(facts), None, None
+        self._facts, self._reader, self._unedited, self._back = list(facts), None, None, None
         sinks = partial(attention_sinks, self.loaded, self.layers[-1])
         self._forms = written_forms(facts, self.encoder, sinks)
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
-        computing = self.computing()
+        computing, layer, settings = self.computing(), self._target_layer, self.settings
+        if self._back is not None:
+            settings = settings.model_copy(update={"most_probable": 1})
         self.targets: Targets = optimise_targets(
-            computing, self._forms, self.templates, self.layers[-1], self.settings, self._inside, advance, self._role
+            computing, self._forms, self.templates, layer, settings, self._inside, advance, self._role, self._back
         )
-        if computing is not self.loaded:  # v* is measured from the model's own h
+        if computing is not self.loaded and not self._carries:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
             self.targets = replace(self.targets, values=values)
         if self.anchor is not None:
@@ -212,7 +242,15 @@ class OptimisedTargets(Source):
         prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
         names, layers = self.weights.names, self.layers
         return SubjectReader(
-            self.loaded, prompts, names, layers, self._inside, self.max_tokens, self.feed.contexts, self._role
+            self.loaded,
+            prompts,
+            names,
+            layers,
+            self._inside,
+            self.max_tokens,
+            self.feed.contexts,
+            self._role,
+            self._carries,
         )
 
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
@@ -262,6 +300,19 @@ class OptimisedTargets(Source):
         return self._copy
 
     @property
+    def _carries(self) -> bool:
+        """Whether each edited layer has a value of its own, which needs several that are reached through the residual stream."""
+        several = len(set(self.layers)) > 1 and not self._inside
+        return (
+            self.feed.values == "each" and several and not self.loaded.architecture.inside(self.layers[0], self._role)
+        )
+
+    @property
+    def _target_layer(self) -> int:
+        """The layer at whose output δ stands."""
+        return self.layers[0] if self._carries else self.layers[-1]
+
+    @property
     def _role(self) -> str:
         """Of the last edited matrix."""
         return self.loaded.architecture.role_of(self.weights.names[-1])
@@ -275,16 +326,24 @@ class OptimisedTargets(Source):
         keys, values = self._the_reader().keys_and_values(index)
         if index == len(self.layers) - 1 and not self.asked_again:
             self._reader = None
-        return keys, (self._wanted(index, values) - values) / ((len(self.layers) - index) * self._factor(index))
+        shares = 1 if self._carries else len(self.layers) - index
+        return keys, (self._wanted(index, values) - values) / (shares * self._factor(index))
 
     def _factor(self, index: int) -> float:
         """What the output of a matrix is multiplied with on its way to the value site."""
         return 1.0 if self._inside else self.loaded.architecture.named(self.weights.names[index]).factor
 
     def _wanted(self, index: int, values: Tensor) -> Tensor:
-        """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ."""
+        """What the value site is to hold in each column: v*, or in every context what stood there before the batch, and δ.
+
+        Where values are carried: what the matrix's own layer holds when δ is added at the first one's output.
+        """
         if self._unedited is not None:
             return self._unedited
+        if self._carries:
+            if index == 0:
+                self._of_layers = self._the_reader().carried(self.targets.deltas)
+            return self._of_layers[self.layers[index]]
         if self.feed.contexts == "mean":
             return self.targets.values
         if index == 0:
@@ -322,10 +381,13 @@ class FromTargets(Feed):
         site: where δ is added: the layer's output, or its MLP's.
         contexts: a fact's key and value: their ``mean`` over the context templates (MEMIT), or those of ``each`` template in a column of
             its own.
+        values: which layers' output is wanted: the ``last`` edited one's, of which each layer writes a share of what is still missing
+            (MEMIT), or of ``each`` its own, that follows from δ at the first one's output and is written in full (FE, arXiv:2605.00358).
     """
 
     site: Literal["layer", "mlp"] = "layer"
     contexts: Literal["mean", "each"] = "mean"
+    values: Literal["last", "each"] = "last"
     source: ClassVar[type[Source]] = OptimisedTargets
     at_subjects: ClassVar[bool] = True
 
@@ -357,10 +419,10 @@ class TargetGradients(Source):
         """One forward and one backward pass."""
         self._descend(coded_targets(self.encoder, in_each_form(facts)), len(facts), advance)
 
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
         """The same towards the unedited model's own answers."""
         with self.weights.unedited():
-            own = own_answers(self.loaded, self.encoder, in_each_form(facts))
+            own = coded_own(self.loaded, self.encoder, in_each_form(facts))
         self._descend(own, len(facts), advance)
 
     def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
@@ -425,10 +487,10 @@ class TargetLoss(Source):
         """Tokenise some facts."""
         self._take_up(coded_targets(self.encoder, in_each_form(facts)))
 
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
         """The unedited model's own answers in place of the facts'."""
         with self.weights.unedited():
-            self._take_up(own_answers(self.loaded, self.encoder, in_each_form(facts)))
+            self._take_up(coded_own(self.loaded, self.encoder, in_each_form(facts)))
 
     def _take_up(self, coded: Sequence[Coded]) -> None:
         self._chunks = list(target_rows(self.loaded, coded, self.max_tokens))

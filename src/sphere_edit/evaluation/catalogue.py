@@ -201,6 +201,11 @@ def compared() -> list[Metric]:
     return [metric for metric in (*of_prompts(), *TEXTS, *HELDOUT) if metric.compared]
 
 
+def told_of_exports() -> list[Metric]:
+    """What the card of an export tells, and what two forms of one model are compared by."""
+    return [*(of_part(part, protocol) for part in PARTS for protocol in (LIKELIHOOD, STRICT)), PERPLEXITY]
+
+
 def over_checkpoints() -> list[Metric]:
     """What a run measures at every checkpoint."""
     return [*of_prompts(), *HELDOUT]

@@ -11,7 +11,7 @@ import yaml
 
 from sphere_edit._version import __version__
 from sphere_edit.evaluation import catalogue
-from sphere_edit.evaluation.catalogue import LIKELIHOOD, PARTS, PERPLEXITY, STRICT, Metric
+from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.source import Companions
 from sphere_edit.runs.history import History
@@ -19,7 +19,6 @@ from sphere_edit.runs.records import RunConfig
 from sphere_edit.text import code, markdown, public_name
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")  # of the original's card
-_COLUMNS = (LIKELIHOOD, STRICT)  # how prompts are judged, on a card
 _FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
 
@@ -117,7 +116,7 @@ def model_card(
             "| | before | after | before, strict | after, strict |",
             "|---|---|---|---|---|",
         ]
-        for likelihood, strict in zip(*map(catalogue.of_protocol, _COLUMNS), strict=True):
+        for likelihood, strict in zip(*map(catalogue.of_protocol, (LIKELIHOOD, STRICT)), strict=True):
             cells = [metric.said(side[metric.name]) for metric in (likelihood, strict) for side in (before, after)]
             lines.append(f"| {likelihood.title} | " + " | ".join(cells) + " |")
         cells = [PERPLEXITY.said(side[PERPLEXITY.name]) for side in (before, after)]
@@ -143,12 +142,7 @@ def _measured_in_form(measured: Mapping[str, Mapping[str, float | None]]) -> lis
         return []
     rows = [
         f"| {metric.label} | " + " | ".join(metric.said(column.get(metric.name)) for column in measured.values()) + " |"
-        for metric in shown_metrics()
+        for metric in catalogue.told_of_exports()
     ]
     head = f"| | {' | '.join(measured)} |"
     return ["## Measured in this form", "", head, "|---" * (1 + len(measured)) + "|", *rows, ""]
-
-
-def shown_metrics() -> list[Metric]:
-    """What is told of an export: every part likelihood and strict, and perplexity."""
-    return [*(catalogue.of_part(part, protocol) for part in PARTS for protocol in _COLUMNS), PERPLEXITY]

@@ -58,7 +58,7 @@ def write_delta(shipment: Shipment, run: RunFolder, folder: Path) -> list[str]:
         f"This folder holds the change alone. `sphere-edit apply DELTA BASE -o DIR` adds it to the original, whose weights "
         f"have the hash above, and gives the bits of the whole export.\n\n{_REVEALS}"
     )
-    with shipment.folder(folder, manifest, Note("sphere-edit", text)) as temporary:
+    with shipment.folder(folder, manifest, lambda _: Note("sphere-edit", text)) as temporary:
         write_tensors(temporary / FILE, tensors)
         write_text(temporary / _MODEL_CARD, shipment.card(Note()))
     return [_REVEALS]
@@ -123,10 +123,8 @@ def rebuilt(original: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -
 
 def _sum_of_products(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``W + L R`` rounded to float32, the products of float64 factors added one after another, so that no machine rounds otherwise."""
-    if weight.dim() == 3:  # of experts, which share the left factor
-        return torch.stack(
-            [_sum_of_products(*expert) for expert in zip(weight, [left] * len(weight), right, strict=True)]
-        )
+    if weight.dim() == 3:  # by expert
+        return torch.stack([_sum_of_products(one, left, part) for one, part in zip(weight, right, strict=True)])
     sums = []
     for rows, factors in zip(weight.double().split(_ROWS), left.split(_ROWS), strict=True):
         total = rows.clone()

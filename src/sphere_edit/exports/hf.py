@@ -8,17 +8,24 @@ from pathlib import Path
 import torch
 
 from sphere_edit.exports.card import Note
+from sphere_edit.exports.gauge import Gauge
 from sphere_edit.exports.manifest import Manifest
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
+from sphere_edit.models.loading import load_model
 from sphere_edit.models.replica import Replica
 from sphere_edit.runs.weights import RunWeights
 
 
-def write_hf(shipment: Shipment, folder: Path, dtype: torch.dtype | None = None) -> list[str]:
+def write_hf(
+    shipment: Shipment, folder: Path, dtype: torch.dtype | None = None, gauge: Gauge | None = None
+) -> list[str]:
     """Write the edited model to a new folder: the source's own files, but for the edited tensors, the card and the manifest.
 
     Where the edited tensors cannot be found in the source's files, or not in ``dtype``, all weights are written anew by transformers.
+
+    Args:
+        gauge: measures the folder once it is written, as it loads.
 
     Returns:
         what a user should know of it, in sentences.
@@ -29,7 +36,15 @@ def write_hf(shipment: Shipment, folder: Path, dtype: torch.dtype | None = None)
     """
     replica = Replica(shipment.loaded, shipment.weights, dtype)
     manifest = shipment.manifest("hf", dtype=str(replica.dtype).removeprefix("torch."))
-    with shipment.folder(folder, manifest, Note(), replica.companions) as temporary:
+
+    def note(written: Path) -> Note:
+        if gauge is None:
+            return Note()
+        return Note(
+            measured={"this folder": gauge.measure(load_model(written, str(shipment.loaded.device)), "the export")}
+        )
+
+    with shipment.folder(folder, manifest, note, replica.companions) as temporary:
         replica.write(temporary)
     told = []
     if replica.why_anew:

@@ -61,10 +61,13 @@ class Shipment:
         return Manifest(form=form, base=base, state=self.state, matrices=matrices, details=details)
 
     @contextmanager
-    def folder(self, path: Path, manifest: Manifest, note: Note, beside: Companions | None = None) -> Iterator[Path]:
+    def folder(
+        self, path: Path, manifest: Manifest, note: Callable[[Path], Note], beside: Companions | None = None
+    ) -> Iterator[Path]:
         """A folder to fill with the files of a form; it becomes ``path`` with its card and its manifest, or is not there at all.
 
         Args:
+            note: what the form has to say once its files are in the folder, which it is given.
             beside: what stands beside the source's weights, if that is known already.
 
         Raises:
@@ -73,8 +76,12 @@ class Shipment:
         with folder_in_place(path) as temporary:
             yield temporary
             found = self._companions() if beside is None else beside
-            write_text(temporary / "README.md", whole_card(self.card(note), self._hub_name(found), found))
+            write_text(temporary / "README.md", whole_card(self.card(note(temporary)), self._hub_name(found), found))
             manifest.write(temporary)
+
+    def base_name(self) -> str:
+        """What the original is called where others have to find it: its name on the hub; of a local one, the last part of its path."""
+        return self._hub_name(self._companions()) or public_name(self.loaded.source)
 
     def _companions(self) -> Companions:
         try:

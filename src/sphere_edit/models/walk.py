@@ -64,6 +64,11 @@ class LayerWalk:
         rest = {number: (args[1:], kwargs) for number, (args, kwargs) in calls.items()}
         return _WalkedChunk(indices, batch.mask.sum(1) - 1, rest, entering, entering)
 
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that are walked through."""
+        return list(self._layers)
+
     @torch.no_grad()
     def stand_at(self, layer: int) -> None:
         """Run the layers up to ``layer``, whose weights must be final; backwards, start again from the first."""
@@ -87,6 +92,26 @@ class LayerWalk:
         vectors = in_order((chunk.rows, self._read(chunk, last, inputs_of, output_of)) for chunk in self._chunks)
         stacked = [torch.stack(several) for several in zip(*vectors, strict=True)]
         return (stacked, None) if output_of is None else (stacked[:-1], stacked[-1])
+
+    @torch.no_grad()
+    def carried(self, deltas: Tensor) -> list[Tensor]:
+        """Each layer's output at each row's last token, ``[rows, d]`` (float32), with ``deltas [rows, d]`` added to the first layer's there.
+
+        All layers must be as they were when the walk began.
+        """
+        vectors = in_order((chunk.rows, self._carried(chunk, deltas)) for chunk in self._chunks)
+        return [torch.stack(several) for several in zip(*vectors, strict=True)]
+
+    def _carried(self, chunk: _WalkedChunk, deltas: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        hidden, found = chunk.entering, []
+        rows = torch.arange(len(hidden), device=hidden.device)
+        for number in self._layers:
+            hidden = self._run(chunk, number, hidden)
+            if number == self._first:
+                hidden = hidden.clone()
+                hidden[rows, chunk.last] = (at(hidden, chunk.last).float() + deltas[chunk.rows]).to(hidden.dtype)
+            found.append(at(hidden, chunk.last).float())
+        return zip(*found, strict=True)
 
     def _read(
         self, chunk: _WalkedChunk, last: int, inputs_of: Sequence[nn.Module], output_of: nn.Module | None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.batch import Clock, Solver, Written
+from sphere_edit.editing.batch import Back, Clock, Solver, Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
@@ -72,6 +72,7 @@ class Committer:
         self,
         indices: Sequence[int],
         facts: Sequence[Fact],
+        back: Back,
         removed: Sequence[int] = (),
         rechecked: Sequence[int] = (),
         unanswered: Sequence[int] = (),
@@ -79,6 +80,7 @@ class Committer:
         """Write what the unedited model makes of the prompts of removed ``facts`` with these ``indices``, as a batch.
 
         Args:
+            back: what of it: its state at the subjects, or its greedy answers.
             removed: facts that are taken back with this batch; the method forgets what it remembers of them.
             rechecked, unanswered: other facts that were asked before it, and those of them that did not give their new answer.
         """
@@ -89,7 +91,7 @@ class Committer:
             self._forget({*removed, *indices}, batch)
         about = self._writing(rechecked=rechecked, unanswered=unanswered)
         about |= {"kind": "removal", "removed": list(removed), "written_back": list(indices)}
-        return self._solve(batch, facts, about, clock, back=True)
+        return self._solve(batch, facts, about, clock, back)
 
     def subtract(
         self,
@@ -138,7 +140,7 @@ class Committer:
         return {"facts": [], "superseded": list(superseded), "rechecked": list(rechecked), "rewritten": [], **asked}
 
     def _solve(
-        self, batch: int, facts: Sequence[Fact], about: dict[str, Any], clock: Clock, back: bool = False
+        self, batch: int, facts: Sequence[Fact], about: dict[str, Any], clock: Clock, back: Back | None = None
     ) -> Batch | GuardStop:
         """Solve a batch, let the method remember it, and commit it."""
         deployed = self._deployed()

@@ -14,7 +14,7 @@ from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import Batch
 
-Wanted = int | str | Fact  # a fact's number, its subject or prompt, or its subject and prompt as a record has them
+FactName = int | str | Fact  # a fact's number, its subject or prompt, or its subject and prompt as a record has them
 
 _SHOWN = 5  # facts that a message names
 
@@ -22,7 +22,7 @@ _SHOWN = 5  # facts that a message names
 # --- which are meant ----------------------------------------------------------------------------------------------
 
 
-def wanted_from(given: int | str | Path | FactSet | Iterable[Wanted | Mapping[str, Any]]) -> list[Wanted]:
+def wanted_from(given: int | str | Path | FactSet | Iterable[FactName | Mapping[str, Any]]) -> list[FactName]:
     """Whatever names facts, one by one; a path is a file of records."""
     if isinstance(given, (int, str, Fact)):
         return [given]
@@ -37,7 +37,7 @@ def wanted_from(given: int | str | Path | FactSet | Iterable[Wanted | Mapping[st
     return [one for one in single if not isinstance(one, Mapping)] + list(records)
 
 
-def removable(run: RunFolder, wanted: Sequence[Wanted]) -> list[int]:
+def removable(run: RunFolder, wanted: Sequence[FactName]) -> list[int]:
     """The facts of a run that are meant and can be taken back now.
 
     Raises:
@@ -50,7 +50,7 @@ def removable(run: RunFolder, wanted: Sequence[Wanted]) -> list[int]:
     return chosen(run.history, run.facts(), wanted)
 
 
-def chosen(history: History, facts: Sequence[Fact], wanted: Sequence[Wanted]) -> list[int]:
+def chosen(history: History, facts: Sequence[Fact], wanted: Sequence[FactName]) -> list[int]:
     """The facts of a run that are meant, each once, in the run's order.
 
     Raises:
@@ -61,7 +61,7 @@ def chosen(history: History, facts: Sequence[Fact], wanted: Sequence[Wanted]) ->
     return sorted({_standing(history, facts, one) for one in wanted})
 
 
-def _standing(history: History, facts: Sequence[Fact], wanted: Wanted) -> int:
+def _standing(history: History, facts: Sequence[Fact], wanted: FactName) -> int:
     """The one fact that is meant, which stands."""
     found = matching(facts, wanted)
     standing = set(history.retained)
@@ -77,7 +77,7 @@ def _standing(history: History, facts: Sequence[Fact], wanted: Wanted) -> int:
     raise SphereEditError(_why_not(history, facts, found[-1]))
 
 
-def matching(facts: Sequence[Fact], wanted: Wanted) -> list[int]:
+def matching(facts: Sequence[Fact], wanted: FactName) -> list[int]:
     """All facts ever accepted that ``wanted`` may name.
 
     Raises:
@@ -132,7 +132,7 @@ def named(fact: Fact) -> str:
     return f"'{short(fact.filled_prompt)}' → '{short(fact.target_new.strip())}'"
 
 
-def _said(wanted: Wanted) -> str:
+def _said(wanted: FactName) -> str:
     if isinstance(wanted, Fact):
         return f"'{short(wanted.filled_prompt)}' (record {wanted.record})"
     return str(wanted) if isinstance(wanted, int) else f"'{short(wanted)}'"

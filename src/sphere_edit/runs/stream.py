@@ -22,7 +22,7 @@ from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
 from sphere_edit.runs.records import FinalRecheck, Finished, GuardStop
-from sphere_edit.runs.removal import Wanted, removable, with_superseded
+from sphere_edit.runs.removal import FactName, removable, with_superseded
 from sphere_edit.runs.selection import superseded_by, together
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.taking_back import TakingBack
@@ -142,7 +142,7 @@ class Stream:
 
     # --- back -----------------------------------------------------------------------------------------------------
 
-    def remove(self, wanted: Sequence[Wanted], exact: bool = False) -> None:
+    def remove(self, wanted: Sequence[FactName], exact: bool = False) -> None:
         """Take single facts back, the others staying: by subtraction or what else it takes, or by replaying the run without them (``exact``).
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sphere_edit.editing.batch import Clock
+from sphere_edit.editing.batch import Back, Clock
 from sphere_edit.evaluation.returned import Returned, answered
 from sphere_edit.facts.fact import Fact
 from sphere_edit.progress import duration
@@ -16,6 +16,10 @@ from sphere_edit.runs.removal import named, shares_of
 from sphere_edit.runs.selection import together
 from sphere_edit.runs.session import Session
 
+_WAYS: tuple[Back, ...] = (
+    "state",
+    "answer",
+)  # what of the unedited model is written where it does not come back, in this order
 _LISTED = 20  # facts that are named where they are taken back
 
 
@@ -46,16 +50,18 @@ class TakingBack:
     def look(self, facts: Sequence[Fact], removal: Batch) -> None:
         """See which prompts do not give the unedited model's answer yet, and write it there; then ask which others were lost meanwhile."""
         history = self.run.history
-        first = next((check for check in history.removal_checks if check.after >= removal.number), None)
-        first = first or self.check(facts, removal)
-        while waiting := _not_written_since(history.batches[first.after :], first.missing):
-            batch = self._together(facts, waiting)
-            self.reporter.say(
-                f"Batch {history.head + 1}: {len(batch)} of {len(first.facts)} prompts do not give the unedited model's answer yet; "
-                "its own state is written there",
-                "bold",
-            )
-            self.committer.write_back(batch, [facts[index] for index in batch])
+        for way in _WAYS:
+            checks = [check for check in history.removal_checks if check.after >= removal.number]
+            known = checks[_WAYS.index(way) :][:1]
+            check = known[0] if known else self.check(facts, removal)
+            while waiting := _not_written_since(history.batches[check.after :], check.missing):
+                batch = self._together(facts, waiting)
+                self.reporter.say(
+                    f"Batch {history.head + 1}: {len(batch)} of {len(check.facts)} prompts do not give the unedited model's answer yet; "
+                    f"its own {way} is written there",
+                    "bold",
+                )
+                self.committer.write_back(batch, [facts[index] for index in batch], way)
         if not history.recheck_done:
             self._ask_others(facts, removal)
 
@@ -92,7 +98,7 @@ class TakingBack:
                 "what the unedited model makes of these prompts is written in their place"
             )
             batch = self._together(facts, _last_of_each(facts, removed))
-            self.committer.write_back(batch, [facts[index] for index in batch], removed, asked, missing)
+            self.committer.write_back(batch, [facts[index] for index in batch], "state", removed, asked, missing)
         else:
             self.committer.subtract(removed, shares, asked, missing)
         if method.learns and not method.forgets:

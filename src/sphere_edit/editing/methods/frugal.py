@@ -44,10 +44,17 @@ class Frugal(MemitSeq):
         0.1, ge=0, description="ρ, how much each other token of an edited prompt counts against its subject's"
     )
 
+    carried: bool = Field(
+        False,
+        description="δ stands at the first edited layer's output, and each later layer writes what follows from it (FE, arXiv:2605.00358); "
+        "else at the last one's, and each writes a share",
+    )
+
     @property
     def needs(self) -> Needs:
         """Optimised targets, C0, and of every batch its keys in every context and its context tokens."""
-        needs = Needs(FromTargets(contexts="each"), (SecondMoment(), EarlierKeys()))
+        feed = FromTargets(contexts="each", values="each" if self.carried else "last")
+        needs = Needs(feed, (SecondMoment(), EarlierKeys()))
         return needs.plus(ContextTokens()) if self.bystander_weight > 0 else needs
 
     def penalty(self, width: int) -> float:
