@@ -48,6 +48,22 @@ IMAGE_TEXT_MODELS: dict[str, dict[str, Any]] = {
         "image_token_index": 300,
     },
     "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": _ROPE}, "vision_config": _QWEN_VISION, **_TOKENS},
+    "qwen3_vl_moe": {
+        "text_config": {
+            **TEXT,
+            "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+        },
+        "vision_config": {
+            **_QWEN_VISION,
+            "intermediate_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        **_TOKENS,
+    },
     "qwen3_5": {
         "text_config": {**TEXT, **_LINEAR},
         "vision_config": {**_QWEN_VISION, "intermediate_size": 64, "num_position_embeddings": 16},
@@ -60,7 +76,11 @@ def tiny_image_text(family: str) -> Any:
     """A model of the family."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, tie_word_embeddings=False, **IMAGE_TEXT_MODELS[family])
-    return AutoModelForImageTextToText.from_config(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in model.parameters():  # transformers leaves experts empty
+        if parameter.dim() == 3:
+            parameter.data.normal_(std=0.2)
+    return model
 
 
 def save_image_text(family: str, folder: Path) -> Path:

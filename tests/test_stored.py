@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from families import save_tiny
 from images import IMAGE_TEXT_MODELS, LAYERS, save_image_text
-from mixtures import layout, save_mixture
+from mixtures import MIXTURES, layout, save_mixture
 from sphere_edit.exports.hf import write_hf
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.architecture import EXPERTS, Architecture, LayerParts, Matrix
@@ -33,6 +33,7 @@ NAMES = {
     "llava": (f"{LAYERS}.1.mlp.down_proj.weight", ["language_model.model.layers.1.mlp.down_proj.weight"]),
     "qwen2_vl": (f"{LAYERS}.1.mlp.down_proj.weight", ["model.layers.1.mlp.down_proj.weight"]),
     "qwen3_5": (f"{LAYERS}.1.mlp.down_proj.weight", [f"{LAYERS}.1.mlp.down_proj.weight"]),
+    "qwen3_vl_moe": (f"{LAYERS}.1.mlp.experts.down_proj", [f"{LAYERS}.1.mlp.experts.down_proj"]),  # but transposed
     "mixtral": (
         "model.layers.1.mlp.experts.down_proj",
         [f"model.layers.1.block_sparse_moe.experts.{index}.w2.weight" for index in range(4)],
@@ -46,6 +47,12 @@ NAMES = {
 
 
 def save(family: str, folder: Path) -> Path:
+    if family == "qwen3_vl_moe":  # whose published files have the experts the other way round
+        file = save_image_text(family, folder) / "model.safetensors"
+        tensors = load_file(file)
+        turned = {name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in tensors.items()}
+        save_file(turned, file, {"format": "pt"})
+        return folder
     if family in IMAGE_TEXT_MODELS:
         return save_image_text(family, folder)
     return save_tiny(family, folder) if family == "llama" else save_mixture(family, folder)
@@ -56,12 +63,15 @@ def load(folder: Path) -> LoadedModel:
     loader = loader_of(read_config(folder), "x")
     tokenizer, model = from_pretrained("x", str(folder), "auto", loader=loader)
     family = model.config.model_type
-    if family in NAMES and "experts" in NAMES[family][0]:
+    if family in MIXTURES:
         plan = layout(family)
     else:
         layers = LAYERS if loader == IMAGE_TEXT else "model.layers"
         norm = layers.replace("layers", "norm")
-        plan = Architecture(layers, norm, (LayerParts({"down": Matrix("mlp.down_proj")}),) * 4)
+        matrices = {"down": Matrix("mlp.down_proj")}
+        if family == "qwen3_vl_moe":
+            matrices = {EXPERTS: Matrix("mlp.experts.down_proj", experts=True)}
+        plan = Architecture(layers, norm, (LayerParts(matrices),) * 4)
     return LoadedModel(model.requires_grad_(False), tokenizer, plan, str(folder), fingerprint(model))
 
 
@@ -80,7 +90,8 @@ def test_every_parameter_is_read_from_the_files_as_the_model_has_it(family, tmp_
     whole = loaded.model.state_dict()[name]
     for number, piece in enumerate(pieces):
         assert piece.index == (number if len(files) > 1 else None)
-        assert piece.tensor.content() == tensor_bytes(whole if piece.index is None else whole[piece.index])
+        assert piece.transposed == (family == "qwen3_vl_moe")
+        assert piece.tensor.content() == tensor_bytes(piece.of(whole))
     assert stored.pieces("model.layers.1.mlp.nothing") == ()
 
 

@@ -38,13 +38,15 @@ class TargetRows:
 
 def coded_targets(encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
     """Prompt and new answer of each fact; of one in several forms, the first is taken (`in_each_form`)."""
-    answered = (encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat) for fact in facts)
+    answered = (
+        encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system) for fact in facts
+    )
     return [(tokens.ids, start) for tokens, start in answered]
 
 
 def coded_own(loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
     """Prompt and the model's own answer as it stands, of as many tokens as each fact's new answer has."""
-    prompts = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
+    prompts = [encoder.asked(fact.filled_prompt, fact.chat, fact.system).ids for fact in facts]
     lengths = [len(ids) - start for ids, start in coded_targets(encoder, facts)]
     said = own_answers(loaded, prompts, lengths)
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, said, strict=True)]

@@ -260,7 +260,9 @@ class FactPrompts:
 
 def in_contexts(fact: Fact, templates: Sequence[str], encoder: Encoder) -> list[list[int]]:
     """Token ids of a fact's prompt in every template, without an answer."""
-    return [encoder.asked(fill(template, fact)[0], fact.chat).ids for template in contexts(fact, templates)]
+    return [
+        encoder.asked(fill(template, fact)[0], fact.chat, fact.system).ids for template in contexts(fact, templates)
+    ]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def answered(loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int) -> lis
     """What the model as it stands makes of facts, each in its first form."""
     encoder = Encoder(loaded.tokenizer)
     rows = [
-        [encoder.asked(prompt, fact.chat).ids for prompt in (fact.filled_prompt, *fact.paraphrases)] for fact in facts
+        [encoder.asked(prompt, fact.chat, fact.system).ids for prompt in (fact.filled_prompt, *fact.paraphrases)]
+        for fact in facts
     ]
     lengths = [answer_tokens(fact, encoder) for fact in facts]
     ends = [answer_ends(loaded, encoder, fact.chat) for fact in facts]
@@ -53,7 +54,7 @@ def answered(loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int) -> lis
 
 def answer_tokens(fact: Fact, encoder: Encoder) -> int:
     """How many tokens of an answer count: as many as the new one has, one at least."""
-    tokens, start = encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat)
+    tokens, start = encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system)
     return max(1, len(tokens.ids) - start)
 
 

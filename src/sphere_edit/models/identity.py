@@ -46,8 +46,17 @@ def fingerprints(model: Any, path: str, layers: Sequence[int]) -> dict[int, str]
 
 def config_values(model: Any) -> dict[str, str]:
     """What of the configuration changes what the weights compute: all of it but for names and versions."""
+    return {name: repr(value) for name, value in _values(model.config.to_dict()).items()}
+
+
+def _values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration and of its parts."""
     ignored = ("_name_or_path", "transformers_version", "dtype")
-    return {name: repr(value) for name, value in model.config.to_dict().items() if name not in ignored}
+    return {
+        name: _values(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in ignored
+    }
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

@@ -22,10 +22,11 @@ from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
 from sphere_edit.models.probe import architecture_of, check_head, with_replay
 from sphere_edit.models.soundness import (
-    check_fetched,
+    check_extent,
     check_folder,
     check_hub,
     check_stored,
+    fetched,
     quantised,
     refuse_file,
     refuse_lossy,
@@ -132,23 +133,34 @@ def load_model(
     # without a configuration, the loader says what is the matter
     loader = CAUSAL if config is None else loader_of(config, source, trust_remote_code)
     found = None if config is None else undone_by_loading(config, source, Path(where) if local else None)
-    if local and gguf is None:
-        check_stored(Path(where), source)
+    folder = Path(where) if local else fetched(where)
+    if folder is not None and gguf is None:
+        check_stored(folder, source)
+    bones = _built(where, loader, trust_remote_code)
+    if bones is not None and folder is not None:
+        check_extent(bones, folder, source, packed=found is not None)
     if found is not None:
         chosen = torch.bfloat16 if chosen == "auto" else chosen
-        _say_memory(reporter or Quiet(), source, found, skeleton(where, loader, trust_remote_code), chosen)
+        if bones is not None:
+            _say_memory(reporter or Quiet(), source, found, bones, chosen)
     tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found)
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
     refuse_lossy(model, source, config or {})
-    if not local:
-        check_fetched(where)
     model.config._name_or_path = source
     try:
         model.to(target)
     except RuntimeError as error:
         raise SphereEditError(f"model '{source}' does not fit {target}: {first_lines(error)}") from None
     return prepare(model, tokenizer, source)
+
+
+def _built(where: str, loader: str, trust: bool) -> Any:
+    """The model without weights; None where it cannot be built, which is told when it is loaded."""
+    try:
+        return skeleton(where, loader, trust)
+    except SphereEditError:
+        return None
 
 
 def _say_memory(
@@ -167,12 +179,18 @@ def checkpoint_folder(source: str) -> str:
     """The folder with ``source``'s configuration and safetensors: its own, the hub's, or one converted from GGUF.
 
     Raises:
-        SphereEditError: there is none.
+        SphereEditError: there is none; or the hub's configuration says that the model cannot be edited, before weights are fetched.
     """
     where, gguf = _locate(full_name(source))
     if gguf is not None:
         return converted(where, gguf)
-    return where if Path(where).is_dir() else str(hub_folder(where))
+    if Path(where).is_dir():
+        return where
+    config = check_hub(where)
+    if config is not None:
+        loader_of(config, source)
+        undone_by_loading(config, source)
+    return str(hub_folder(where))
 
 
 def whole_folder(source: str, code: bool = False) -> Path:

@@ -74,7 +74,7 @@ class Replica:
                 f"the model {wanted} as {_SPELLED[dtype]}, and its files are {_SPELLED.get(there, there)}"
             )
         for piece in found:
-            tensor, part = piece.tensor, _part(original, piece)
+            tensor, part = piece.tensor, piece.of(original)
             same = tensor.dtype == dtype and tensor.shape == tuple(part.shape)
             if not same or tensor.content() != tensor_bytes(part):
                 raise SphereEditError(
@@ -117,7 +117,7 @@ class Replica:
                 copy = folder / piece.tensor.file.name
                 with plain_errors(copy), copy.open("rb+") as opened:
                     opened.seek(piece.tensor.start)
-                    opened.write(tensor_bytes(_part(deployed, piece)))
+                    opened.write(tensor_bytes(piece.of(deployed)))
 
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
@@ -143,10 +143,6 @@ class Replica:
         return cast
 
 
-def _part(parameter: Tensor, piece: Piece) -> Tensor:
-    return parameter if piece.index is None else parameter[piece.index]
-
-
 def _spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -154,6 +150,15 @@ def _spelled(dtype: torch.dtype) -> str:
 def plain_config(config: Mapping[str, Any], numbers: torch.dtype) -> dict[str, Any]:
     """A source's configuration for weights written from memory: in their dtype, quantised no more."""
     dtype = _spelled(numbers)
-    kept = {name: value for name, value in config.items() if name not in ("quantization_config", "compression_config")}
+    kept = _plain(config)
     spelled: Sequence[str] = [name for name in ("dtype", "torch_dtype") if name in kept] or ["dtype", "torch_dtype"]
     return kept | dict.fromkeys(spelled, dtype)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what it says of quantisation, be it of a part alone."""
+    return {
+        name: _plain(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in ("quantization_config", "compression_config")
+    }

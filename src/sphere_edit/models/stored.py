@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -28,10 +29,21 @@ from sphere_edit.models.source import StoredTensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor that holds a parameter as it is in the model: all of it, or its part ``index`` along the first dimension."""
+    """A stored tensor that holds the numbers of a parameter.
+
+    Attributes:
+        index: of the part that it holds, along the first dimension; None where it holds all of it.
+        transposed: the last two dimensions stand in the files the other way round.
+    """
 
     tensor: StoredTensor
     index: int | None = None
+    transposed: bool = False
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """What the stored tensor has to be for the model to have ``parameter``."""
+        part = parameter if self.index is None else parameter[self.index]
+        return part.mT if self.transposed else part
 
 
 @dataclass
@@ -72,18 +84,24 @@ class StoredParameters:
         return {} if holding is None else {tensor.name: tensor for _, tensor in holding.tensors}
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
-        """The stored tensors that hold a parameter as it is; none where they hold it in another form, or not at all."""
+        """The stored tensors that hold the numbers of a parameter; none where they are not in the files, or fused with others."""
         holding = self._holdings.get(name)
         if holding is None:
             return ()
         found = [tensor for _, tensor in holding.tensors]
         if holding.converter is None:
             return (Piece(found[0]),) if len(found) == 1 else ()
-        steps, targets = holding.converter.operations, holding.converter.target_patterns
-        merged = len(steps) == 1 and isinstance(steps[0], MergeModulelist) and steps[0].dim == 0
-        if not merged or len(targets) > 1 or len(holding.converter.source_patterns) > 1:
+        rule = holding.converter
+        if len(rule.operations) > 1 or len(rule.target_patterns) > 1 or len(rule.source_patterns) > 1:
             return ()
-        return tuple(Piece(tensor, index) for index, tensor in enumerate(found))
+        step = rule.operations[0]
+        if isinstance(step, MergeModulelist) and step.dim == 0:
+            return tuple(Piece(tensor, index) for index, tensor in enumerate(found))
+        shape = tuple(self._model.get_parameter(name).shape)
+        last = {len(shape) - 2, len(shape) - 1}
+        if isinstance(step, Transpose) and len(found) == 1 and {step.dim0 % len(shape), step.dim1 % len(shape)} == last:
+            return (Piece(found[0], transposed=not (step.check_dims and found[0].shape == shape)),)
+        return ()
 
     def read(self, name: str) -> Tensor:
         """A parameter as the model has it, but for the dtype, which is that of the files where they hold plain numbers.
