@@ -266,7 +266,7 @@ def test_all_facts_removed_leave_the_unedited_model(model, tmp_path):
     metrics = editor.remove([0, 1, 2])
     assert metrics["facts"] == 0
     assert all(torch.equal(value, original[name]) for name, value in editor.model.state_dict().items())
-    assert all(entry["returned"] and entry["divergence"] == 0 for entry in editor.run.history.removal_checks[-1].facts)
+    assert all(entry["returned"] and entry["kl"] == 0 for entry in editor.run.history.removal_checks[-1].facts)
     editor.edit(fact_records(1))
     assert editor.run.history.retained == [3]
     editor.close()

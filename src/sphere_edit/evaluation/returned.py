@@ -73,15 +73,15 @@ class Returned:
         answer: the unedited model's greedy answer to the prompt.
         said: the model's, as many tokens.
         returned: whether they are the same, token by token, in every form that the fact was edited in.
-        divergence: KL(unedited ‖ now) of the next token after the prompt, in nats; the largest of its forms.
-        paraphrases: the mean of it after the paraphrases, in the fact's first form; None where there are none.
+        kl: KL(unedited ‖ now) of the next token after the prompt, in nats; the largest of its forms.
+        kl_paraphrases: the mean of it after the paraphrases, in the fact's first form; None where there are none.
     """
 
     answer: str
     said: str
     returned: bool
-    divergence: float
-    paraphrases: float | None
+    kl: float
+    kl_paraphrases: float | None
 
     @classmethod
     def of(cls, loaded: LoadedModel, unedited: Sequence[Answered], now: Sequence[Answered]) -> Returned:

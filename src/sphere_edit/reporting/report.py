@@ -253,8 +253,8 @@ def _removed(runs: Sequence[Series]) -> dict[str, Any]:
             one_line(row.answer),
             one_line(row.said),
             "–" if row.returned is None else yes(row.returned),
-            decimals(row.divergence, 3),
-            decimals(row.paraphrases, 3),
+            decimals(row.kl, 3),
+            decimals(row.kl_paraphrases, 3),
         ]
         for run in runs
         for row in run.removed().rows

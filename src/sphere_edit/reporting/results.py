@@ -199,7 +199,7 @@ def _removed(view: stories.Removed) -> Table:
         words = (row.prompt, row.target), (one_line(row.answer), one_line(row.said))
         shown = [[terminal(word) for word in pair] for pair in words]
         returned = "–" if row.returned is None else yes(row.returned)
-        apart = decimals(row.divergence, 3), decimals(row.paraphrases, 3)
+        apart = decimals(row.kl, 3), decimals(row.kl_paraphrases, 3)
         table.add_row(str(row.index), *shown[0], str(row.batch), *shown[1], returned, *apart)
     return table
 

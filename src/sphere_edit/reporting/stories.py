@@ -31,7 +31,7 @@ class RemovedRow:
         batch: that took it back.
         answer, said: the unedited model's answer to its prompt, and the model's when it was last asked; None where that was not.
         returned: whether they are the same.
-        divergence, paraphrases: KL(unedited ‖ now) of the next token after the prompt, and after its paraphrases, in nats.
+        kl, kl_paraphrases: KL(unedited ‖ now) of the next token after the prompt, and after its paraphrases, in nats.
     """
 
     index: int
@@ -41,8 +41,8 @@ class RemovedRow:
     answer: str | None = None
     said: str | None = None
     returned: bool | None = None
-    divergence: float | None = None
-    paraphrases: float | None = None
+    kl: float | None = None
+    kl_paraphrases: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Removed:
             fact, entry = facts[index], found.get(index)
             row = RemovedRow(index, fact.filled_prompt, fact.target_new.strip(), batch)
             if entry is not None:
-                said = entry["answer"], entry["said"], entry["returned"], entry["divergence"], entry["paraphrases"]
+                said = entry["answer"], entry["said"], entry["returned"], entry["kl"], entry["kl_paraphrases"]
                 row = RemovedRow(row.index, row.prompt, row.target, row.batch, *said)
             rows.append(row)
         return cls(tuple(rows))

@@ -48,7 +48,7 @@ class RepairEntry(TypedDict):
 class ReturnedEntry(TypedDict):
     """Whether a removed fact's prompt gives the unedited model's answer again (`evaluation.returned.Returned`).
 
-    ``fact`` is its index; ``answer`` is the unedited model's, ``said`` what the model says now; divergences are in nats.
+    ``fact`` is its index; ``answer`` is the unedited model's, ``said`` what the model says now.
     """
 
     fact: int
@@ -56,8 +56,8 @@ class ReturnedEntry(TypedDict):
     said: str
     returned: bool
     new: bool
-    divergence: float
-    paraphrases: float | None
+    kl: float
+    kl_paraphrases: float | None
 
 
 class EnergyEntry(TypedDict):
