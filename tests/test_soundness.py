@@ -161,6 +161,15 @@ def test_fp8_without_the_scales_of_a_matrix(folder):
     assert f"and no scales say how to read {MATRIX}" in energy(folder)
 
 
+@pytest.mark.parametrize("block", [[24], [24, "x"], {"a": 1}])
+def test_fp8_whose_blocks_do_not_fit(folder, block):
+    store_fp8(folder, (24, 20))
+    configure(folder, quantization_config={**FP8, "weight_block_size": block})
+    for said in (loading(folder), energy(folder)):
+        assert str(folder) in said
+    assert "are not what its config.json says" in said
+
+
 def test_a_quantised_shard_that_is_cut_short(folder):
     store_fp8(folder, (16, 16))
     file = folder / "model.safetensors"
