@@ -27,7 +27,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "engine, identical steps": {"targets": STEPS},
     "engine, its own defaults": {},
 }
-METRICS = [metric for metric in on_page() if metric.of == "prompts"]
+METRICS = [metric for metric in on_page() if metric.of == "prompts" and metric.always]
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from sphere_edit.evaluation.scores import complete_answers, score_facts
 from sphere_edit.facts.fact import Fact, Neighbor
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.preparing import create_run
 
 _LEAD = "In other news this week. "
 _TOKENS = 2048
@@ -101,7 +102,7 @@ def main() -> None:
         editor = Editor.from_pretrained(
             args.model, Path(folder) / "run", reporter=Quiet(), method=args.method, moments=moments
         )
-        editor._start()
+        editor._attach(create_run(editor.session, editor.folder))
         bench = Bench(editor, args.length)
         print("| | facts | KL, 10⁻⁴ nats: mean (largest) | perplexity × | bare | sentence | siblings bare | sentence |")
         print("|---|---|---|---|---|---|---|---|")
@@ -149,8 +150,8 @@ class Bench:
         self.held = [passage[:length] for passage in editor._evaluator.heldout]
         self.unedited: HeldoutScores = score_heldout(editor.loaded, self.held, _TOKENS, Quiet())
         self.states: dict[str, State] = {name: {} for name in editor.weights.names}
-        if hasattr(editor.method, "start"):  # found once, and not for every fact
-            self.states = {name: editor.method.start(loop.statistics[name]) for name in editor.weights.names}
+        if hasattr(editor.session.method, "start"):  # found once, and not for every fact
+            self.states = {name: editor.session.method.start(loop.statistics[name]) for name in editor.weights.names}
 
     def edited(self, facts: Sequence[Fact]) -> Row:
         """Write facts in one batch, those that do not take once more if the method looks back, measure, and take them back."""
@@ -158,7 +159,7 @@ class Bench:
         self._write(facts)
         taken = score_facts(loaded, [fact.bare() for fact in facts], _TOKENS, Quiet())
         forgotten = [fact for fact, score in zip(facts, taken, strict=True) if not score.rewrite.correct]
-        if forgotten and self.editor.method.recheck:
+        if forgotten and self.editor.session.method.recheck:
             self._write(forgotten)
         text = score_heldout(loaded, self.held, _TOKENS, Quiet(), unedited=self.unedited.hidden)
         scores = score_facts(loaded, facts, _TOKENS, Quiet())

@@ -19,7 +19,7 @@ from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.text import Screen
 
-SHOWN = [metric for metric in on_page() if metric.of == "prompts"]
+SHOWN = [metric for metric in on_page() if metric.of == "prompts" and metric.always]
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from sphere_edit.reporting.comparison import as_csv, markdown, read_row
 from sphere_edit.reporting.report import write_report
 from sphere_edit.reporting.results import draw
 from sphere_edit.reporting.series import Series
-from sphere_edit.reporting.views import Batches, Facts, Header, Metrics, of_run
+from sphere_edit.reporting.views import Batches, Evaluations, Facts, Header, Metrics, of_run
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.text import Screen
 from test_runs import METHODS, QUICK
@@ -124,13 +124,51 @@ def test_a_run_from_before_the_catalogue_grew_is_shown_and_says_nothing_of_what_
     assert None not in series.metrics["efficacy"]
 
 
+def test_portability_is_shown_where_facts_have_such_prompts_and_counts_in_no_score(before, tmp_path):
+    metrics = json.loads((before / "metrics.json").read_text())
+    assert metrics["edited"]["portability"] is None
+    for view in (Metrics.of(metrics, "all"), Metrics.of({"edited": metrics["edited"]}, "one"), *of_run(before, 2)):
+        assert "ortability" not in printed(view)
+    for without in (write_report([before], tmp_path / "without.html").read_text(), markdown([row_of(before)])):
+        assert "ortability" not in without
+    records = fact_records(4)
+    for record in records[:2]:
+        hop = {"group": "hop", "prompt": f"The country of {record['subject']} is", "answers": ["Sweden", "Svea"]}
+        record["portability"] = [hop, {"group": "hop", "prompt": "No answer to this is"}]
+    editor = Editor.from_pretrained(
+        before.parent / "model", tmp_path / "run", reporter=Quiet(), **{**QUICK, **METHODS["memit"]}
+    )
+    found = editor.edit(records)
+    editor.close()
+    for when in ("unedited", "edited"):
+        own = [fact[when]["portability"] for fact in found["per_fact"]]
+        assert [len(prompts) for prompts in own] == [1, 1, 0, 0]
+        prefers = [prompt["nll_right"] <= prompt["nll_other"] for prompts in own for prompt in prompts]
+        assert found[when]["portability"] == 50 * sum(prefers)
+        assert found[when]["portability_generated"] is not None
+        three = [found[when][name] for name in ("efficacy", "generalization", "specificity")]
+        assert found[when]["score"] == pytest.approx(0 if 0 in three else 3 / sum(1 / part for part in three))
+    assert {fact["unedited"]["portability"][0]["also"] for fact in found["per_fact"][:2]} <= {True, False}
+    assert re.search(r"Portability +strict", printed(*of_run(tmp_path / "run", 2)))
+    assert re.search(
+        r"portability .*strict", printed(Evaluations.of(RunFolder.open(tmp_path / "run").history.evaluations))
+    )
+    assert "<th>Portability</th>" in write_report([tmp_path / "run", before], tmp_path / "with.html").read_text()
+    assert "| Portability |" in markdown([row_of(tmp_path / "run")])
+
+
+def row_of(run: Path):
+    return read_row("g", "memit", "SPHERE", {0: run})
+
+
 def test_names_of_metrics_stand_in_the_catalogue_alone():
     names = {metric.name for metric in catalogue.over_checkpoints()} - {"score", catalogue.PERPLEXITY.name}
     for path in sorted(ROOT.rglob("*.py")):
         if path.name == "catalogue.py":
             continue
         said = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-        assert not names & {word for word in said if isinstance(word, str)}, path
+        fields = {"portability"} if path.parent.name == "facts" else set()  # of records, which have it too
+        assert not (names - fields) & {word for word in said if isinstance(word, str)}, path
 
 
 def test_every_metric_has_one_name_and_one_label():

@@ -23,6 +23,7 @@ from sphere_edit.facts import chat
 from sphere_edit.facts.chat import ChatFrame, chat_frame
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from, read_facts
+from sphere_edit.models.loading import peak_memory
 from sphere_edit.progress import Quiet
 from test_runs import QUICK
 
@@ -101,7 +102,7 @@ def test_a_template_that_goes_on_for_ever_is_given_up(monkeypatch, model, tmp_pa
     started = time.monotonic()
     with pytest.raises(SphereEditError, match="did not end within 0 seconds"):
         chat_frame(chatting(endless))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": endless}))
     with pytest.raises(SphereEditError, match="did not end"):
@@ -111,6 +112,114 @@ def test_a_template_that_goes_on_for_ever_is_given_up(monkeypatch, model, tmp_pa
     found = Editor.from_pretrained(model, tmp_path / "plain", reporter=heard, **QUICK).evaluate(fact_records(2))
     assert found.edited[0].rewrite.other is None
     assert sum("Nothing is asked in a chat" in text for text in heard.said) == 1
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        "{{ 'x' * 10**11 }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+    ],
+)
+def test_a_template_that_takes_memory_without_end_is_given_up(greedy):
+    before = peak_memory(torch.device("cpu"))
+    with pytest.raises(SphereEditError, match="takes more than 256 MB of memory|cannot be used|did not end"):
+        chat_frame(chatting(greedy))
+    assert peak_memory(torch.device("cpu")) - before < 1 << 29, "nothing of it happens in this process"
+
+
+def test_a_template_that_makes_too_much_or_ends_its_process_is_told():
+    with pytest.raises(SphereEditError, match=r"TooLong: it made 2,000,020 characters"):
+        chat_frame(chatting("{{ 'x' * 2000000 }}{{ messages[0].content }}"))
+    nested = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
+    with pytest.raises(SphereEditError, match="cannot be used"):
+        chat_frame(chatting(nested))
+
+
+def test_a_template_is_rendered_as_transformers_renders_it():
+    """With the tokens, the day and the environment that it has there, its own extensions too."""
+    template = (
+        "{{ bos_token }}{{ pad_token }}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}\n  [{{ m.role | tojson }}]"
+        "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}{{ add_generation_prompt }}"
+    )
+    tokenizer = chatting(template)
+    wanted = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Here?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat_frame(tokenizer).around("Here?")[0] == wanted
+
+
+# --- the system prompt --------------------------------------------------------------------------------------------
+
+SYSTEM = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def test_a_system_prompt_stands_before_the_message_in_every_token_that_is_read():
+    encoder = Encoder(chatting(SYSTEM))
+    (fact,) = facts_in(["chat"], 1)
+    told = replace(fact, system="Answer in a word.")
+    before = "[system]Answer in a word.\n[user]"
+    for read in (
+        encoder.at_subject(told)[0],
+        encoder.with_answer(told)[0].ids,
+        encoder.asked("x", True, told.system).ids,
+    ):
+        assert encoder.tokenizer.decode(read).startswith(before)
+    assert encoder.tokenizer.decode(encoder.at_subject(fact)[0]).startswith("[user]")
+    asked = questions(replace(told, target_true="Paris", neighbors=()))[0]
+    assert encoder.tokenizer.decode(asked.right.after(asked.prompt, encoder)[0]).startswith(before)
+    assert encoder.tokenizer.decode(asked.other.after(asked.prompt, encoder)[0]).startswith(before)
+    assert chat_frame(chatting(SYSTEM), "").before == "[system]\n[user]", "an empty one is one"
+
+
+def test_a_record_a_file_and_a_run_say_the_system_prompt(tmp_path, model):
+    path = tmp_path / "facts.json"
+    own, silent = fact_records(2)
+    path.write_text(json.dumps({"system": "Be kind.", "chat": True, "facts": [{**own, "system": "Be short."}, silent]}))
+    assert [(fact.system, fact.chat) for fact in read_facts(path).facts] == [("Be short.", True), ("Be kind.", True)]
+    (csv,) = read_facts(_csv_of(tmp_path / "facts.csv", {**own, "system": "Be short."})).facts
+    assert csv.system == "Be short."
+    with pytest.raises(SphereEditError, match="'system' must be text"):
+        facts_from([{**own, "system": ["x"]}])
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": SYSTEM}))
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), chat=True, system="Be calm.", **QUICK)
+    editor.edit([own, {**silent, "system": "Be short."}])
+    assert [fact.system for fact in editor.run.facts()] == ["Be calm.", "Be short."]
+    editor.close()
+
+
+def _csv_of(path, record):
+    names = ("subject", "prompt", "target_new", "system")
+    path.write_text(",".join(names) + "\n" + ",".join(f'"{record[name]}"' for name in names) + "\n")
+    return path
+
+
+def test_a_system_prompt_that_a_template_does_not_take_is_told_before_any_work(model, tmp_path):
+    with pytest.raises(SphereEditError, match="leaves out the system prompt 'Be calm.'"):
+        chat_frame(chatting("{{ messages[-1].content }}"), "Be calm.")
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}{{ messages[0].content }}"
+    )
+    with pytest.raises(SphereEditError, match=r"TemplateError: No system"):
+        chat_frame(chatting(refusing), "Be calm.")
+    plain = save_tiny("llama", tmp_path / "plain")
+    with pytest.raises(SphereEditError, match="has no chat template"):
+        Editor.from_pretrained(plain, tmp_path / "run", reporter=Quiet(), system="Be calm.", **QUICK).edit(
+            fact_records(2)
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_ends_a_turn_is_learnt_where_the_answer_says_it():
+    """It is not learnt by default; an answer that ends in the template's own mark has it as its last token."""
+    encoder = Encoder(chatting())
+    (fact,) = facts_in(["chat"], 1)
+    tokens, start, _ = encoder.with_answer(fact)
+    assert encoder.chat_end not in tokens.ids[start:]
+    tokens, start, _ = encoder.with_answer(replace(fact, target_new=fact.target_new + "<eos>"))
+    assert tokens.ids[start:][-1] == encoder.chat_end
 
 
 # --- records, files, settings -------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def test_every_protocol_is_a_mean_over_facts_of_a_facts_own_mean():
         parts = [expected[part + suffix] for part in ("efficacy", "generalization", "specificity")]
         expected["score" + suffix] = 3 / sum(1 / part for part in parts)
     expected |= dict.fromkeys(("efficacy_other", "generalization_other", "specificity_other", "score_other"))
+    expected |= dict.fromkeys(f"portability{suffix}" for suffix in ("", "_strict", "_token", "_generated", "_other"))
     assert found == pytest.approx(expected)
     assert summarise([fact_scores((True, 0.0, None), [], [])])["efficacy_generated"] is None
     assert summarise([fact_scores((True, 0.0, None), [], [])])["score_strict"] == 0
@@ -359,3 +360,46 @@ def test_runs_that_ask_the_same_of_the_same_model_share_what_the_unedited_one_sa
     config = json.loads(saved.read_text())
     saved.write_text(json.dumps({**config, "chat_template": CHAT}))
     assert edit("template")[1]
+
+
+def test_any_of_several_right_answers_is_a_strict_one_each_with_its_own_seam():
+    """The unedited model's own words are one of the answers, the first or a later one: strict and generated agree."""
+    loaded = tiny("llama", torch.float32)
+    encoder = Encoder(loaded.tokenizer)
+
+    def is_read_as_said(fact):  # some texts that random weights say have other tokens when they are read
+        tokens, start = encoder.answered(fact.filled_prompt, fact.target_true, fact.separator)
+        return tokens.ids[start:] == list(fact.target_true_ids)
+
+    only = {"target_new": "x", "target_true": None, "paraphrases": (), "neighbors": (), "separator": ""}
+    silent = [replace(fact, **only) for fact in facts_of(12)]
+    own = next(filter(is_read_as_said, complete_answers(loaded, silent)))
+    said = own.target_true
+    fact = replace(own, target_new="Zug", target_true=None, target_true_ids=None)
+    for answers, verdict in (((), False), (("Zug zug",), False), ((said,), True), (("Zug zug", said), True)):
+        asked = complete_answers(loaded, [replace(fact, answers=answers)])
+        (score,) = score_facts(loaded, asked, 256, Quiet())
+        assert score.rewrite.accuracy < 1, "the first answer is not said"
+        assert (score.rewrite.correct, score.rewrite.also) == (verdict, verdict if answers else None)
+        assert summarise([score])["efficacy_strict"] == 100 * verdict
+        (told,) = with_answers(loaded, asked, [score], False, 256, Quiet())
+        assert told.rewrite.begins is verdict
+    (question,) = questions(replace(asked[0], separator=" ", answers=("B", ", Inc.")))
+    assert [answer.separator for answer in (question.right, *question.right.others)] == [" ", " ", ""]
+
+
+def test_portability_is_asked_of_its_own_answers_against_what_the_unedited_model_says():
+    loaded = tiny("llama", torch.float32)
+    hop = {"group": "hop", "prompt": "The country of {} is", "answers": ["Sweden"]}
+    (fact,) = facts_from([{**fact_records(1)[0], "portability": [hop, {"group": "hop", "prompt": "Silent is"}]}]).facts
+    assert fact.probes == [], "before the unedited model was asked"
+    (complete,) = complete_answers(loaded, [fact])
+    (probe,) = complete.probes
+    (asked,) = [question for question in questions(complete) if question.prompt == probe.prompt]
+    assert (asked.right.text, asked.other.ids) == ("Sweden", probe.rival_ids)
+    assert len(probe.rival_ids) <= len(asked.right.after(asked.prompt, Encoder(loaded.tokenizer))[1])
+    (score,) = score_facts(loaded, [complete], 256, Quiet())
+    assert len(score.portability) == 1
+    assert score.portability[0].nll_other <= score.portability[0].nll_right, "greedy, of as many tokens"
+    assert type(complete).from_dict(json.loads(json.dumps(complete.as_dict()))) == complete
+    assert complete.bare().probes == []

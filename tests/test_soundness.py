@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.hf import write_hf
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
-from sphere_edit.models.loading import load_model
+from sphere_edit.models.loading import load_model, peak_memory
 from sphere_edit.models.soundness import is_scale
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Quiet
@@ -285,3 +287,61 @@ def test_a_shard_that_is_not_there_or_elsewhere(folder):
     for damaged in ("{}", '{"weight_map": {"a": 1}}', "[]", "{"):
         index.write_text(damaged)
         assert "is damaged" in loading(folder)
+
+
+# --- a configuration that describes what is not there -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_hidden_layers": 2**63}, "says num_hidden_layers: 9223372036854775808, where 1,024 is the most"),
+        ({"text_config": {"n_layer": 10**30}}, "says n_layer: 1000000000000000000000000000000"),
+        ({"num_labels": 10**12}, "says num_labels"),
+        ({"model_type": ["llama"]}, "names no model_type"),
+        ({"num_hidden_layers": 900}, "lacks weights that its config.json describes"),
+        ({"intermediate_size": 10**12}, "lacks weights that its config.json describes"),
+        ({"head_dim": 10**9}, "lacks weights that its config.json describes"),
+        ({"vocab_size": 10**11}, "lacks weights that its config.json describes"),
+    ],
+)
+def test_sizes_that_no_file_holds_are_refused_before_anything_is_made(folder, said, message):
+    configure(folder, **said)
+    started, before = time.monotonic(), peak_memory(torch.device("cpu"))
+    assert message in loading(folder)
+    assert time.monotonic() - started < 10
+    assert (peak_memory(torch.device("cpu")) or 0) - (before or 0) < 1 << 30
+
+
+def test_tables_that_a_configuration_asks_for_are_bounded(tmp_path):
+    folder = save_tiny("gptj", tmp_path / "model")
+    configure(folder, n_positions=10**9)
+    assert "asks for tables of" in loading(folder)
+
+
+def test_extra_tokens_are_bounded(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_ids": 10**9}))
+    assert "tokenizer_config.json of model" in loading(folder)
+
+
+def test_quantised_weights_of_a_known_method_are_bounded_too(folder):
+    """Where a byte may hold eight weights, and no more."""
+    configure(folder, quantization_config={"quant_method": "fp8"}, intermediate_size=10**9)
+    assert "lacks weights that its config.json describes" in loading(folder)
+
+
+def test_a_hub_model_is_checked_by_its_files_before_it_is_built(folder, tmp_path, monkeypatch):
+    """By a cache made by hand, as if it had been fetched."""
+    commit = "0" * 40
+    home = tmp_path / "hub" / "models--maker--model"
+    configure(folder, num_hidden_layers=900)
+    shutil.copytree(folder, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SphereEditError, match="lacks weights that its config.json describes"):
+        load_model("maker/model", "cpu")
+    configure(home / "snapshots" / commit, num_hidden_layers=4)
+    assert load_model("maker/model", "cpu").source == "maker/model"

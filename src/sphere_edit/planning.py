@@ -169,7 +169,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _with_truth(fact: Fact) -> Fact:
     neighbors = tuple(replace(n, answer=n.answer or fact.target_new) for n in fact.neighbors)
-    return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors)
+    portability = tuple(replace(p, rival=fact.target_new) for p in fact.portability)
+    return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors, portability=portability)
 
 
 def _memory(session: Session) -> int:

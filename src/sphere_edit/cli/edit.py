@@ -21,6 +21,7 @@ from sphere_edit.cli.options import (
     ModelDtype,
     Project,
     SkipBad,
+    System,
     Target,
     TrustRemoteCode,
     TrustRun,
@@ -60,6 +61,7 @@ def edit(
     batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. \\[default: 100]")] = None,
     chat: Chat = None,
     forms: Forms = None,
+    system: System = None,
     layers: Annotated[
         str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
     ] = None,
@@ -112,6 +114,7 @@ def edit(
         "batch_size": batch_size,
         "chat": chat,
         "forms": forms and [form.strip() for form in forms.split(",")],
+        "system": system,
         "layers": None if layers is None else read_layers(layers),
         "matrices": matrices and matrices.value,
         "moments": {"corpus": corpus},

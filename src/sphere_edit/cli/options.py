@@ -69,6 +69,9 @@ Chat = Annotated[
     ),
 ]
 Forms = Annotated[str | None, typer.Option(help="Forms of every fact at once: 'plain,chat'; asked in the first.")]
+System = Annotated[
+    str | None, typer.Option(help="System prompt of chats, where records say nothing. \\[default: the model's]")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 TrustRun = Annotated[

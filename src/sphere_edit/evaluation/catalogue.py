@@ -6,7 +6,7 @@ judges one prompt. A further protocol or part is one further row, and its metric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,18 +25,21 @@ class Part:
         label: how people call it.
         prompts: these prompts' scores; none where the fact has no such prompt.
         learnt: whether an edit is what makes them go well, so that the unedited model's value says only what was not yet edited.
+        always: whether it is shown where no fact has such prompts too, and is part of the harmonic mean.
     """
 
     name: str
     label: str
     prompts: Callable[[FactScores], Sequence[PromptScore]]
     learnt: bool
+    always: bool = True
 
 
 EFFICACY = Part("efficacy", "Efficacy", lambda fact: (fact.rewrite,), learnt=True)
 GENERALIZATION = Part("generalization", "Generalization", lambda fact: fact.paraphrases, learnt=True)
 SPECIFICITY = Part("specificity", "Specificity", lambda fact: fact.neighbors, learnt=False)
-PARTS = (EFFICACY, GENERALIZATION, SPECIFICITY)
+PORTABILITY = Part("portability", "Portability", lambda fact: fact.portability, learnt=True, always=False)
+PARTS = (EFFICACY, GENERALIZATION, SPECIFICITY, PORTABILITY)
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Protocol:
 LIKELIHOOD = Protocol("", "likelihood", lambda prompt: float(prompt.prefers))
 STRICT = Protocol(
     "_strict", "strict", lambda prompt: float(prompt.correct),
-    page=(EFFICACY, GENERALIZATION), compared=(EFFICACY, GENERALIZATION),
+    page=(EFFICACY, GENERALIZATION, PORTABILITY), compared=(EFFICACY, GENERALIZATION, PORTABILITY),
 )  # fmt: skip
-PER_TOKEN = Protocol("_token", "per token", lambda prompt: prompt.accuracy, page=(), compared=(SPECIFICITY,))
+PER_TOKEN = Protocol(
+    "_token", "per token", lambda prompt: prompt.accuracy, page=(), compared=(SPECIFICITY, PORTABILITY)
+)
 GENERATED = Protocol(
     "_generated", "generated", lambda prompt: None if prompt.begins is None else float(prompt.begins),
     page=(), compared=(EFFICACY,),
@@ -90,7 +95,7 @@ class Metric:
         of_what: the protocol, or the text it was measured on.
         ratio: whether it is compared as a multiple of the unedited model's.
         distance: whether it is a distance from the unedited model, which has none itself.
-        learnt: see `Part`.
+        learnt, always: see `Part`.
         page, compared: whether page and figures, and tables of several runs, show it.
     """
 
@@ -105,6 +110,7 @@ class Metric:
     ratio: bool = False
     distance: bool = False
     learnt: bool = False
+    always: bool = True
     page: bool = True
     compared: bool = True
 
@@ -150,14 +156,14 @@ ROUTES = Metric(
 HELDOUT = (PERPLEXITY, DIVERGENCE)
 TEXTS = (FLUENCY, CONSISTENCY)
 
-_SCORE = "score"  # harmonic mean of a protocol's parts
+_SCORE = "score"  # harmonic mean of a protocol's parts, of those that are always shown
 
 
 def of_part(part: Part, protocol: Protocol = LIKELIHOOD) -> Metric:
     """A part in a protocol."""
     return Metric(
         part.name + protocol.suffix, part.label if protocol is LIKELIHOOD else f"{part.label}, {protocol.label}", "prompts",
-        rising=True, title=part.label, of_what=protocol.label, learnt=part.learnt,
+        rising=True, title=part.label, of_what=protocol.label, learnt=part.learnt, always=part.always,
         page=protocol.page is None or part in protocol.page,
         compared=protocol.compared is None or part in protocol.compared,
     )  # fmt: skip
@@ -209,6 +215,11 @@ def told_of_exports() -> list[Metric]:
 def over_checkpoints() -> list[Metric]:
     """What a run measures at every checkpoint."""
     return [*of_prompts(), *HELDOUT]
+
+
+def measured(metrics: Iterable[Metric], known: Callable[[Metric], bool]) -> list[Metric]:
+    """The metrics without those that only some facts have prompts for, unless something is ``known`` of them."""
+    return [metric for metric in metrics if metric.always or known(metric)]
 
 
 def of_heldout(scores: HeldoutScores) -> dict[str, float | None]:

@@ -41,7 +41,7 @@ def with_answers(
     encoder = Encoder(loaded.tokenizer)
     asked = [question for fact in facts for question in questions(fact)]
     sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
-    coded = [encoder.asked(question.prompt, chat or question.chat).ids for question in asked]
+    coded = [encoder.asked(question.prompt, chat or question.chat, question.right.system).ids for question in asked]
     said = continuations(loaded, coded, sizes, max_tokens, reporter, end=True)
     pairs = iter(zip(asked, coded, said, strict=True))
     found = []
@@ -98,8 +98,9 @@ def _begins(text: str, question: Question, chat: bool) -> bool:
     """
     answer = question.right
     plain = not (chat or question.chat) and answer.separator is not None
-    prompt, separator = (question.prompt, answer.separator) if plain else ("", "")
-    return any(begins_with(prompt + text, f"{prompt}{separator}{right}") for right in (answer.text, *answer.others))
+    prompt = question.prompt if plain else ""
+    wanted = [f"{right.separator if plain else ''}{right.text}" for right in (answer, *answer.others)]
+    return any(begins_with(prompt + text, prompt + right) for right in wanted)
 
 
 def begins_with(said: str, answer: str) -> bool:

@@ -79,7 +79,7 @@ def _means(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted means of columns in percent ``[draws, metrics]``, NaN left out, with each protocol's harmonic mean after its parts."""
     means = 100 * weighted_means(values, weights)
     parts = means.reshape(len(weights), len(catalogue.PROTOCOLS), len(catalogue.PARTS))
-    known = parts.isfinite()
+    known = parts.isfinite() & torch.tensor([part.always for part in catalogue.PARTS])
     harmonic = known.sum(-1) / torch.where(known, 1 / parts, 0.0).sum(-1)
     harmonic = torch.where(known.any(-1), harmonic, torch.nan)
     return torch.cat([parts, harmonic[..., None]], dim=-1).flatten(1)

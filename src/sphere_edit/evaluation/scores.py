@@ -1,11 +1,11 @@
 """Every prompt of a fact, asked of the model as it stands.
 
-Every prompt has a right answer (target_new; for a neighbour its own) and a rival (target_true; for a neighbour target_new). What was
-measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalogue`):
+Every prompt has a right answer (target_new; for a neighbour and for portability its own) and a rival (target_true; for a neighbour
+target_new; for portability what the unedited model says). What was measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalogue`):
 
 - *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
   right answer is lower than that of its rival;
-- *strict*: every token of the right answer is the likeliest one, given the answer's tokens before it;
+- *strict*: every token of a right answer is the likeliest one, given the answer's tokens before it;
 - *token*: the share of the right answer's tokens that are the likeliest, given those before (the authors' ZsRE numbers);
 - *generated*: what the model says freely and greedily begins with the right answer (`sphere_edit.evaluation.generation`);
 - *strict, other form*: the strict verdict on the prompt in the form that the fact is not asked in: in a chat, or plain.
@@ -13,8 +13,10 @@ measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -38,6 +40,7 @@ class PromptScore:
         nll_right: mean negative log-likelihood per token (nats) of the right answer.
         nll_other: of its rival.
         accuracy: share of the right answer's tokens that are the likeliest, given those before.
+        also: whether all tokens of one of the other right answers are, where there are any.
         said: what the model says after the prompt, where it was asked.
         begins: whether that begins with the right answer.
         other: the strict verdict on the prompt in the other form (in a chat, or plain), where it was asked so.
@@ -49,6 +52,7 @@ class PromptScore:
     said: str | None = None
     begins: bool | None = None
     other: bool | None = None
+    also: bool | None = None
 
     @property
     def prefers(self) -> bool:
@@ -58,7 +62,7 @@ class PromptScore:
     @property
     def correct(self) -> bool:
         """The strict verdict."""
-        return self.accuracy == 1.0
+        return self.accuracy == 1.0 or bool(self.also)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class FactScores:
     rewrite: PromptScore
     paraphrases: tuple[PromptScore, ...]
     neighbors: tuple[PromptScore, ...]
+    portability: tuple[PromptScore, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -90,8 +95,8 @@ class FactScores:
             ) from None
 
     def prompts(self) -> tuple[PromptScore, ...]:
-        """Rewrite, paraphrases, neighbours, in the order of `questions`."""
-        return (self.rewrite, *self.paraphrases, *self.neighbors)
+        """Rewrite, paraphrases, neighbours, portability, in the order of `questions`."""
+        return (self.rewrite, *self.paraphrases, *self.neighbors, *self.portability)
 
 
 _SCORES = TypeAdapter(FactScores)
@@ -101,21 +106,22 @@ _SCORES = TypeAdapter(FactScores)
 class Answer:
     """What may follow a prompt: a text, or the very tokens a model said.
 
-    ``separator`` stands between the prompt and the text (None: by the rule of older runs); ``others`` are right as well, if generated.
-    In a ``chat``, the prompt is a user's message.
+    ``separator`` stands between the prompt and the text (None: by the rule of older runs); ``others`` are right as well.
+    In a ``chat``, the prompt is a user's message, behind the ``system`` prompt.
     """
 
     text: str
     ids: tuple[int, ...] | None = None
     separator: str | None = None
-    others: tuple[str, ...] = field(default=(), compare=False)
+    others: tuple[Answer, ...] = field(default=(), compare=False)
     chat: bool = False
+    system: str | None = None
 
     def after(self, prompt: str, encoder: Encoder) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer after it."""
         if self.ids is not None:
-            return encoder.asked(prompt, self.chat).ids, list(self.ids)
-        tokens, start = encoder.answered(prompt, self.text, self.separator, self.chat)
+            return encoder.asked(prompt, self.chat, self.system).ids, list(self.ids)
+        tokens, start = encoder.answered(prompt, self.text, self.separator, self.chat, self.system)
         return tokens.ids[:start], tokens.ids[start:]
 
 
@@ -126,41 +132,63 @@ def answer_ends(loaded: LoadedModel, encoder: Encoder, chat: bool) -> frozenset[
 
 
 def complete_answers(loaded: LoadedModel, facts: Sequence[Fact]) -> list[Fact]:
-    """Facts with every missing true answer filled by the model's own greedy one: as many tokens as the new target has, fewer where it ends its text.
+    """Facts with every missing true answer and rival filled by the model's own greedy answer: as many tokens as the right one has, fewer where
+    it ends its text.
 
     To be called with the unedited model in place: what it says is then what the edit is compared with.
     """
     encoder = Encoder(loaded.tokenizer)
-    asked: list[tuple[str, str, str | None, bool]] = []
-    for fact in facts:
-        if fact.target_true is None:
-            asked.append((fact.filled_prompt, fact.target_new, fact.separator, fact.chat))
-        silent = [neighbor for neighbor in fact.neighbors if neighbor.answer is None]
-        asked += [(n.prompt, fact.target_new, fact.separator_of(n, fact.target_new), fact.chat) for n in silent]
+    asked = [question for fact in facts for question in _unanswered(fact)]
     if not asked:
         return list(facts)
-    lengths = [max(1, len(tokens.ids) - start) for tokens, start in (encoder.answered(*each) for each in asked)]
-    prompts = [encoder.asked(prompt, chat).ids for prompt, *_, chat in asked]
-    ends = [answer_ends(loaded, encoder, chat) for *_, chat in asked]
-    said = iter(greedy_continuations(loaded, prompts, lengths, ends))
+    coded = [answer.after(prompt, encoder) for prompt, answer in asked]
+    ends = [answer_ends(loaded, encoder, answer.chat) for _, answer in asked]
+    lengths = [max(1, len(ids)) for _, ids in coded]
+    said = iter(greedy_continuations(loaded, [encoder.asked(p, a.chat, a.system).ids for p, a in asked], lengths, ends))
 
     def answer() -> tuple[str, tuple[int, ...]]:
         ids = next(said)
         return loaded.tokenizer.decode(ids), tuple(ids)
 
-    completed = []
-    for fact in facts:
-        if fact.target_true is None:
+    return [_completed(fact, answer) for fact in facts]
+
+
+def _unanswered(fact: Fact) -> list[tuple[str, Answer]]:
+    """The prompts whose old answer the unedited model is asked for, each with a text of the length that is wanted."""
+    new, form = fact.target_new, (fact.chat, fact.system)
+    asked = [(fact.filled_prompt, Answer(new, None, fact.separator, (), *form))] if fact.target_true is None else []
+    for neighbor in fact.neighbors:
+        if neighbor.answer is None:
+            asked.append((neighbor.prompt, Answer(new, None, fact.separator_of(neighbor, new), (), *form)))
+    for probe in fact.portability:
+        if probe.answers and probe.rival is None:
+            right = probe.answers[0]
+            asked.append((probe.prompt, Answer(right, None, fact.separator_of(probe, right), (), *form)))
+    return asked
+
+
+def _completed(fact: Fact, answer: Callable[[], tuple[str, tuple[int, ...]]]) -> Fact:
+    """The fact with the next answers in the places that `_unanswered` names, in its order."""
+    if fact.target_true is None:
+        text, ids = answer()
+        fact = replace(fact, target_true=text, target_true_ids=ids)
+    neighbors = []
+    for neighbor in fact.neighbors:
+        if neighbor.answer is None:
             text, ids = answer()
-            fact = replace(fact, target_true=text, target_true_ids=ids)
-        neighbors = []
-        for neighbor in fact.neighbors:
-            if neighbor.answer is None:
-                text, ids = answer()
-                neighbor = replace(neighbor, answer=text, answer_ids=ids)
-            neighbors.append(neighbor)
-        completed.append(replace(fact, neighbors=tuple(neighbors)))
-    return completed
+            neighbor = replace(neighbor, answer=text, answer_ids=ids)
+        neighbors.append(neighbor)
+    probes = []
+    for probe in fact.portability:
+        if probe.answers and probe.rival is None:
+            text, ids = answer()
+            probe = replace(probe, rival=text, rival_ids=ids)
+        probes.append(probe)
+    return replace(fact, neighbors=tuple(neighbors), portability=tuple(probes))
+
+
+Ids = tuple[int, ...] | None
+Separator = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -178,18 +206,27 @@ class Question:
 
 
 def questions(fact: Fact) -> list[Question]:
-    """All prompts of a complete fact, in its first form: its own, its paraphrases, its neighbours."""
+    """All prompts of a complete fact, in its first form: its own, its paraphrases, its neighbours, its portability."""
     new, truth = fact.target_new, _known(fact.target_true)
+    form = (fact.chat, fact.system)
     asked = []
+
+    def ask(
+        prompt: str, right: Sequence[str], right_ids: Ids, rival: str, rival_ids: Ids, separator: Separator
+    ) -> None:
+        first, *others = right
+        also = tuple(Answer(text, None, separator(text), (), *form) for text in others)
+        answers = Answer(first, right_ids, separator(first), also, *form)
+        asked.append(Question(prompt, answers, Answer(rival, rival_ids, separator(rival), (), *form)))
+
     for prompt in (fact.filled_prompt, *fact.paraphrases):
-        right = Answer(new, None, fact.separator_after(prompt, new), fact.answers, fact.chat)
-        rival = Answer(truth, fact.target_true_ids, fact.separator_after(prompt, truth), chat=fact.chat)
-        asked.append(Question(prompt, right, rival))
+        ask(prompt, (new, *fact.answers), None, truth, fact.target_true_ids, partial(fact.separator_after, prompt))
     for neighbor in fact.neighbors:
-        answer = _known(neighbor.answer)
-        right = Answer(answer, neighbor.answer_ids, fact.separator_of(neighbor, answer), neighbor.answers, fact.chat)
-        rival = Answer(new, None, fact.separator_of(neighbor, new), chat=fact.chat)
-        asked.append(Question(neighbor.prompt, right, rival))
+        right = (_known(neighbor.answer), *neighbor.answers)
+        ask(neighbor.prompt, right, neighbor.answer_ids, new, None, partial(fact.separator_of, neighbor))
+    for probe in fact.probes:
+        rival = _known(probe.rival)
+        ask(probe.prompt, probe.answers, None, rival, probe.rival_ids, partial(fact.separator_of, probe))
     return asked
 
 
@@ -202,13 +239,16 @@ def score_facts(
         (question.prompt, answer): None
         for several in asked
         for question in several
-        for answer in (question.right, question.other)
+        for answer in (question.right, question.other, *question.right.others)
     }
     scored = _answer_scores(loaded, list(pairs), max_tokens, reporter, title)
 
     def score(question: Question) -> PromptScore:
         right, accuracy = scored[question.prompt, question.right]
-        return PromptScore(right, scored[question.prompt, question.other][0], accuracy)
+        others = [scored[question.prompt, answer][1] == 1.0 for answer in question.right.others]
+        return PromptScore(
+            right, scored[question.prompt, question.other][0], accuracy, also=any(others) if others else None
+        )
 
     return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
 
@@ -227,23 +267,33 @@ def with_other_form(
         turned = replace(fact, forms=("plain",) if fact.chat else ("chat",))
         asked.append([(question.prompt, question.right) for question in questions(turned)[: 1 + len(fact.paraphrases)]])
     readable = {
-        pair: None for pairs in asked for pair in pairs if sum(map(len, pair[1].after(pair[0], encoder))) <= limit
+        (prompt, answer): None
+        for pairs in asked
+        for prompt, right in pairs
+        for answer in (right, *right.others)
+        if sum(map(len, answer.after(prompt, encoder))) <= limit
     }
     scored = _answer_scores(loaded, list(readable), max_tokens, reporter, "other form") if readable else {}
     found = []
     for fact, score, pairs in zip(facts, scores, asked, strict=True):
-        verdicts = [scored[pair][1] == 1.0 if pair in scored else None for pair in pairs]
-        verdicts += [None] * len(fact.neighbors)
-        told = [replace(prompt, other=said) for prompt, said in zip(score.prompts(), verdicts, strict=True)]
+        verdicts = [_strict(scored, *pair) for pair in pairs]
+        told = [replace(prompt, other=said) for prompt, said in zip_longest(score.prompts(), verdicts)]
         found.append(grouped(fact, told))
     return found
+
+
+def _strict(scored: Mapping[tuple[str, Answer], tuple[float, float]], prompt: str, right: Answer) -> bool | None:
+    """Whether one of the right answers is the likeliest, token by token; None where none was asked."""
+    known = [scored[prompt, answer][1] == 1.0 for answer in (right, *right.others) if (prompt, answer) in scored]
+    return any(known) if known else None
 
 
 def grouped(fact: Fact, scores: Iterable[PromptScore]) -> FactScores:
     """The scores of a fact's `questions`, told apart."""
     rewrite, *rest = scores
-    cut = len(fact.paraphrases)
-    return FactScores(rewrite, tuple(rest[:cut]), tuple(rest[cut:]))
+    first = len(fact.paraphrases)
+    second = first + len(fact.neighbors)
+    return FactScores(rewrite, tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:]))
 
 
 def _answer_scores(

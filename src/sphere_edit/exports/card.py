@@ -117,6 +117,8 @@ def model_card(
             "|---|---|---|---|---|",
         ]
         for likelihood, strict in zip(*map(catalogue.of_protocol, (LIKELIHOOD, STRICT)), strict=True):
+            if not likelihood.always and after.get(likelihood.name) is None:
+                continue
             cells = [metric.said(side[metric.name]) for metric in (likelihood, strict) for side in (before, after)]
             lines.append(f"| {likelihood.title} | " + " | ".join(cells) + " |")
         cells = [PERPLEXITY.said(side[PERPLEXITY.name]) for side in (before, after)]

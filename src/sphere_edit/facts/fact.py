@@ -41,11 +41,16 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt whose answer follows from the edit (a second hop, another name of the subject): portability, by named group."""
+    """A prompt whose answer follows from the edit (a second hop, another name of the subject): portability, by named group.
+
+    Without ``answers`` nothing can be measured of it. ``rival`` is what the unedited model says, of the tokens ``rival_ids``.
+    """
 
     group: str
     prompt: str
     answers: tuple[str, ...] = ()
+    rival: str | None = None
+    rival_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Fact:
         portability: prompts whose answers follow from the edit.
         rewordings: prompts, with ``{}``, that say the same: the target is optimised in them too (`paraphrases` only measure).
         forms: those in which it is edited, the first of which is the one it is asked in; none were said: plain.
+        system: the system prompt of its chats; the one that the model's template has by default where it is None.
     """
 
     subject: str
@@ -83,6 +89,7 @@ class Fact:
     portability: tuple[Probe, ...] = ()
     rewordings: tuple[str, ...] = ()
     forms: tuple[Form, ...] = ()
+    system: str | None = None
 
     @property
     def filled_prompt(self) -> str:
@@ -115,13 +122,23 @@ class Fact:
         """
         return self.separator if self.separator is None or self.separator_was_set else separator_between(prompt, answer)
 
-    def separator_of(self, neighbor: Neighbor, answer: str) -> str | None:
-        """What stands between a neighbour's prompt and an answer; None for the rule of older runs."""
-        return None if self.separator is None else separator_between(neighbor.prompt, answer)
+    def separator_of(self, asked: Neighbor | Probe, answer: str) -> str | None:
+        """What stands between a neighbour's prompt, or one of portability, and an answer; None for the rule of older runs."""
+        return None if self.separator is None else separator_between(asked.prompt, answer)
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The prompts of portability that can be asked: those with an answer and, once the fact is complete, a rival.
+
+        Runs begun before they were measured have no rivals, and do not ask them.
+        """
+        return [probe for probe in self.portability if probe.answers and probe.rival is not None]
 
     def bare(self) -> Fact:
-        """The fact with nothing to ask but whether its new answer is given: no paraphrases, neighbours or rival."""
-        return replace(self, target_true=self.target_new, target_true_ids=None, paraphrases=(), neighbors=())
+        """The fact with nothing to ask but whether its new answer is given: no other prompts, and no rival."""
+        return replace(
+            self, target_true=self.target_new, target_true_ids=None, paraphrases=(), neighbors=(), portability=()
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -137,7 +154,8 @@ class Fact:
             for item in record["neighbors"]
         )
         changed["portability"] = tuple(
-            Probe(item["group"], item["prompt"], tuple(item["answers"])) for item in record.get("portability", ())
+            Probe(item["group"], item["prompt"], tuple(item["answers"]), item.get("rival"), _ids(item.get("rival_ids")))
+            for item in record.get("portability", ())
         )
         given = {name: value for name, value in record.items() if name != "chat"}
         return cls(**{**given, **changed, "target_true_ids": _ids(record["target_true_ids"])})
@@ -160,6 +178,7 @@ def make_fact(
     separator: object = None,
     chat: object = None,
     forms: object = None,
+    system: object = None,
     source_id: str = "",
     record: int = 0,
     names: Mapping[str, str] | None = None,
@@ -172,6 +191,7 @@ def make_fact(
         neighbors: prompts, or objects with ``prompt``, ``answer`` and ``answers``.
         separator: what stands between prompt and answer; guessed from both where it is None.
         chat, forms: whether the prompt is a message in a chat, or the forms in which the fact is edited.
+        system: the system prompt of that chat; an empty one is one.
         names: what the record itself calls these fields, for messages.
 
     Raises:
@@ -200,6 +220,7 @@ def make_fact(
         portability=tuple(_probe(item, about) for item in as_list(portability, "portability")),
         rewordings=_rewordings(rewordings, about, named["subject"]),
         forms=chosen_forms(chat, forms),
+        system=None if system is None else "" if system == "" else text_of(system, "system"),
         source_id=source_id,
         record=record,
     )

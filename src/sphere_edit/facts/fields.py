@@ -84,7 +84,7 @@ def flat(fields: Fields, prompt: str = "prompt", target: str = "target_new", sub
         "portability": _portability(fields, target),
         "names": {"subject": subject, "prompt": prompt, "target_new": target, "target_true": truth or "target_true"},
     }
-    for name in ("generation_prompts", "rewordings", "answers", "separator", "chat", "forms"):
+    for name in ("generation_prompts", "rewordings", "answers", "separator", "chat", "forms", "system"):
         draft[name] = fields.take(name)
     return draft
 

@@ -147,25 +147,30 @@ def _json(path: Path) -> Iterable[Record]:
 def _unwrapped(path: Path, content: Mapping[str, Any]) -> Iterable[Record]:
     """The records within an object that is none itself: its only list, or its values where all are records.
 
-    ``chat`` or ``forms`` beside them hold for those that say nothing of it themselves.
+    ``chat`` or ``forms`` beside them hold for those that say nothing of it themselves, and so does ``system``.
 
     Raises:
         SphereEditError: there are none, or several lists that may be meant.
     """
-    shared = {name: content[name] for name in ("chat", "forms") if name in content}
+    shared = {name: content[name] for name in ("chat", "forms", "system") if name in content}
     content = {name: value for name, value in content.items() if name not in shared}
     lists = [name for name, value in content.items() if isinstance(value, list)]
     values = content[lists[0]] if len(lists) == 1 else list(content.values())
     if len(lists) == 1 or (values and all(isinstance(value, dict) and is_record(value) for value in values)):
-        return [
-            {**shared, **record} if isinstance(record, dict) and not {"chat", "forms"} & record.keys() else record
-            for record in values
-        ]
+        return [_with_shared(record, shared) for record in values]
     found = short(", ".join(f"'{short(repr(name)[1:-1], 40)}'" for name in lists or content), 200) or "nothing"
     kind = "lists" if lists else "no list but"
     raise SphereEditError(
         f"{path}: expected a list of records, found an object with {kind} {found}; save the list alone"
     )
+
+
+def _with_shared(record: Any, shared: Mapping[str, Any]) -> Any:
+    """A record with what stands beside all of them, where it says nothing of that itself."""
+    if not isinstance(record, dict):
+        return record
+    in_forms = {"chat", "forms"} & record.keys()
+    return {**{name: value for name, value in shared.items() if name == "system" or not in_forms}, **record}
 
 
 def _csv(path: Path) -> Iterator[Record | BadRecord]:

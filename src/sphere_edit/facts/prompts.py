@@ -51,15 +51,17 @@ class Encoder:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._frames: dict[str | None, ChatFrame] = {}
 
-    @cached_property
-    def frame(self) -> ChatFrame:
-        """What the model's chat template puts around a message.
+    def frame(self, system: str | None = None) -> ChatFrame:
+        """What the model's chat template puts around a message, with a system prompt or the one that it has by default.
 
         Raises:
             SphereEditError: it has none, or one that cannot be used.
         """
-        return chat_frame(self.tokenizer)
+        if system not in self._frames:
+            self._frames[system] = chat_frame(self.tokenizer, system)
+        return self._frames[system]
 
     # --- facts and their prompts, in either form ------------------------------------------------------------------
 
@@ -68,32 +70,34 @@ class Encoder:
 
         In a chat, the context stands within the user's message, before the prompt.
         """
-        text, end = self._read(*fill(template, fact, prompt), chat=fact.chat)
+        text, end = self._read(*fill(template, fact, prompt), fact.chat, fact.system)
         return self.subject_end(text, end, chat=fact.chat)
 
     def with_answer(self, fact: Fact, template: str = "{}") -> tuple[Tokens, int, int]:
         """Tokens of a fact's prompt in a context template and of its new answer; the answer's first token, and the subject's last one."""
         message, place = fill(template, fact)
-        tokens, start = self.answered(message, fact.target_new, fact.separator, fact.chat)
-        return tokens, start, tokens.last_token_of(self._read(message, place, fact.chat)[1])
+        tokens, start = self.answered(message, fact.target_new, fact.separator, fact.chat, fact.system)
+        return tokens, start, tokens.last_token_of(self._read(message, place, fact.chat, fact.system)[1])
 
-    def asked(self, prompt: str, chat: bool = False) -> Tokens:
+    def asked(self, prompt: str, chat: bool = False, system: str | None = None) -> Tokens:
         """Tokens of a prompt; in a chat those of the whole chat, up to where the assistant begins to speak."""
-        return self.encode(self._read(prompt, 0, chat)[0], chat)
+        return self.encode(self._read(prompt, 0, chat, system)[0], chat)
 
-    def answered(self, prompt: str, answer: str, separator: str | None, chat: bool = False) -> tuple[Tokens, int]:
+    def answered(
+        self, prompt: str, answer: str, separator: str | None, chat: bool = False, system: str | None = None
+    ) -> tuple[Tokens, int]:
         """Tokens of a prompt and an answer, and the answer's first; in a chat the template says what stands between them."""
-        text, _ = self._read(prompt, 0, chat)
-        return self.with_target(text, answer, self.frame.lead if chat else separator, chat)
+        text, _ = self._read(prompt, 0, chat, system)
+        return self.with_target(text, answer, self.frame(system).lead if chat else separator, chat)
 
-    def _read(self, message: str, place: int, chat: bool) -> tuple[str, int]:
+    def _read(self, message: str, place: int, chat: bool, system: str | None) -> tuple[str, int]:
         """A prompt as the model reads it, and where character ``place`` of it is then."""
-        return self.frame.around(message, place) if chat else (message, place)
+        return self.frame(system).around(message, place) if chat else (message, place)
 
     @cached_property
     def chat_end(self) -> int | None:
         """The token that ends what the assistant says, if it is a special one."""
-        ids = self.tokenizer(self.frame.end.lstrip(), add_special_tokens=False)["input_ids"] or [None]
+        ids = self.tokenizer(self.frame().end.lstrip(), add_special_tokens=False)["input_ids"] or [None]
         return ids[0] if ids[0] in self.tokenizer.all_special_ids else None
 
     # --- texts ----------------------------------------------------------------------------------------------------

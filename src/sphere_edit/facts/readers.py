@@ -58,7 +58,7 @@ class FactSet:
         if self.ignored:
             said.append(f"Fields that are not used: {_counted(self.ignored)}")
         if kept := _unmeasured(self.facts):
-            said.append(f"Kept, not yet measured: {_counted(kept)}")
+            said.append(f"Kept, and not measured: {_counted(kept)}")
         seams = Counter(_SEAMS.get(fact.separator or "", repr(fact.separator)) for fact in self.facts)
         bare = next((fact for fact in self.facts if fact.separator == ""), None)
         if bare is not None or len(seams) > 1:
@@ -80,13 +80,11 @@ def _counted(numbers: Mapping[str, int]) -> str:
 
 
 def _unmeasured(facts: Iterable[Fact]) -> Counter[str]:
-    """How many prompts of each kind the facts hold that nothing measures yet."""
+    """How many prompts of each kind the facts hold that nothing measures: portability has to have answers."""
     found: Counter[str] = Counter()
     for fact in facts:
-        found.update(
-            f"portability, {short(probe.group, 40)}" if probe.group else "portability" for probe in fact.portability
-        )
-        found.update({"rewordings": len(fact.rewordings)})
+        silent = [probe.group for probe in fact.portability if not probe.answers]
+        found.update(f"portability without an answer, {short(group or 'no group', 40)}" for group in silent)
     return +found
 
 
@@ -179,8 +177,14 @@ def _told(fact: Fact) -> dict[str, Any]:
     for name in ("generation_prompts", "answers", "true_answers", "portability", "rewordings", "forms"):
         if not fields[name]:
             del fields[name]
+    if fact.system is None:
+        del fields["system"]
     if fact.separator is None or fact.separator + fact.target_new == joined(fact.target_new):
         del fields["separator"]
+    for probe in fields.get("portability", ()):
+        for name in ("rival", "rival_ids"):
+            if probe[name] is None:
+                del probe[name]
     for neighbor in fields["neighbors"]:
         if not neighbor["answers"]:
             del neighbor["answers"]

@@ -22,10 +22,11 @@ from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
 from sphere_edit.models.probe import architecture_of, check_head, with_replay
 from sphere_edit.models.soundness import (
-    check_fetched,
+    check_extent,
     check_folder,
     check_hub,
     check_stored,
+    fetched,
     quantised,
     refuse_file,
     undone_by_loading,
@@ -131,22 +132,33 @@ def load_model(
     # without a configuration, the loader says what is the matter
     loader = CAUSAL if config is None else loader_of(config, source, trust_remote_code)
     found = None if config is None else undone_by_loading(config, source, Path(where) if local else None)
-    if local and gguf is None:
-        check_stored(Path(where), source)
+    folder = Path(where) if local else fetched(where)
+    if folder is not None and gguf is None:
+        check_stored(folder, source)
+    bones = _built(where, loader, trust_remote_code)
+    if bones is not None and folder is not None:
+        check_extent(bones, folder, source, packed=found is not None)
     if found is not None:
         chosen = torch.bfloat16 if chosen == "auto" else chosen
-        _say_memory(reporter or Quiet(), source, found, skeleton(where, loader, trust_remote_code), chosen)
+        if bones is not None:
+            _say_memory(reporter or Quiet(), source, found, bones, chosen)
     tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found)
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
-    if not local:
-        check_fetched(where)
     model.config._name_or_path = source
     try:
         model.to(target)
     except RuntimeError as error:
         raise SphereEditError(f"model '{source}' does not fit {target}: {first_lines(error)}") from None
     return prepare(model, tokenizer, source)
+
+
+def _built(where: str, loader: str, trust: bool) -> Any:
+    """The model without weights; None where it cannot be built, which is told when it is loaded."""
+    try:
+        return skeleton(where, loader, trust)
+    except SphereEditError:
+        return None
 
 
 def _say_memory(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from sphere_edit.models.source import (
     SINGLE,
     StoredTensor,
     cached,
+    hub_folder,
     pickled,
     read_config,
     read_object,
@@ -25,6 +26,13 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _UNDONE = ("fp8", "mxfp8", "mxfp4")  # what models are published in, and transformers turns back on any machine
 _SEPARATE = "hf_quant_config.json"  # where NVIDIA's ModelOpt tells what config.json may leave out
 _ORIGINALS = ("_name_or_path", "base_model_name_or_path", "base_model")
+_TOKENIZER = "tokenizer_config.json"
+_COUNTS = re.compile(
+    r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$"
+)  # names of what is built one by one
+_COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
+_PACKED = 8  # weights that a byte may hold where they are quantised
+_TABLES = 1 << 30  # bytes of tables made from a configuration that are harmless beside the smallest model
 # the last part of a tensor's name that says how to read other numbers: scales, zeros, packed weights, codebooks
 _SCALES = re.compile(
     r"(^|[._])(scales?|scaling|scale_inv|zeros?|zero_points?|qzeros|qweight|qscales?|g_idx|absmax|amax|quant_map"
@@ -123,24 +131,73 @@ def check_stored(folder: Path, source: str) -> None:
     """Refuse weights that are not plain float32, float16 or bfloat16, from the configuration and the files' headers.
 
     Raises:
-        SphereEditError: the weights are quantised in a way that cannot be undone, or a file cannot be read.
+        SphereEditError: the weights are quantised in a way that cannot be undone, a file cannot be read, or a configuration counts to more
+            than can be. A library builds lists that long.
     """
     config, tensors = read_config(folder), stored_tensors(folder)
     if undone_by_loading(config, source, folder) is None:
         refuse_unreadable(tensors, config, source)
     else:
         _refuse_unscaled(tensors, config, source)
+    _refuse_counts(config, "config.json", max(len(tensors), _COUNTED), source)
+    if (folder / _TOKENIZER).is_file():
+        _refuse_counts(read_object(folder / _TOKENIZER), _TOKENIZER, _EXTRA, source)
 
 
-def check_fetched(name: str) -> None:
-    """`check_stored` of a hub model's files as they lie in the cache, where its safetensors are its own.
+def check_extent(model: Any, folder: Path, source: str, packed: bool) -> None:
+    """Refuse a configuration that describes far more than the files hold, before anything of that size is made.
+
+    Args:
+        model: what it describes, without memory (device ``meta``).
+        packed: whether the weights are quantised, so that a byte may hold several.
 
     Raises:
-        SphereEditError: the weights are quantised, or a file cannot be read.
+        SphereEditError: naming both sizes.
     """
-    config = cached(name, "config.json", fetch=False)
-    if config is not None and any(config.parent.glob("*.safetensors")):
-        check_stored(config.parent, name)
+    held = sum(tensor.end - tensor.start for tensor in stored_tensors(folder).values())
+    weights, stored = sum(weight.numel() for weight in model.parameters()), model.state_dict()
+    tables = sum(table.nbytes for name, table in model.named_buffers() if name not in stored)
+    if weights > (_PACKED if packed else 1) * held:  # a number has two bytes at least; so a tied one may count twice
+        raise SphereEditError(
+            f"model '{source}' lacks weights that its config.json describes: {weights:,} numbers, and its files hold {held:,} bytes. "
+            "Is config.json damaged, or a file missing?"
+        )
+    if tables > max(held, _TABLES):
+        raise SphereEditError(
+            f"the config.json of model '{source}' asks for tables of {tables:,} bytes beside weights of {held:,}; it is damaged"
+        )
+
+
+def _refuse_counts(config: Mapping[str, Any], file: str, limit: int, source: str) -> None:
+    for name, value in _numbers(config):
+        if _COUNTS.search(name) and value > limit:
+            raise SphereEditError(
+                f"{file} of model '{source}' says {name}: {value}, where {limit:,} is the most that can be; it is damaged"
+            )
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in a configuration, each with the nearest name above it."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _numbers(value, key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):
+        yield name, config
+
+
+def fetched(name: str) -> Path | None:
+    """The folder with a hub model's configuration and safetensors, fetched if need be; None where it has none of its own.
+
+    What is wrong with such a model is told by whoever loads it.
+    """
+    try:
+        folder = hub_folder(name)
+    except SphereEditError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def undone_by_loading(config: Mapping[str, Any], source: str, folder: Path | None = None) -> Mapping[str, Any] | None:

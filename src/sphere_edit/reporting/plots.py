@@ -17,7 +17,7 @@ from scipy import stats
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
 from sphere_edit.reporting.colours import colour_of
-from sphere_edit.reporting.series import Series
+from sphere_edit.reporting.series import Series, any_known
 from sphere_edit.text import label as plain
 
 GREY = "#808080"
@@ -29,7 +29,8 @@ def trends(runs: Sequence[Series], columns: int = 2) -> Figure:
 
     The end of each metric's curve says Spearman's correlation with the energy over the checkpoints.
     """
-    shown = [(metric.name, metric.heading) for metric in catalogue.on_page()]
+    metrics = catalogue.measured(catalogue.on_page(), lambda metric: any_known(runs, metric))
+    shown = [(metric.name, metric.heading) for metric in metrics]
     panels = [("energy", "Energy of edited matrices,\nchange in %"), *shown]
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.5 * rows), layout="constrained")

@@ -25,7 +25,7 @@ from sphere_edit.progress import Quiet, Reporter
 from sphere_edit.reporting import plots, views, weight_plots
 from sphere_edit.reporting.energy import NOTE
 from sphere_edit.reporting.lights import lights
-from sphere_edit.reporting.series import Series, labelled
+from sphere_edit.reporting.series import Series, any_known, labelled
 from sphere_edit.reporting.words import by_stage, decimals, guessing, one_line, relative, short_name, with_error, yes
 
 _FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
@@ -186,7 +186,7 @@ def _settings(run: Series) -> list[tuple[str, str]]:
 
 def _metrics(runs: Sequence[Series]) -> dict[str, Any]:
     """Two decimals of what is no percentage; a dash where a model was not evaluated."""
-    metrics = catalogue.on_page()
+    metrics = catalogue.measured(catalogue.on_page(), lambda metric: any_known(runs, metric))
     rows = [
         [state.label, *(metric.said(state.values[metric.name], 2) if state.values else "–" for metric in metrics)]
         for state in views.states(runs)

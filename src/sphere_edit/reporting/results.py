@@ -104,9 +104,15 @@ def _timings(view: views.Timings) -> Text:
 def _evaluations(view: views.Evaluations) -> Table:
     """Each part in the first two protocols, of which the second is named alone."""
     pairs = [(part, protocol) for part in catalogue.PARTS for protocol in (LIKELIHOOD, STRICT)]
-    names = [part.name if protocol is LIKELIHOOD else protocol.label for part, protocol in pairs]
-    table = make_table("Evaluations", "after batch", "facts asked", *names, PERPLEXITY.words)
-    shown = [*(catalogue.of_part(*pair) for pair in pairs), PERPLEXITY]
+    names = {
+        catalogue.of_part(part, protocol): part.name if protocol is LIKELIHOOD else protocol.label
+        for part, protocol in pairs
+    }
+    known = {name for row in view.rows for name, value in row.values.items() if value is not None}
+    asked = catalogue.measured(names, lambda metric: metric.name in known)
+    columns = [names[metric] for metric in asked]
+    table = make_table("Evaluations", "after batch", "facts asked", *columns, PERPLEXITY.words)
+    shown = [*asked, PERPLEXITY]
     for row in view.rows:
         cells = [metric.said(row.values.get(metric.name)) for metric in shown]
         table.add_row(str(row.after), str(row.facts), *cells)
@@ -140,10 +146,10 @@ def _one_model(view: views.Metrics) -> Table:
     protocols = list(dict.fromkeys(row.of_what for row in view.rows if row.metric.of == "prompts"))
     table = make_table(view.title, "", *protocols, left=("",))
     grid: dict[str, dict[str, str]] = {}
-    for metric in catalogue.of_prompts():
+    for metric in catalogue.measured(catalogue.of_prompts(), lambda metric: metric.name in said):
         grid.setdefault(metric.title, {})[metric.of_what] = said.get(metric.name, "–")
     for title, cells in grid.items():
-        table.add_row(title, *(cells[protocol] for protocol in protocols))
+        table.add_row(title, *(cells.get(protocol, "–") for protocol in protocols))
     return table
 
 

@@ -157,6 +157,11 @@ def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None)
     ]
 
 
+def any_known(runs: Sequence[Series], metric: catalogue.Metric) -> bool:
+    """Whether any of the runs measured a metric at any checkpoint."""
+    return any(value is not None for run in runs for value in run.metrics[metric.name])
+
+
 def _unedited_summary(run: RunFolder, unedited: Unedited) -> Mapping[str, float | None]:
     """The unedited model's scores of the facts that stand; the record has those of the first call of edit."""
     history = run.history

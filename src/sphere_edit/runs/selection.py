@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.errors import SphereEditError, refused_records
-from sphere_edit.facts.chat import has_chat_template
-from sphere_edit.facts.fact import Fact, short
+from sphere_edit.facts.chat import chat_frame, has_chat_template
+from sphere_edit.facts.fact import Fact, Neighbor, Probe, short
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.models.configuration import positions
@@ -64,9 +64,13 @@ def in_forms(session: Session, facts: Sequence[Fact]) -> list[Fact]:
     """
     default, tokenizer = session.settings.default_forms(), session.loaded.tokenizer
     chosen = [fact if fact.forms else replace(fact, forms=default) for fact in facts]
+    if (system := session.settings.system) is not None:
+        chosen = [fact if fact.system is not None else replace(fact, system=system) for fact in chosen]
+    for wanted in {fact.system for fact in chosen if "chat" in fact.forms or fact.system is not None}:
+        chat_frame(tokenizer, wanted)  # told before any work, not fact by fact
     if any("chat" in fact.forms for fact in chosen):
-        Encoder(tokenizer).frame  # noqa: B018 - told before any work, not fact by fact
-    elif has_chat_template(tokenizer) and not any(fact.forms for fact in chosen):
+        return chosen
+    if has_chat_template(tokenizer) and not any(fact.forms for fact in chosen):
         session.reporter.say(
             "This model has a chat template, and its facts are edited as plain text: `--chat` edits them in a chat, `--forms plain,chat` in both. "
             "How much holds in a chat is measured as 'strict, other form'"
@@ -120,9 +124,10 @@ def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float
             encoder.at_subject(form)
             encoder.at_subject(form, prompt=KL_PROMPT)
     longest = max((fact.target_new, fact.target_true or ""), key=len)
-    for prompt in (fact.filled_prompt, *fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors)):
+    others: list[Neighbor | Probe] = [*fact.neighbors, *(probe for probe in fact.portability if probe.answers)]
+    for prompt in (fact.filled_prompt, *fact.paraphrases, *(other.prompt for other in others)):
         for form in fact.in_each_form():
-            size = len(encoder.answered(prompt, longest, fact.separator, form.chat)[0].ids)
+            size = len(encoder.answered(prompt, longest, fact.separator, form.chat, form.system)[0].ids)
             if size > limit:
                 raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
 
