@@ -317,6 +317,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
+    if isinstance(over.get("layers"), dict):  # which say which matrices, too
+        result.pop("matrices", None)
     for name, value in over.items():
         # layers by role are one choice: what one source of settings says replaces what another said
         nested = isinstance(value, dict) and isinstance(result.get(name), dict) and name != "layers"

@@ -302,13 +302,18 @@ class _Layer:
         first = next((module for module in self.order if module in mixing), None)
         found = []
         for place, module in enumerate(self.order):
-            if self.order.count(module) > 1 or self.outputs[module].numel() != self.clean.numel():
+            if self.order.count(module) > 1 or not self._says_rows(module):
                 continue
             before = first is not None and place < self.order.index(first)  # attention's own: queries, keys, values
             site = self._site(module, local=module not in mixing, before=before, mixer=module is first)
             if site is not None:
                 found.append(site)
         return found
+
+    def _says_rows(self, module: nn.Module) -> bool:
+        """Whether a module says a row for each token; or each expert of it does, one after another, to be added up (Llama 4)."""
+        experts = len(next(module.parameters(recurse=False))) if _stacked(module) else 1
+        return self.outputs[module].numel() in (self.clean.numel(), experts * self.clean.numel())
 
     def _mixing(self) -> set[nn.Module]:
         """Modules whose input at the token moves with what the layer was given one token before."""
