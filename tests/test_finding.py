@@ -68,6 +68,7 @@ def test_scales_norms_and_flattened_inputs(model_type, options, scale, matrix):
     for part in found.parts:
         down = part.matrices["down"]
         assert (down.path, down.inside, pytest.approx(down.factor, rel=1e-3)) == matrix
+        assert down.after == ("post_feedforward_layernorm" if model_type == "olmo2" else None)
 
 
 def test_roles_differ_from_layer_to_layer():
@@ -141,11 +142,11 @@ class Oddity(nn.Module):
             return state + self.gamma(seen) + self.mlp(seen)
         state = state + self.gamma(self.alpha(state))
         change = self.mlp(self.beta(state))
-        if self.kind == "after":
+        if self.kind.startswith("after"):
             change = self.omega(change)
         if self.kind == "gated":
             change = change * state.mean(-1, keepdim=True).sigmoid()
-        return state + (0.3 * change if self.kind == "scaled" else change)
+        return state + (0.3 * change if self.kind.endswith("scaled") else change)
 
 
 class Made(nn.Module):
@@ -185,6 +186,7 @@ class Made(nn.Module):
         ("parallel", False, 1.0, False),
         ("scaled", False, 0.3, False),
         ("after", True, 1.0, False),
+        ("after, scaled", True, 0.3, False),
         ("gated", True, 1.0, False),
     ],
 )
@@ -198,6 +200,7 @@ def test_a_made_up_model(kind, inside, factor, transposed, dtype):
     for part in found.parts:
         down = part.matrices["down"]
         assert (down.path, down.inside, down.transposed) == ("zeta", inside, transposed)
+        assert down.after == ("omega" if kind.startswith("after") else None)
         assert down.factor == pytest.approx(factor, rel=2e-2)
 
 

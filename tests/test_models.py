@@ -86,7 +86,7 @@ def test_hit(family, layer):
     update = Memit(second_moment_weight=1e-9).solve(LayerProblem(weights.working[name], keys, residual, moment), {})
     weights.add(name, update)
     prompts = SubjectPrompts.of(within_reach(layer), ["{}"], Encoder(loaded.tokenizer))
-    after = clean_values(loaded, prompts, layer, 256)
+    after = clean_values(loaded, prompts, layer, 256, inside=loaded.architecture.inside(layer))
     assert float((after - targets.values).norm() / targets.values.norm()) < 1e-3
 
 
@@ -631,7 +631,7 @@ def test_keys_and_values_read_layer_by_layer_are_those_of_whole_forward_passes(f
     layers = [LAYER] if inside or loaded.architecture.one_layer else [0, 1, LAYER]
     weights = edited(loaded.model, layers)
     prompts = SubjectPrompts.of(facts(6), TEMPLATES, Encoder(loaded.tokenizer))
-    reader = SubjectReader(loaded, prompts, weights.names, layers, inside, 64)
+    reader = SubjectReader(loaded, prompts, weights.names, layers, inside, 64, averaged=inside)
     before = subject_keys(loaded, prompts, weights.names, 64)
     for _ in range(2):  # a second time, the walk goes back to its beginning
         for index, name in enumerate(weights.names):

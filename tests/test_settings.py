@@ -13,10 +13,19 @@ from hypothesis import strategies as st
 from sphere_edit.editing.methods import METHODS
 from sphere_edit.editing.settings import Settings, make_settings, read_settings_file
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import FAMILIES
+from sphere_edit.models.architecture import FAMILIES, Architecture, LayerParts, Matrix
 
 PRE_NORM = next(family for family in FAMILIES if not family.post_norm)
 POST_NORM = next(family for family in FAMILIES if family.post_norm)
+
+
+class GATED:
+    """A layout whose MLPs' outputs are changed by something that is no norm."""
+
+    @staticmethod
+    def of_depth(layers: int) -> Architecture:
+        parts = LayerParts({"down": Matrix("mlp.down_proj", inside=True)})
+        return Architecture("model.layers", "model.norm", (parts,) * layers)
 
 
 def told(*layers: dict) -> str:
@@ -195,7 +204,7 @@ def test_resolved_settings_choose_the_same_matrices_again():
         ([], PRE_NORM, "--layers takes different layer numbers, not []"),
         ([28, 30], PRE_NORM, "layers [28, 30] do not all exist: this model has layers 0 to 29"),
         ([-1], PRE_NORM, "layers [-1] do not all exist: this model has layers 0 to 29"),
-        ([7, 8], POST_NORM, "this model normalises or gates each MLP's output, so one layer is edited and not 2: "),
+        ([7, 8], GATED, "this model gates or changes each MLP's output, so one layer is edited and not 2: "),
         ({"gate": [3]}, PRE_NORM, "frugal edits the matrices that write the MLP's output; give --layers 4-8"),
         ({"side": [3]}, PRE_NORM, "this model has no 'side' matrix; it has "),
         ({}, PRE_NORM, "--layers takes layer numbers for at least one role"),

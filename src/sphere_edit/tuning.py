@@ -34,6 +34,7 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import FactSet, facts_from, read_facts
 from sphere_edit.files import plain_errors, write_json
+from sphere_edit.models.architecture import WRITERS
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.runs.measuring import Evaluator
@@ -48,7 +49,7 @@ _STEPS = (0.5, 2.0)  # times the default step
 _WEIGHTS = (0.25, 4.0)  # times the default weight of ordinary keys
 _SUMS_BYTES = 8e9  # of second moments under way at one time, if more layers than one trial's are to be measured
 HELDOUT = 30  # passages
-TRIALS = 1 + len(_ENDS) + len(_WEIGHTS) + len(_STEPS)  # at most
+TRIALS = 2 + len(_ENDS) + len(_WEIGHTS) + len(_STEPS)  # at most
 _JUDGED = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION, STRICT), of_part(SPECIFICITY))
 
 
@@ -126,9 +127,9 @@ def check_tunable(given: Settings) -> Method:
 
 
 def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequence[Fact] | None = None) -> list[Trial]:
-    """Try spans of layers, then λ, then the targets' step, and keep in the cache what is best beyond noise, if anything worked at all.
+    """Try spans of layers, a mixture's other matrices, λ, and the targets' step, and keep in the cache what is best beyond noise.
 
-    The defaults give way only to what `beats` them, since they come from streams that the calibration is too short to see.
+    Nothing is kept if nothing worked at all. The defaults give way only to what `beats` them, since they come from streams that the calibration is too short to see.
 
     Args:
         facts: to calibrate on; by default those that ship with the package.
@@ -148,12 +149,13 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     rate = targets.lr or 1.0
     weight = method.model_dump()["second_moment_weight"]
     trials = [chosen]
-    for name, values in (
-        ("layers", [list(span) for span in spans[1:]]),
-        ("options", [{"second_moment_weight": weight * factor} for factor in _WEIGHTS]),
-        ("targets", [{"rule": targets.rule, "lr": rate * factor} for factor in _STEPS]),
+    for values in (
+        [{"layers": list(span)} for span in spans[1:]],
+        bench.other_matrices(),
+        [{"options": {"second_moment_weight": weight * factor}} for factor in _WEIGHTS],
+        [{"targets": {"rule": targets.rule, "lr": rate * factor}} for factor in _STEPS],
     ):
-        found = [bench.trial({**chosen.settings, name: value}) for value in values]
+        found = [bench.trial({**chosen.settings, **value}) for value in values]
         trials += found
         best = max(found, key=lambda trial: trial.score, default=chosen)
         chosen = best if best.beats(chosen) else chosen
@@ -208,13 +210,13 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
 class _SharedTargets(OptimisedTargets):
     """Targets hang on the last layer and the step alone, so trials that share these share them."""
 
-    def __init__(self, found: dict[tuple[int, float | None], Targets], *args: Any):
+    def __init__(self, found: dict[tuple[str, float | None], Targets], *args: Any):
         super().__init__(*args)
         self.found = found
 
     def find(self, advance: Advance) -> None:
         """Take the targets of an earlier trial, or leave them to later ones."""
-        key = self.layers[-1], self.settings.lr
+        key = self.weights.names[-1], self.settings.lr
         if key in self.found:
             advance(len(self._facts))
         else:
@@ -236,7 +238,7 @@ class _Bench:
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
         self.heldout = self.corpus.heldout[:HELDOUT]
         self.unedited = self._read(None)
-        self._targets: dict[tuple[int, float | None], Targets] = {}
+        self._targets: dict[tuple[str, float | None], Targets] = {}
 
     def session(self, differs: Mapping[str, Any]) -> Session:
         """The model edited with some settings of its own; nothing is written to disk."""
@@ -247,16 +249,36 @@ class _Bench:
         """Layers to try, the default ones first: where a model keeps its facts, and how far up it still reads them, differs."""
         default = self.session({})
         architecture = self.loaded.architecture
-        having = architecture.having(architecture.writer)
+        having = architecture.having(self.writer)
         ends = dict.fromkeys(round(share * (len(having) - 1)) for share in _ENDS)
         spans = [tuple(default.layers), *(tuple(having[max(0, end - _LAYERS + 1) : end + 1]) for end in ends)]
-        if architecture.one_layer:
+        if self.one_layer:
             spans = [span[-1:] for span in spans]
         return list(dict.fromkeys(spans))
 
+    @property
+    def writer(self) -> str:
+        """The role of the matrices that are edited where no trial says otherwise."""
+        return self.given.matrices or self.loaded.architecture.writer
+
+    @property
+    def one_layer(self) -> bool:
+        """Whether targets of these matrices can be met in one layer only."""
+        architecture = self.loaded.architecture
+        return any(architecture.inside(layer, self.writer) for layer in architecture.having(self.writer))
+
+    def other_matrices(self) -> list[dict[str, Any]]:
+        """Of a mixture of experts that has both, the routed experts where shared ones are the default, or the other way about."""
+        architecture = self.loaded.architecture
+        other = next((role for role in WRITERS if role != self.writer and role in architecture.roles), None)
+        if self.given.matrices or other is None or not self.given.make_method().by_experts:
+            return []
+        layers = self.session({"matrices": other}).layers
+        return [{"matrices": other, "layers": list(layers)}]
+
     def prepare(self, layers: Sequence[int]) -> None:
         """Measure the second moments of all layers that any trial may ask for, in one pass over the text, or as few as memory allows."""
-        if self.loaded.architecture.one_layer:  # one layer can be edited at a time, and is measured with its trial
+        if self.one_layer:  # one layer can be edited at a time, and is measured with its trial
             return
         widest = max(Shape.of(weight).square for weight in self.session({}).weights.working.values())
         together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest)))

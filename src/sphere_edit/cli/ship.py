@@ -21,6 +21,7 @@ class Form(str, Enum):
     hf = "hf"
     delta = "delta"
     lora = "lora"
+    gguf = "gguf"
 
 
 def export(
@@ -39,6 +40,10 @@ def export(
     within: Annotated[
         float | None, typer.Option(min=0, help="lora: points that it may be worse than the whole edit. \\[default: 1]")
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="gguf: the file to replace tensors in. \\[default: the one that the model came from]"),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load what was written, and measure it.")] = False,
 ) -> None:
     """Write the edited model, or what was changed in it, to a new folder with a card and a manifest."""
@@ -52,7 +57,7 @@ def export(
     from sphere_edit.exports.forms import Wanted
 
     numbers = None if dtype is Dtype.auto else getattr(torch, dtype.value)
-    asked: dict[str, Any] = {"dtype": numbers, "rank": rank, "within": within, "measure": measure}
+    asked: dict[str, Any] = {"dtype": numbers, "rank": rank, "within": within, "base": base, "measure": measure}
     Wanted(form.value, **asked)
     with opened(run, reporter(), only_to_read=True) as editor:
         editor.export(output, form.value, **asked)

@@ -14,6 +14,7 @@ from sphere_edit.facts.forms import contexts
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.norms import norm_after
 from sphere_edit.models.sites import module_of
 from sphere_edit.models.tokens import TokenBatch, over_batches
 from sphere_edit.models.walk import LayerWalk
@@ -43,8 +44,8 @@ class SubjectReader:
     Args:
         layers: of each matrix in ``names``, lowest first.
         contexts: a column a fact, averaged over the templates, or one a fact and template, fact by fact, the clean prompt first.
-        inside: values stand at the output of the last ``down`` matrix and are averaged as keys are (R-ROME); otherwise
-            they are what stands at the last layer's value site in the clean prompt.
+        inside, role: values stand at the output of the last layer's matrix ``role``; otherwise at that of the layer.
+        averaged: values are averaged as keys are (R-ROME); otherwise they are what stands there in the clean prompt.
         own: values of a matrix stand at its own layer's output, not at the last one's.
     """
 
@@ -59,11 +60,17 @@ class SubjectReader:
         contexts: Literal["mean", "each"] = "mean",
         role: str | None = None,
         own: bool = False,
+        averaged: bool = False,
     ):
-        self._names, self._layers, self._inside, self._contexts = names, layers, inside, contexts
-        self._modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
-        self._site = loaded.architecture.value_site(loaded.model, layers[-1], inside, role)
-        self._own = dict(loaded.architecture.running(loaded.model)) if own else {}
+        model, architecture = loaded.model, loaded.architecture
+        self._names, self._layers, self._averaged, self._contexts = names, layers, averaged, contexts
+        self._modules = [module_of(model, architecture, name) for name in names]
+        self._norms = [None if inside else norm_after(loaded, name) for name in names]
+        self._given: list[
+            Tensor
+        ] = []  # what the norm behind the last matrix read is given, in clean prompts and others
+        self._site = architecture.value_site(model, layers[-1], inside, role)
+        self._own = dict(architecture.running(model)) if own else {}
         self._per_fact = prompts.templates - 1
         clean = prompts.rows[:: prompts.templates]
         others = [row for index, row in enumerate(prompts.rows) if index % prompts.templates]
@@ -72,22 +79,41 @@ class SubjectReader:
 
     def keys_and_values(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, columns]`` of matrix number ``index``, those below it being written, and ``h [d, columns]``; float32."""
-        layer, module = self._layers[index], self._modules[index]
+        layer, norm = self._layers[index], self._norms[index]
+        inputs = [self._modules[index], *([] if norm is None else [norm.module])]
         last, site = (layer, self._own[layer]) if self._own else (self._layers[-1], self._site)
         self._clean.stand_at(layer)
-        (keys,), values = self._clean.read(last, [module], site)
+        (keys, *self._given), values = self._clean.read(last, inputs, site)
         assert values is not None
         if self._others is None:
             return _columns(keys), _columns(values)
         self._others.stand_at(layer)
         if self._contexts == "each":
-            (others,), other_values = self._others.read(last, [module], site)
+            (others, *given), other_values = self._others.read(last, inputs, site)
+            self._given += given
             assert other_values is not None
             return _columns(interleaved(keys, others)), _columns(interleaved(values, other_values))
-        (others,), other_values = self._others.read(layer, [module], self._site if self._inside else None)
+        (others, *given), other_values = self._others.read(layer, inputs, self._site if self._averaged else None)
+        self._given += given
         if other_values is not None:
             values = _averaged(values, other_values)
         return _columns(_averaged(keys, others)), _columns(values)
+
+    def residual(self, index: int, share: Tensor) -> Tensor:
+        """``R [d_out, columns]`` of the matrix read last, number ``index``, for what is wanted of it in the residual stream.
+
+        ``share [d, columns]`` itself, or, with a norm between the two, what to add before that (`norms.Norm.change`): in each context
+        to what stands there, averaged or laid out as the keys are.
+        """
+        norm = self._norms[index]
+        if norm is None:
+            return share
+        clean, *others = self._given
+        wanted = [share.T, *(share.T.repeat_interleave(self._per_fact, 0) for _ in others)]
+        if self._contexts == "each" and others:
+            wanted = _apart(share.T, len(clean))
+        changes = [norm.change(rows.T, columns.T).T for rows, columns in zip(self._given, wanted, strict=True)]
+        return _columns((interleaved if self._contexts == "each" else _averaged)(*changes))
 
     def carried(self, deltas: Tensor) -> dict[int, Tensor]:
         """What each layer from the first edited one on holds, ``[d, columns]``, when ``deltas [d, n]`` is added to the first's output."""
@@ -166,6 +192,12 @@ def interleaved(clean: Tensor, others: Tensor | None = None) -> Tensor:
     rest = others.view(len(clean), -1, clean.shape[1])
     shared = rest * (0.5 / rest.shape[1]) ** 0.5
     return torch.cat([clean[:, None] * 0.5**0.5, shared], dim=1).flatten(0, 1)
+
+
+def _apart(rows: Tensor, count: int) -> list[Tensor]:
+    """The clean prompt's vectors ``[count, d]`` and the other templates', of those that `interleaved` has made of them."""
+    each = rows.view(count, -1, rows.shape[1])
+    return [each[:, 0] / 0.5**0.5, (each[:, 1:] / (0.5 / (each.shape[1] - 1)) ** 0.5).flatten(0, 1)]
 
 
 def _columns(vectors: Tensor) -> Tensor:

@@ -225,11 +225,11 @@ class Settings(BaseModel):
             )
         for role, layers in chosen.items():
             _check_layers(layers, architecture, role)
-            changed = any(architecture.inside(layer, role) for layer in layers)
-            if len(layers) > 1 and feed.one_layer(changed):
+            alone = any(architecture.alone(layer, role) for layer in layers)
+            if len(layers) > 1 and feed.one_layer(alone):
                 why = f"{method.name} sets its target at an MLP's output"
-                if changed:
-                    why = "this model normalises or gates each MLP's output"
+                if alone:
+                    why = "this model gates or changes each MLP's output"
                 raise SphereEditError(
                     f"{why}, so one layer is edited and not {len(layers)}: no other layer can reach the place of the "
                     f"target; use --layers {layers[-1]}"
@@ -317,6 +317,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
+    if isinstance(over.get("layers"), dict):  # which say which matrices, too
+        result.pop("matrices", None)
     for name, value in over.items():
         # layers by role are one choice: what one source of settings says replaces what another said
         nested = isinstance(value, dict) and isinstance(result.get(name), dict) and name != "layers"

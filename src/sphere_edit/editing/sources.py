@@ -54,8 +54,8 @@ class Feed:
         """What it is called where a method's needs are listed."""
         raise NotImplementedError
 
-    def one_layer(self, changed: bool) -> bool:
-        """Whether only one layer can be edited; ``changed``: an MLP's output is, on its way (`Matrix.inside`)."""
+    def one_layer(self, alone: bool) -> bool:
+        """Whether only one layer can be edited; ``alone``: no other one reaches the place of its targets (`Matrix.alone`)."""
         return False
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
@@ -141,7 +141,8 @@ class OptimisedTargets(Source):
     """Keys at the subject's last token, and residuals towards optimised targets.
 
     With δ at the layer's output, ``R = (V* − h_L) / (n − index)`` for n edited layers, h_L measured on the clean prompt
-    again after each layer's update (MEMIT). With δ at the MLP's output, R is V* less the output at the averaged key, so
+    again after each layer's update (MEMIT). Behind a norm, such a share of several layers is wanted of what the norm says
+    (`norms.Norm.change`); one layer alone has δ at the MLP's output, before it. With δ at the MLP's output, R is V* less the output at the averaged key, so
     that one key stands in the whole equation (R-ROME, arXiv:2403.07175).
     """
 
@@ -201,6 +202,7 @@ class OptimisedTargets(Source):
                 self.feed.contexts,
                 self._role,
                 self._carries,
+                averaged=self.feed.site == "mlp",
             )
         return self._reader
 
@@ -253,10 +255,7 @@ class OptimisedTargets(Source):
     @property
     def _carries(self) -> bool:
         """Whether each edited layer has a value of its own, which needs several that are reached through the residual stream."""
-        several = len(set(self.layers)) > 1 and not self._inside
-        return (
-            self.feed.values == "each" and several and not self.loaded.architecture.inside(self.layers[0], self._role)
-        )
+        return self.feed.values == "each" and len(set(self.layers)) > 1 and not self._inside
 
     @property
     def _target_layer(self) -> int:
@@ -270,15 +269,20 @@ class OptimisedTargets(Source):
 
     @property
     def _inside(self) -> bool:
-        return self.feed.site == "mlp"
+        """Whether δ is added to the MLP's output: where that is wanted, or is the one place at which one layer can meet a target."""
+        layer = self.layers[-1]
+        lone = set(self.layers) == {layer} and self.loaded.architecture.inside(layer, self._role)
+        return lone or self.feed.site == "mlp"
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
-        keys, values = self._the_reader().keys_and_values(index)
+        reader = self._the_reader()
+        keys, values = reader.keys_and_values(index)
         if index == len(self.layers) - 1 and not self.asked_again:
             self._reader = None
         shares = 1 if self._carries else len(self.layers) - index
-        return keys, (self._wanted(index, values) - values) / (shares * self._factor(index))
+        share = (self._wanted(index, values) - values) / (shares * self._factor(index))
+        return keys, reader.residual(index, share)
 
     def _factor(self, index: int) -> float:
         """What the output of a matrix is multiplied with on its way to the value site."""
@@ -340,9 +344,9 @@ class FromTargets(Feed):
         """With the site."""
         return f"targets v* at the {'MLP' if self.site == 'mlp' else 'layer'}'s output"
 
-    def one_layer(self, changed: bool) -> bool:
+    def one_layer(self, alone: bool) -> bool:
         """A target at an MLP's output can be reached from that layer alone."""
-        return changed or self.site == "mlp"
+        return alone or self.site == "mlp"
 
     def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
         """One for each form, or one for each form and context: the bare prompt, and each template."""

@@ -26,9 +26,11 @@ class Matrix:
         transposed: stored ``[in, out]`` (GPT-2's Conv1D; the experts of gpt-oss and Llama 4).
         experts: the matrices of all experts, side by side: ``[d_out, E · d_in]``.
         inside: of one that writes the MLP's output: this is changed on its way into the residual stream (a norm after the MLP, a
-            gate that depends on the token), so that a target can only be met before that: δ is added to the output of the matrix.
-            Since no other layer reaches that place, exactly one layer is edited.
-        factor: what the output is multiplied with on its way (Granite's residual multiplier).
+            gate that depends on the token), so that a target can be met exactly only before that: where this layer alone is edited,
+            δ is added to the output of the matrix.
+        factor: what the output, or with ``after`` what that norm says, is multiplied with on its way (Granite's residual multiplier).
+        after: of one that is ``inside``: path, within the layer, of the norm that is all that stands between (`norms.Norm`).
+            Several layers can then share a target at the last one's output.
     """
 
     path: str
@@ -36,6 +38,12 @@ class Matrix:
     experts: bool = False
     inside: bool = False
     factor: float = 1.0
+    after: str | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other layer can be edited for the same targets."""
+        return self.inside and self.after is None
 
     @property
     def module(self) -> str:
@@ -137,19 +145,26 @@ class Architecture:
 
     @property
     def one_layer(self) -> bool:
-        """Whether targets can be met in one layer only (`Matrix.inside`), in any of those that are edited by default."""
-        return any(self.inside(layer) for layer in self.having(self.writer))
+        """Whether one layer only can be edited for a target (`Matrix.alone`), in any of those that are edited by default."""
+        return any(self.alone(layer) for layer in self.having(self.writer))
 
     def inside(self, layer: int, role: str | None = None) -> bool:
-        """Whether a target of this layer can only be met at its MLP's output (`Matrix.inside`); ``role``: as it is edited by default."""
+        """Whether a target of this layer is met exactly at its MLP's output only (`Matrix.inside`); ``role``: as it is edited by default."""
         return self._writing(layer, role).inside
 
-    def value_site(self, model: nn.Module, layer: int, inside: bool = False, role: str | None = None) -> nn.Module:
-        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output (``role``).
+    def alone(self, layer: int, role: str | None = None) -> bool:
+        """Whether no other layer can be edited for a target of this one (`Matrix.alone`)."""
+        return self._writing(layer, role).alone
 
-        Where the matrix says so it is always the latter.
-        """
-        if not (inside or self.inside(layer, role)):
+    def norm_after(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The norm behind the matrix ``name``, if there is one (`Matrix.after`)."""
+        after = self.named(name).after
+        layer = name.removeprefix(f"{self.layers}.").split(".", 1)[0]
+        return None if after is None else model.get_submodule(f"{self.layers}.{layer}.{after}")
+
+    def value_site(self, model: nn.Module, layer: int, inside: bool = False, role: str | None = None) -> nn.Module:
+        """The module at whose output δ is added: the layer itself, or with ``inside`` what writes its MLP's output (``role``)."""
+        if not inside:
             return self.decoder_layers(model)[layer]
         return model.get_submodule(f"{self.layers}.{layer}.{self._writing(layer, role).module}")
 
@@ -172,7 +187,8 @@ class Family:
 
     Attributes:
         modules: paths, within a layer, of the matrices that can be edited, by role.
-        transposed, post_norm: as `Matrix.transposed`, and `Matrix.inside` by a norm.
+        transposed: as `Matrix.transposed`.
+        post_norm: path of the norm behind the MLP (`Matrix.after`).
     """
 
     model_types: tuple[str, ...]
@@ -180,7 +196,7 @@ class Family:
     final_norm: str
     modules: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"down": "mlp.down_proj"}))
     transposed: bool = False
-    post_norm: bool = False
+    post_norm: str | None = None
 
     def module_name(self, layer: int, role: str) -> str:
         """As `Architecture.module_name`."""
@@ -201,8 +217,9 @@ class Family:
     def of_depth(self, layers: int) -> Architecture:
         """The layout of a model of so many layers."""
         matrices = {
-            role: Matrix(path, self.transposed, inside=self.post_norm and role in WRITERS)
+            role: Matrix(path, self.transposed, inside=norm is not None, after=norm)
             for role, path in self.modules.items()
+            for norm in [self.post_norm if role in WRITERS else None]
         }
         parts = LayerParts(MappingProxyType(matrices))
         return Architecture(self.layers, self.final_norm, (parts,) * layers)
@@ -225,7 +242,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(("llama", "mistral", "qwen2", "qwen3"), "model.layers", "model.norm", _GATED),
     Family(("phi3",), "model.layers", "model.norm", _mlp(down="down_proj", gate_up="gate_up_proj")),
     Family(("gemma",), "model.layers", "model.norm", _GATED),
-    Family(("gemma2", "gemma3_text"), "model.layers", "model.norm", _GATED, post_norm=True),
+    Family(("gemma2", "gemma3_text"), "model.layers", "model.norm", _GATED, post_norm="post_feedforward_layernorm"),
     Family(("gpt2",), "transformer.h", "transformer.ln_f", _mlp(down="c_proj", up="c_fc"), transposed=True),
     Family(("gptj",), "transformer.h", "transformer.ln_f", _mlp(down="fc_out", up="fc_in")),
     Family(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import EXPERTS, Architecture, LayerParts, Matrix, logit_cap
 from sphere_edit.models.hooks import Call, first_output, hidden_first
+from sphere_edit.models.norms import Norm
 
 _LARGEST_COPY = 4 << 30  # bytes of a float32 copy of one layer; a larger one is looked at in its own numbers
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -278,8 +279,13 @@ class _Layer:
             output = self.layer(hidden if start is None else start(hidden), *self.args[1:], **self.kwargs)
         return first_output(output)[0].clone()
 
-    def with_output(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output when what a module says at the token is changed."""
+    def with_output(
+        self,
+        module: nn.Module,
+        change: Callable[[Tensor], Tensor],
+        hooks: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Tensor:
+        """The layer's output when what a module says at the token is changed, with other hooks."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             rows = first_output(output).clone()
@@ -287,7 +293,7 @@ class _Layer:
             flat[self.token] = change(flat[self.token])
             return (rows, *output[1:]) if isinstance(output, tuple) else rows
 
-        return self.run({module: hook})
+        return self.run({module: hook, **hooks})
 
     def sites(self) -> list[_Site]:
         """Every matrix that writes into the residual stream, in the order in which they are called."""
@@ -295,13 +301,18 @@ class _Layer:
         first = next((module for module in self.order if module in mixing), None)
         found = []
         for place, module in enumerate(self.order):
-            if self.order.count(module) > 1 or self.outputs[module].numel() != self.clean.numel():
+            if self.order.count(module) > 1 or not self._says_rows(module):
                 continue
             before = first is not None and place < self.order.index(first)  # attention's own: queries, keys, values
             site = self._site(module, local=module not in mixing, before=before, mixer=module is first)
             if site is not None:
                 found.append(site)
         return found
+
+    def _says_rows(self, module: nn.Module) -> bool:
+        """Whether a module says a row for each token; or each expert of it does, one after another, to be added up (Llama 4)."""
+        experts = len(next(module.parameters(recurse=False))) if _stacked(module) else 1
+        return self.outputs[module].numel() in (self.clean.numel(), experts * self.clean.numel())
 
     def _mixing(self) -> set[nn.Module]:
         """Modules whose input at the token moves with what the layer was given one token before."""
@@ -344,11 +355,36 @@ class _Layer:
         if before and not (exact and local):
             return None
         if not exact or (abs(factor - 1) > self.tolerance and not self._constant(module, delta, factor)):
-            changed = Matrix(matrix.path, matrix.transposed, matrix.experts, inside=True)
+            changed = replace(matrix, inside=True, **self._norm_after(module, delta))
         else:
-            near = abs(factor - 1) < self.tolerance
-            changed = Matrix(matrix.path, matrix.transposed, matrix.experts, factor=1.0 if near else _rounded(factor))
+            changed = replace(matrix, factor=self._plain(factor))
         return _Site(changed, self.inputs[module].shape[-1], mixer, () if matrix.experts else self._relatives(module))
+
+    def _plain(self, factor: float) -> float:
+        return 1.0 if abs(factor - 1) < self.tolerance else _rounded(factor)
+
+    def _norm_after(self, module: nn.Module, delta: Tensor) -> dict[str, Any]:
+        """The norm that is given what ``module`` says, or a sum with it, and whose own output reaches the residual stream; and its factor."""
+        given: dict[nn.Module, Tensor] = {}
+
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].numel() == self.clean.numel():
+                given[module] = self._at(args[0]).clone()
+
+        others = [other for other, name in self.names.items() if name and other is not module]
+        self.run(dict.fromkeys(others, record))
+        before, said = dict(given), self._at(self.outputs[module])
+        self.with_output(module, lambda at: at + delta, dict.fromkeys(others, record))
+        for norm in before:
+            fed = _relative(given[norm] - before[norm], delta) < self.tolerance
+            if fed and Norm.of(norm, self.width, said) is not None:
+                moved = self.with_output(norm, lambda at: at + delta) - self.clean
+                factor = float(moved[self.token] @ delta / delta.square().sum())
+                moved[self.token] -= factor * delta
+                plain = float(moved.norm()) < self.tolerance * abs(factor) * float(delta.norm())
+                if plain and self._constant(norm, delta, factor):
+                    return {"after": self.names[norm], "factor": self._plain(factor)}
+        return {}
 
     def _constant(self, module: nn.Module, delta: Tensor, factor: float) -> bool:
         """Whether another token's output is multiplied with the same: a gate that depends on the token is no factor."""

@@ -46,7 +46,7 @@ class Replay:
     ):
         architecture, model = loaded.architecture, loaded.model
         self._loaded = loaded
-        self._inside = inside or architecture.inside(layer, role)
+        self._inside = inside
         self._site = architecture.value_site(model, layer, inside, role)
         self._layers = list(architecture.running(model, layer if self._inside else layer + 1).values())
         self._calls: list[Call] = []
@@ -268,13 +268,14 @@ def fits(kind: type[Replay], loaded: LoadedModel, rows: Sequence[Sequence[int]],
     """Whether a kind of replay with some δ in the middle of each row equals the whole model's pass with the same δ at the site."""
     pivots = [len(row) // 2 for row in rows]
     try:
-        run = kind(loaded, rows, pivots, layer)
+        inside = loaded.architecture.inside(layer)
+        run = kind(loaded, rows, pivots, layer, inside)
         size = run.value.float().norm(dim=1, keepdim=True)
         noise = torch.randn(run.value.shape, generator=torch.Generator().manual_seed(0)).to(size.device)
         delta = noise * size / run.value.shape[1] ** 0.5
         found = run.hidden(delta)
-        whole = WholeRows(loaded, rows, pivots, layer)
-        expected = whole._from_pivots(_with_delta(loaded, whole, rows, delta, layer))
+        whole = WholeRows(loaded, rows, pivots, layer, inside)
+        expected = whole._from_pivots(_with_delta(loaded, whole, rows, delta))
         width = min(found.shape[1], expected.shape[1])
         run._real = run._real[:, :width]
         return run.difference(found[:, :width], expected[:, :width]) <= _TOLERANCES.get(found.dtype, 5e-2)
@@ -282,9 +283,7 @@ def fits(kind: type[Replay], loaded: LoadedModel, rows: Sequence[Sequence[int]],
         return False  # what this kind of replay gives the layers is not what they ask for
 
 
-def _with_delta(
-    loaded: LoadedModel, whole: WholeRows, rows: Sequence[Sequence[int]], delta: Tensor, layer: int
-) -> Tensor:
+def _with_delta(loaded: LoadedModel, whole: WholeRows, rows: Sequence[Sequence[int]], delta: Tensor) -> Tensor:
     """The last layer's output ``[B, S, d]`` of the model's own pass with δ at the pivots."""
     batch = TokenBatch.of(rows, loaded.device)
     seen: list[Tensor] = []
@@ -296,7 +295,7 @@ def _with_delta(
 
     last = loaded.architecture.last_layer(loaded.model)
     with ExitStack() as hooks:
-        hooks.callback(loaded.architecture.value_site(loaded.model, layer).register_forward_hook(add).remove)
+        hooks.callback(whole._site.register_forward_hook(add).remove)
         hooks.callback(
             last.register_forward_hook(lambda module, args, output: seen.append(first_output(output))).remove
         )
