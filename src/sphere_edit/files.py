@@ -24,6 +24,7 @@ from sphere_edit.errors import SphereEditError
 
 _SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
 _MOST_VALUES = 100_000  # of a YAML document
+_ALIGNMENT = 64  # bytes: what torch's own tensors on a CPU begin at a multiple of
 _UNFINISHED = ".unfinished"  # how the name of a temporary folder ends
 
 
@@ -171,7 +172,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
     with plain_errors(path, "read"), safe_open(path, "pt") as file:
         sums: dict[str, str] = json.loads((file.metadata() or {}).get(_SUMS, "{}"))
         found: dict[str, Tensor] = {
-            name: file.get_tensor(name)
+            name: _aligned(file.get_tensor(name))
             for name in file.keys()  # noqa: SIM118
             if wanted is None or wanted(name)
         }
@@ -181,6 +182,11 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
                 f"{path} is damaged: '{name}' in it is not what was written; put the file back from a backup"
             )
     return found
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it: a product of one that lies elsewhere, as in a mapped file, may round otherwise."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def content_digest(path: Path) -> str | None:

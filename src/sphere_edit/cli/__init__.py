@@ -19,6 +19,7 @@ from sphere_edit.cli.edit import edit
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
+from sphere_edit.cli.remove import history, remove
 from sphere_edit.cli.screen import fail, out
 from sphere_edit.cli.ship import apply, export
 from sphere_edit.cli.state import rollback
@@ -67,6 +68,7 @@ app = typer.Typer(
     "  [bold]sphere-edit edit smollm2 facts.jsonl -o runs/first[/bold]\n\n"
     "  [bold]sphere-edit show runs/first[/bold]\n\n"
     "  [bold]sphere-edit export runs/first -o edited-model[/bold]\n\n"
+    "  [bold]sphere-edit remove runs/first --fact 'Big Ben'[/bold]\n\n"
     "  [bold]sphere-edit rollback runs/first --to 0[/bold]",
 )
 for _command in (
@@ -77,8 +79,10 @@ for _command in (
     ability,
     chat,
     show,
+    history,
     report,
     energy,
+    remove,
     rollback,
     verify,
     export,

@@ -147,7 +147,7 @@ def _smallest(run: RunFolder, name: str, original: Tensor, wanted: Tensor, dtype
 def _factors(run: RunFolder, name: str, limit: int) -> Parts | None:
     """The factors of every batch's update, one batch after another; None where one has none, or they take ``limit`` bytes."""
     updates: list[Update] = []
-    for _, found, _ in run.updates(1, run.history.head, name):
+    for _, found, _ in run.updates(0, run.history.head, name):
         updates.append(found[name])
         if not isinstance(found[name], LowRankUpdate) or sum(_size(one.tensors()) for one in updates) >= limit:
             return None

@@ -72,6 +72,7 @@ def write_report(
         "energies": _energies(series),
         "abilities": _abilities(series),
         "figures": shown,
+        "removed": _removed(series),
         "facts": facts[:_FACTS_SHOWN],
         "more_facts": max(0, len(facts) - _FACTS_SHOWN),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
@@ -105,7 +106,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
         caption = "General ability over edits, with one standard error up and down. Dotted: what guessing would score."
         found.append(("abilities", caption, partial(plots.abilities, runs)))
     for number_, run in enumerate(runs if len(runs) <= _RUNS_DRAWN else (), 1):
-        if not run.batches:
+        if not run.changed:
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
@@ -238,6 +239,25 @@ def _abilities(runs: Sequence[Series]) -> dict[str, Any]:
         ]
         for row in views.abilities(runs)
         for last in (row.after or row.before,)
+    ]
+    return {"columns": columns, "rows": rows}
+
+
+def _removed(runs: Sequence[Series]) -> dict[str, Any]:
+    columns = ("edited to", "removed in", "unedited answer", "says now", "returned", "KL", "KL, paraphrases")
+    rows = [
+        [
+            _named(run.label, row.prompt, runs),
+            row.target,
+            str(row.batch),
+            one_line(row.answer),
+            one_line(row.said),
+            "–" if row.returned is None else yes(row.returned),
+            decimals(row.kl, 3),
+            decimals(row.kl_paraphrases, 3),
+        ]
+        for run in runs
+        for row in run.removed().rows
     ]
     return {"columns": columns, "rows": rows}
 

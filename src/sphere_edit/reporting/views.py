@@ -17,6 +17,7 @@ from sphere_edit.evaluation.ability import AbilityScore
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT, Metric, Protocol
 from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.reporting.series import Series
+from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.records import Batch, Evaluation, FinalRecheck
 
@@ -37,6 +38,7 @@ class Header:
     batches: int
     edited: int
     superseded: int
+    removed: int
     withdrawn: int
     state: str
 
@@ -57,6 +59,7 @@ class Header:
             history.head,
             len(history.edited),
             len(history.superseded),
+            len(history.removed),
             len(history.withdrawn),
             state,
         )
@@ -329,7 +332,7 @@ def _written(batches: Iterable[Batch]) -> dict[int, tuple[int, ...]]:
 
 # --- all of one run, and several runs side by side ----------------------------------------------------------------
 
-View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts
+View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts | Removed
 
 
 def of_run(folder: str | Path, facts: int) -> Iterator[View]:
@@ -346,6 +349,8 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
         yield Timings.of(history.batches, history.final_rechecks)
     if history.evaluations:
         yield Evaluations.of(history.evaluations)
+    if history.removed:
+        yield Removed.of(history, run.facts())
     if not (run.path / METRICS).is_file():
         return
     content = run.metrics()
@@ -355,7 +360,7 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
     if facts:
-        yield Facts.of(content["per_fact"], history.batches, count=facts)
+        yield Facts.of(content["per_fact"], history.standing, count=facts)
 
 
 @dataclass(frozen=True)
