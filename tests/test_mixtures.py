@@ -193,8 +193,8 @@ def test_second_moments_are_those_of_the_joint_keys_by_expert(family):
         reached = reached + (vectors.unflatten(1, (4, -1)).norm(dim=-1) > 0).sum(0)
     width = len(explicit) // 4
     blocks = torch.stack([explicit[n * width : (n + 1) * width, n * width : (n + 1) * width] for n in range(4)])
-    more = width * blocks.sum(0) / reached.sum()  # as many tokens of the layer's mean as an expert has inputs
-    expected = (blocks + more) / (tokens + width * 4 * tokens / reached.sum())
+    more = blocks.sum(0) / reached.sum()  # one token of the layer's mean for each expert
+    expected = (blocks + more) / (tokens + 4 * tokens / reached.sum())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     few_tokens = int((reached < width).sum())
     assert any("fewer tokens" in line for line in said) == (few_tokens > 0)

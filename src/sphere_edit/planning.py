@@ -103,7 +103,7 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
             seconds.update(row.seconds(timed))
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
-    return Estimate(seconds, _memory(session), _disk(session, facts))
+    return Estimate(seconds, memory_of(session), _disk(session, facts))
 
 
 def _timed_batch(session: Session) -> float:
@@ -173,7 +173,8 @@ def _with_truth(fact: Fact) -> Fact:
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors, portability=portability)
 
 
-def _memory(session: Session) -> int:
+def memory_of(session: Session) -> int:
+    """Bytes of memory that an edit by a session's settings takes, by shapes: the model, and all that is held beside it."""
     model = sum(parameter.numel() * parameter.element_size() for parameter in session.loaded.model.parameters())
     copied = session.settings.targets.compute == "bfloat16" and session.loaded.dtype != torch.bfloat16
     if copied and session.method.needs.feed.at_subjects:

@@ -13,6 +13,7 @@ from sphere_edit._version import __version__
 from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
+from sphere_edit.cli.inspect import inspect
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
@@ -57,6 +58,7 @@ for _command in (
     verify,
     export,
     apply,
+    inspect,
     tune,
     bench,
 ):

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.errors import SphereEditError
 from sphere_edit.models.forward import at, last_hidden, next_token_scores
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.pretrained import first_lines, is_out_of_memory
 from sphere_edit.models.tokens import TokenBatch, over_batches
 
 _GREEDY_TOKENS = 4096  # in one batch of `greedy_continuations`
@@ -86,7 +88,9 @@ def generate(
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
     view.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
-    said = view.generate(
+    said = _generated(
+        loaded,
+        view,
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
@@ -95,3 +99,25 @@ def generate(
     given = len(rows[0])
     found = [row[:given] + until_end(row[given:], ends) for row in said]
     return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
+
+
+def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:
+    """What ``generate`` of a view of a model gives; without a cache where transformers cannot tell how far one is, for no layer in it is attention.
+
+    Raises:
+        SphereEditError: it fails within the model's own code.
+    """
+    try:
+        try:
+            return model.generate(**request)
+        except ValueError as error:
+            if "get_seq_length" not in str(error):
+                raise
+            return model.generate(**request, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise SphereEditError(
+            f"transformers cannot generate text with '{loaded.source}': {first_lines(error)}; give ordinary text with --corpus, and "
+            "set evaluation.generation: off"
+        ) from None
