@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
 from sphere_edit.evaluation.catalogue import DIVERGENCE, PARTS, PERPLEXITY, STRICT, of_part
-from sphere_edit.facts.readers import facts_from
+from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
 from sphere_edit.tuning import tune
@@ -40,6 +40,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**SHAPE, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
     "olmo2": {**SHAPE, "num_key_value_heads": 2},
 }
+_EXPERTS = {
+    **SHAPE,
+    "num_hidden_layers": 6,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+}
+MIXTURES: dict[str, dict[str, Any]] = {  # and a dense twin, of as many numbers a token (benchmarks/experts.py)
+    "qwen3": {**_EXPERTS, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32},
+    "qwen3_moe": {**_EXPERTS, "num_key_value_heads": 2, "head_dim": 32},
+    "gpt_oss": {**_EXPERTS, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64},
+    "deepseek_v3": {
+        **_EXPERTS, "moe_intermediate_size": 85, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+    },
+}  # fmt: skip
 RATE = 3e-3  # of Adam
 SPREAD = 0.06  # of the first weights: with 0.02, which suits larger widths, nothing is learnt in minutes
 WORDINGS = {
@@ -145,7 +165,7 @@ def trained(family: str, world: World, tokenizer: PreTrainedTokenizerFast, steps
         eos_token_id=0,
         pad_token_id=1,  # not 0, whose embedding would stay 0 then: in Gemma 2 no gradient is finite at a sentence's start
         initializer_range=SPREAD,
-        **FAMILIES[family],
+        **{**FAMILIES, **MIXTURES}[family],
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
@@ -166,26 +186,26 @@ def trained(family: str, world: World, tokenizer: PreTrainedTokenizerFast, steps
     return loss
 
 
-def made(family: str, world: World, folder: Path, steps: int) -> Path:
-    """The trained model of a family in a folder, made if it is not there."""
+def prepared(family: str, folder: Path, steps: int) -> tuple[Path, Path, FactSet, FactSet]:
+    """The folder of a trained model, text about people left alone, and facts to calibrate on and to edit."""
+    world = World(0)
+    calibrated, edited, others = world.people[:12], world.people[12:26], world.people[26:]
     texts = [wording for wordings in WORDINGS.values() for wording in wordings]
     words = [*" ".join(world.people).split(), *(word for words in world.answers.values() for word in words)]
-    model = folder / family
+    model, corpus = folder / family, folder / f"{family}.jsonl"
     if not model.exists():
         began = time.monotonic()
         loss = trained(family, world, tokenizer_of([*texts, " ".join(words)]), steps, model)
-        print(f"trained {family} in {time.monotonic() - began:.0f} s, loss {loss:.3f} nats")
-    return model
+        print(f"trained {family} in {time.monotonic() - began:.0f} s, loss {loss:.3f} nats", flush=True)
+    world.generator.seed(1)
+    corpus.write_text("".join(json.dumps({"text": world.passage(others)}) + "\n" for _ in range(2000)))
+    known, facts = (facts_from(world.facts(people, others)) for people in (calibrated, edited))
+    return model, corpus, known, facts
 
 
 def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[str, Any], float]]:
     """What each method comes to on a family: its name, the scores, and perplexity times the unedited model's."""
-    world = World(0)
-    calibrated, edited, others = world.people[:12], world.people[12:26], world.people[26:]
-    model, corpus = made(family, world, folder, steps), folder / f"{family}.jsonl"
-    world.generator.seed(1)
-    corpus.write_text("".join(json.dumps({"text": world.passage(others)}) + "\n" for _ in range(2000)))
-    known, facts = (facts_from(world.facts(people, others)) for people in (calibrated, edited))
+    model, corpus, known, facts = prepared(family, folder, steps)
     given = make_settings({"batch_size": 7, "moments": {"corpus": str(corpus)}, "evaluation": {"generation": "off"}})
     defaults = Editor.from_pretrained(
         model, model.parent / "nothing", given, Quiet()

@@ -15,11 +15,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from families import FAMILIES, World, made
 
+from families import FAMILIES, prepared
 from sphere_edit.editing.settings import make_settings, read_layers
-from sphere_edit.evaluation.catalogue import DIVERGENCE, PARTS, STRICT, of_part
-from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
 from sphere_edit.trials import Bench
@@ -33,23 +31,18 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="keep the trained models there, and take those that are there")
     parser.add_argument("--method", default="frugal")
     parser.add_argument("--options", type=json.loads, default={}, help="of the method, as JSON")
+    parser.add_argument("--targets", type=json.loads, default={}, help="settings of the targets, as JSON")
     parser.add_argument("--layers", nargs="+", default=["0", "1", "2", "3", "0-1", "0-2", "0-4", "1-2", "1-3"])
     args = parser.parse_args()
-    names = [of_part(part, STRICT) for part in PARTS]
-    heads = " | ".join([*(metric.words for metric in names), DIVERGENCE.column])
-    print(f"| family | layers | targets | {heads} |\n|---|---|---|{'---|' * (len(names) + 1)}")
+    print("| family | layers | targets | strict | generalization | specificity | KL |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = args.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         for family in args.family or ("gemma3_text", "olmo2"):
-            world = World(0)
-            edited, others = world.people[:26], world.people[26:]
-            loaded = load_model(str(made(family, world, folder, args.steps)))
-            world.generator.seed(1)
-            corpus = folder / f"{family}.jsonl"
-            corpus.write_text("".join(json.dumps({"text": world.passage(others)}) + "\n" for _ in range(2000)))
-            given = {"method": args.method, "options": args.options, "moments": {"corpus": str(corpus)}}
-            bench = Bench(loaded, make_settings(given), facts_from(world.facts(edited, others)).facts, Quiet())
+            model, corpus, known, others = prepared(family, folder, args.steps)
+            given = {"method": args.method, "options": args.options, "targets": args.targets}
+            settings = make_settings(given, {"moments": {"corpus": str(corpus)}})
+            bench = Bench(load_model(str(model)), settings, [*known.facts, *others.facts], Quiet())
             for layers in args.layers:
                 setting = {"layers": read_layers(layers)}
                 reach = bench.reach(setting)

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts with random weights, of many families, built in memory; and how each is laid out."""
+"""Tiny mixtures of experts with random weights, of many families, built in memory; and where each keeps its experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from families import tiny_tokenizer
-from sphere_edit.models.architecture import EXPERTS, Architecture, LayerParts, Matrix
-from sphere_edit.models.identity import fingerprint
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.loading import LoadedModel, prepare
 
 WIDTH, DEPTH = 32, 4
 
@@ -108,20 +106,9 @@ def mixture(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, PreTr
     return model.to(dtype).eval().requires_grad_(False), tokenizer
 
 
-def layout(family: str) -> Architecture:
-    """Where its experts are."""
-    _, block, shared = MIXTURES[family]
-    matrices = {EXPERTS: Matrix(f"{block}.experts.down_proj", family in TRANSPOSED, True, family == "granitemoe")}
-    if shared is not None:
-        matrices["down"] = Matrix(f"{shared}.down_proj")
-    norm = "model.embedding_norm" if family == "lfm2_moe" else "model.norm"
-    return Architecture("model.layers", norm, (LayerParts(matrices),) * DEPTH)
-
-
 def tiny_mixture(family: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A tiny mixture ready to be edited."""
-    model, tokenizer = mixture(family, dtype)
-    return LoadedModel(model, tokenizer, layout(family), f"tiny-{family}", fingerprint(model))
+    return prepare(*mixture(family, dtype), f"tiny-{family}")
 
 
 def save_mixture(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

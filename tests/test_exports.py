@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,11 +21,15 @@ from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import save_tiny
+from ggufs import save_gguf
+from hub import TOKEN, Repo, hub
 from sphere_edit import SphereEditError
+from sphere_edit import editor as editor_module
 from sphere_edit.cli import app
 from sphere_edit.editor import Editor, opened
 from sphere_edit.exports import delta
 from sphere_edit.exports.forms import Wanted, write
+from sphere_edit.models.loading import load_model
 from sphere_edit.numerics.lowrank import output_directions, truncated
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
@@ -278,6 +284,186 @@ def test_without_peft_the_command_says_what_to_install(run_of, tmp_path, monkeyp
         command("export", run_of(), "--as", "lora", "--rank", 8, "-o", tmp_path / "out")
 
 
+# --- gguf ---------------------------------------------------------------------------------------------------------
+
+
+def told(file: Path) -> tuple[dict[str, bytes], dict[str, tuple[str, bytes]]]:
+    """A GGUF file's metadata, and its tensors with their types."""
+    reader = GGUFReader(file)
+    fields = {name: b"".join(part.tobytes() for part in field.parts) for name, field in reader.fields.items()}
+    return fields, {one.name: (one.tensor_type.name, one.data.tobytes()) for one in reader.tensors}
+
+
+@pytest.mark.parametrize(
+    ("kind", "becomes"), [("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("Q8_0", "Q8_0"), ("Q4_1", "Q8_0")]
+)
+def test_only_the_edited_tensors_of_a_gguf_file_are_replaced_and_it_loads_with_them(run_of, tmp_path, kind, becomes):
+    run = run_of()
+    base = save_gguf(run.parent / "model", tmp_path / f"{kind}.gguf", kind)
+    measure = ["--measure"] if kind in ("F32", "F16") else []
+    said = command("export", run, "--as", "gguf", "--base", base, *measure, "-o", tmp_path / "out")
+    file = tmp_path / "out" / f"{kind}-edited.gguf"
+    assert ("are Q8_0 now" in said) == (kind == "Q4_1")
+    (fields, before), (same_fields, after) = told(base), told(file)
+    assert fields == same_fields
+    assert list(before) == list(after)
+    matrices = json.loads((run / "config.json").read_text())["matrices"]
+    edited = {f"blk.{name.split('.')[2]}.ffn_down.weight": name for name in matrices}
+    assert {name for name in before if before[name] != after[name]} == edited.keys()
+    if kind == becomes:
+        assert file.stat().st_size == base.stat().st_size
+    loaded = load_model(file, "cpu")
+    with opened(run, Quiet(), only_to_read=True) as editor:
+        for stored, name in edited.items():
+            assert after[stored][0] == becomes
+            wanted, found = editor.weights.deployed(name), loaded.model.get_submodule(name).weight.detach()
+            rounding = {"F32": 0.0, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 1e-2}[becomes]
+            assert float((found - wanted).norm()) <= rounding * float(wanted.norm())
+    assert "its weights are those of" in command("verify", tmp_path / "out", "--against", run)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: gguf" in card
+    if measure:
+        row = next(line for line in card.splitlines() if line.startswith("| Perplexity") and line.count("|") == 3)
+        metrics = json.loads((run / "metrics.json").read_text())["edited"]
+        assert float(row.split("|")[2]) == pytest.approx(metrics["perplexity"], abs=0.011 if kind == "F32" else 0.05)
+
+
+def test_a_gguf_file_of_another_model_and_what_is_none_are_refused(run_of, tmp_path):
+    run = run_of()
+
+    def refused(base: object, message: str) -> None:
+        with pytest.raises(SphereEditError, match=message):
+            command("export", run, "--as", "gguf", *(["--base", base] if base else []), "-o", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    other = save_gguf(save_tiny("llama", tmp_path / "other", seed=1), tmp_path / "other.gguf", "F16")
+    refused(other, "is of another model: blk.1.ffn_down.weight .* away from model.layers.1")
+    refused(None, "needs --base FILE.gguf")
+    refused(tmp_path / "gone.gguf", "there is no file")
+    (tmp_path / "text.gguf").write_text("GGUF")
+    refused(tmp_path / "text.gguf", "cannot be read as GGUF")
+    right = save_gguf(run.parent / "model", tmp_path / "right.gguf", "F16")
+    half = tmp_path / "half.gguf"
+    half.write_bytes(right.read_bytes()[: right.stat().st_size // 2])
+    refused(half, "cannot be read as GGUF")
+    embedding = tmp_path / "embedding.gguf"
+    data = bytearray(right.read_bytes())
+    tensor = next(one for one in GGUFReader(right).tensors if one.name == "token_embd.weight")
+    data[tensor.data_offset : tensor.data_offset + tensor.n_bytes // 2] = bytes(tensor.n_bytes // 2)
+    embedding.write_bytes(bytes(data))
+    refused(embedding, "away from the token embedding")
+
+
+# --- push ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A hub on this machine, in the place of the real one."""
+    from huggingface_hub import constants
+
+    with hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
+
+
+def test_an_export_is_pushed_whole_and_private_and_the_next_replaces_it(run_of, tmp_path, stand_in):
+    said = command("export", run_of(), "--push", "ada/edited", "-o", tmp_path / "whole")
+    assert f"{stand_in.url}/ada/edited/commit" in said
+    repo = stand_in.repos["ada/edited"]
+    assert repo.private
+    assert repo.commits == ["Edited model as hf, after batch 2"]
+    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == contents(tmp_path / "whole")
+    command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "delta")
+    assert repo.files.keys() - {".gitattributes"} == contents(tmp_path / "delta").keys()
+    command("export", run_of(), "--as", "delta", "--push", "ada/seen", "--public", "-o", tmp_path / "seen")
+    assert not stand_in.repos["ada/seen"].private
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "told"),
+    [
+        ("ada/edited", "", "takes nothing without a token: run hf auth login, or set HF_TOKEN"),
+        ("ada/edited", "hf_other", "does not take this token"),
+        ("edited", TOKEN, "takes owner/name, not 'edited'"),
+        ("ada/--x", TOKEN, "is no name for the hub"),
+        ("ada/theirs", TOKEN, "holds something that is no export of sphere-edit"),
+        ("ada/public", TOKEN, "is public; add --public"),
+    ],
+)
+def test_a_push_that_would_fail_is_refused_before_anything_is_written(
+    run_of, tmp_path, stand_in, monkeypatch, name, token, told
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    stand_in.repos["ada/theirs"] = Repo(True, {"model.safetensors": b"x"})
+    stand_in.repos["ada/public"] = Repo(False, {"sphere_edit.json": b"{}"})
+    with pytest.raises(SphereEditError, match=told):
+        command("export", run_of(), "--as", "delta", "--push", name, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "ada/edited" not in stand_in.repos
+
+
+def test_a_push_that_fails_on_the_way_leaves_the_export_and_says_how_to_send_it(
+    run_of, tmp_path, stand_in, monkeypatch
+):
+    stand_in.failing = "/commit/"
+    with pytest.raises(SphereEditError, match="hf upload ada/edited"):
+        command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "out")
+    assert "is whole" in command("verify", tmp_path / "out")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SphereEditError, match="cannot be reached|could not be sent"):
+        command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "other")
+    with pytest.raises(SphereEditError, match="add --push owner/name"):
+        command("export", run_of(), "--public", "-o", tmp_path / "other")
+
+
+# --- every form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hf", "delta", "lora", "gguf"])
+def test_a_target_that_cannot_be_written_or_is_taken_is_told_before_the_model_is_loaded(
+    run_of, tmp_path, monkeypatch, form
+):
+    monkeypatch.setattr(editor_module, "session_of", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SphereEditError, match="exists already"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file")
+    with pytest.raises(SphereEditError, match="could not be written"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file" / "out")
+    real = tempfile.TemporaryFile
+
+    def refused(*args: Any, **options: Any) -> Any:
+        if options.get("dir") == tmp_path / "read-only":
+            raise OSError(30, "Read-only file system")
+        return real(*args, **options)
+
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(SphereEditError, match="Read-only file system"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "read-only" / "out")
+    assert not list((tmp_path / "read-only").iterdir())
+
+
+def test_an_export_of_an_export_has_a_manifest_of_its_own(run_of, tmp_path):
+    """The whole model that came out is edited again: what the first export said of itself does not come along."""
+    command("export", run_of(), "-o", tmp_path / "first")
+    options = {**QUICK, "method": "memit"}
+    editor = Editor.from_pretrained(tmp_path / "first", tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(1, start=6))
+    editor.export(tmp_path / "second")
+    editor.close()
+    first, second = (json.loads((tmp_path / name / "sphere_edit.json").read_text()) for name in ("first", "second"))
+    assert first["state"]["run"] != second["state"]["run"]
+    assert "is whole" in command("verify", tmp_path / "second", "--against", tmp_path / "run")
+
+
 # --- kills --------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +471,12 @@ FORMS = {
     "hf": partial(write, Wanted()),
     "delta": partial(write, Wanted("delta")),
     "lora": partial(write, Wanted("lora", rank=4)),
+    "gguf": lambda session, run, folder: write(
+        Wanted("gguf", base=run.path.parent / "base.gguf"), session, run, folder
+    ),
+    "gguf anew": lambda session, run, folder: write(
+        Wanted("gguf", base=run.path.parent / "coarse.gguf"), session, run, folder
+    ),
     "apply": lambda session, run, folder: delta.apply_delta(
         run.path.parent / "delta", str(run.path.parent / "model"), folder, Quiet()
     ),
@@ -304,6 +496,9 @@ def test_killed_at_any_write_an_export_is_whole_or_not_there_and_the_next_leaves
         session, run, work = editor.session, RunFolder.open(run_of()), FORMS[form]
         if form == "apply" and not (run.path.parent / "delta").exists():
             editor.export(run.path.parent / "delta", "delta")
+        for file, kind in (("base.gguf", "F16"), ("coarse.gguf", "Q4_1")):
+            if form.startswith("gguf") and not (run.path.parent / file).exists():
+                save_gguf(run.path.parent / "model", run.path.parent / file, kind)
         work(session, run, tmp_path / "first" / "out")
         wanted = contents(tmp_path / "first" / "out")
         said, events = in_child(lambda: work(session, run, tmp_path / "second" / "out"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sphere_edit import SphereEditError
-from sphere_edit.files import check_room, is_whole, read_cache, write_cache, write_tensors
+from sphere_edit.files import check_room, is_whole, read_cache, read_tensors, write_cache, write_tensors
 
 
 @pytest.fixture
@@ -77,3 +77,12 @@ def test_json_of_the_cache_is_made_again_where_it_is_missing_or_damaged_and_nowh
     assert read_cache(file) == [1, 2]
     with pytest.raises(SphereEditError, match="could not be read"):
         read_cache(tmp_path)
+
+
+def test_tensors_are_read_to_where_torch_would_put_them(tmp_path):
+    """In a file they lie anywhere, and a matrix product of a tensor that does not begin at 64 bytes can round otherwise."""
+    written = {f"{number}": torch.arange(float(number)) for number in range(1, 20)}
+    write_tensors(tmp_path / "some.safetensors", written)
+    found = read_tensors(tmp_path / "some.safetensors")
+    assert {name for name, value in found.items() if value.data_ptr() % 64} == set()
+    assert all(torch.equal(found[name], value) for name, value in written.items())

@@ -25,6 +25,7 @@ FLOORS = [
     "tuning",
     "bench",
     "planning",
+    "inspection",
     "cli",
     "__main__",
 ]

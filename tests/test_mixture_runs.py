@@ -10,12 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import fact_records
-from mixtures import FEW, layout, save_mixture
+from mixtures import FEW, save_mixture
 from sphere_edit import Editor, SphereEditError
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.evaluation.routing import changed_share
+from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.loading import load_model
 from sphere_edit.models.sites import parameter_of
 from sphere_edit.progress import Quiet
+from sphere_edit.reporting.report import write_report
+from sphere_edit.tuning import tune
 
 FAST = {
     "layers": {"experts": [1, 2]},
@@ -44,7 +48,7 @@ def begun(family: str, folder: Path, method: str, **options) -> Editor:
         *[pytest.param(family, "frugal", marks=pytest.mark.slow) for family in FEW[2:]],
         *[
             pytest.param("qwen3_moe", method, marks=pytest.mark.slow)
-            for method in ("memit_seq", "encore", "emmet", "rect", "prune", "revive", "ft", "ultraedit")
+            for method in ("memit_seq", "encore", "emmet", "rome", "rect", "prune", "nas", "revive", "ft", "ultraedit")
         ],
     ],
 )
@@ -62,6 +66,9 @@ def test_a_run_on_experts_edits_resumes_rolls_back_and_exports(family, method, t
         assert len(entry["expert_norms"]) == 4
         assert sum(norm**2 for norm in entry["expert_norms"]) == pytest.approx(entry["update_norm"] ** 2, rel=1e-3)
     assert set(metrics["edited"]["routes"]) == {"text", "facts"}
+    if method == "frugal":
+        write_report([editor.folder], tmp_path / "report.html", tmp_path / "figures", Quiet())
+        assert ", expert " in (tmp_path / "figures" / "idea.svg").read_text()
     editor.save_pretrained(tmp_path / "exported")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     for name in after:
@@ -121,6 +128,15 @@ def test_the_journal_holds_plain_numbers_of_every_expert(tmp_path):
     editor.close()
 
 
-@pytest.fixture(autouse=True)
-def laid_out(monkeypatch):
-    monkeypatch.setattr("sphere_edit.models.loading.architecture_of", lambda model, *_: layout(model.config.model_type))
+def test_tune_tries_the_routed_experts_where_shared_ones_are_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr("sphere_edit.trials._ENDS", ())
+    monkeypatch.setattr("sphere_edit.tuning._tried_along", lambda *args: [])
+    loaded = load_model(save_mixture("deepseek_v3", tmp_path / "source"), "cpu")
+    plain = {name: value for name, value in FAST.items() if name != "layers"}
+    facts = facts_from(fact_records(4)).facts
+    tried = [trial.settings for trial in tune(loaded, make_settings(plain, {"method": "frugal"}), Quiet(), facts)]
+    assert sorted(settings.get("matrices", "") for settings in tried) == ["", "experts"]
+    asked = make_settings(plain, {"method": "frugal", "matrices": "experts"})
+    assert [trial.settings for trial in tune(loaded, asked, Quiet(), facts)] == [{"layers": [1, 2]}]
+    tuned = {"matrices": "experts", "layers": [1]}
+    assert make_settings(tuned, {"layers": {"down": [2]}}).matrices is None, "layers of a role say which matrices"

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import fact_records
-from mixtures import FEW, MIXTURES, TRANSPOSED, layout, save_mixture, tiny_mixture
+from mixtures import FEW, MIXTURES, TRANSPOSED, save_mixture, tiny_mixture
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.moments import second_moments
@@ -18,10 +18,10 @@ from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.exports import delta
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.architecture import Matrix
 from sphere_edit.models.experts import JointKeys, why_not
 from sphere_edit.models.forward import Graph, activations
-from sphere_edit.models.identity import fingerprint
-from sphere_edit.models.loading import LoadedModel, cast_copy
+from sphere_edit.models.loading import LoadedModel, cast_copy, load_model
 from sphere_edit.models.replica import Replica
 from sphere_edit.models.sites import module_of, parameter_of
 from sphere_edit.models.source import stored_tensors
@@ -32,11 +32,6 @@ from sphere_edit.numerics.update import LowRankUpdate
 from sphere_edit.progress import Quiet
 
 LAYER = 2
-HYBRIDS = (
-    "qwen3_next",
-    "lfm2_moe",
-    "granitemoe",
-)  # which need whole rows in a replay, or a target inside a flattened block
 
 mixtures = pytest.mark.parametrize(
     "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in MIXTURES]
@@ -73,6 +68,16 @@ def experts_output(loaded: LoadedModel, batch: TokenBatch) -> tuple[Tensor, Tens
         _, numbers, weights = seen["args"]
         bias = (module.down_proj_bias[numbers] * weights[..., None]).sum(1)
     return output.view(-1, tokens, output.shape[-1]).sum(0), bias
+
+
+@mixtures
+def test_the_probe_finds_the_experts(family):
+    _, block, shared = MIXTURES[family]
+    architecture = tiny_mixture(family).architecture
+    expected = Matrix(f"{block}.experts.down_proj", family in TRANSPOSED, True)
+    found = architecture.matrix(LAYER, "experts")
+    assert (found.path, found.transposed, found.experts) == (expected.path, expected.transposed, True)
+    assert ("down" in architecture.parts[LAYER].matrices) == (shared is not None)
 
 
 @mixtures
@@ -123,8 +128,6 @@ def test_views_of_the_weights(family):
 @mixtures
 def test_hit(family):
     """One layer, ridge → 0: the hidden state after the edit of the experts equals v*."""
-    if family in HYBRIDS:
-        pytest.skip("a replay of it is not possible yet")
     loaded = tiny_mixture(family)
     weights, name = weights_of(loaded), name_of(loaded)
     facts = facts_from(fact_records(4)).facts
@@ -137,7 +140,7 @@ def test_hit(family):
     problem = LayerProblem(wide(weights.working[name]), keys, residual, moment)
     weights.add(name, Memit(second_moment_weight=1e-9).solve(problem, {}).by_expert(4))
     prompts = SubjectPrompts.of(facts, ["{}"], Encoder(loaded.tokenizer))
-    reader = SubjectReader(loaded, prompts, weights.names, [LAYER], False, 256)
+    reader = SubjectReader(loaded, prompts, weights.names, [LAYER], False, 256, role="experts")
     after, wanted = reader.clean_values(), source.targets.values
     assert float((after - wanted).norm() / wanted.norm()) < 1e-5
 
@@ -190,8 +193,8 @@ def test_second_moments_are_those_of_the_joint_keys_by_expert(family):
         reached = reached + (vectors.unflatten(1, (4, -1)).norm(dim=-1) > 0).sum(0)
     width = len(explicit) // 4
     blocks = torch.stack([explicit[n * width : (n + 1) * width, n * width : (n + 1) * width] for n in range(4)])
-    more = width * blocks.sum(0) / reached.sum()  # as many tokens of the layer's mean as an expert has inputs
-    expected = (blocks + more) / (tokens + width * 4 * tokens / reached.sum())
+    more = blocks.sum(0) / reached.sum()  # one token of the layer's mean for each expert
+    expected = (blocks + more) / (tokens + 4 * tokens / reached.sum())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     few_tokens = int((reached < width).sum())
     assert any("fewer tokens" in line for line in said) == (few_tokens > 0)
@@ -222,8 +225,8 @@ def test_experts_that_cannot_be_edited_say_why():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_export_changes_the_edited_experts_in_the_files_alone(family, dtype, tmp_path):
     source = save_mixture(family, tmp_path / "source", dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    loaded = LoadedModel(model, None, layout(family), str(source), fingerprint(model))
+    loaded = load_model(source, "cpu")
+    model = loaded.model
     weights, name = weights_of(loaded), name_of(loaded)
     change = torch.zeros_like(weights.original(name))
     change[1] = 0.5

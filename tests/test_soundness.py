@@ -159,8 +159,17 @@ def test_fp8_without_the_scales_of_a_matrix(folder):
     tensors = load_file(file)
     del tensors[f"{MATRIX}.weight_scale_inv"]
     save_file(tensors, file, {"format": "pt"})
-    assert f"and {MATRIX}.weight is still float8_e4m3fn after loading" in loading(folder)
+    assert f"and no scales say how to read {MATRIX}.weight" in loading(folder)
     assert f"and no scales say how to read {MATRIX}" in energy(folder)
+
+
+@pytest.mark.parametrize("block", [[24], [24, "x"], {"a": 1}])
+def test_fp8_whose_blocks_do_not_fit(folder, block):
+    store_fp8(folder, (24, 20))
+    configure(folder, quantization_config={**FP8, "weight_block_size": block})
+    for said in (loading(folder), energy(folder)):
+        assert str(folder) in said
+    assert "are not what its config.json says" in said
 
 
 def test_a_quantised_shard_that_is_cut_short(folder):

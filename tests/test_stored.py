@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from families import save_tiny
 from images import IMAGE_TEXT_MODELS, LAYERS, save_image_text
-from mixtures import MIXTURES, layout, save_mixture
-from sphere_edit.exports.hf import write_hf
+from mixtures import save_mixture
+from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.shipment import Shipment
-from sphere_edit.models.architecture import EXPERTS, Architecture, LayerParts, Matrix
+from sphere_edit.models.architecture import EXPERTS
+from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.configuration import CAUSAL, IMAGE_TEXT, loader_of
 from sphere_edit.models.dequantising import quantiser
-from sphere_edit.models.identity import fingerprint, tensor_bytes
-from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.identity import tensor_bytes
+from sphere_edit.models.loading import load_model
 from sphere_edit.models.pretrained import from_pretrained, skeleton
 from sphere_edit.models.source import read_config, stored_tensors
 from sphere_edit.models.stored import StoredParameters
@@ -58,27 +59,10 @@ def save(family: str, folder: Path) -> Path:
     return save_tiny(family, folder) if family == "llama" else save_mixture(family, folder)
 
 
-def load(folder: Path) -> LoadedModel:
-    """A model as it is loaded, laid out by hand."""
-    loader = loader_of(read_config(folder), "x")
-    tokenizer, model = from_pretrained("x", str(folder), "auto", loader=loader)
-    family = model.config.model_type
-    if family in MIXTURES:
-        plan = layout(family)
-    else:
-        layers = LAYERS if loader == IMAGE_TEXT else "model.layers"
-        norm = layers.replace("layers", "norm")
-        matrices = {"down": Matrix("mlp.down_proj")}
-        if family == "qwen3_vl_moe":
-            matrices = {EXPERTS: Matrix("mlp.experts.down_proj", experts=True)}
-        plan = Architecture(layers, norm, (LayerParts(matrices),) * 4)
-    return LoadedModel(model.requires_grad_(False), tokenizer, plan, str(folder), fingerprint(model))
-
-
 @pytest.mark.parametrize("family", NAMES)
 def test_every_parameter_is_read_from_the_files_as_the_model_has_it(family, tmp_path):
     folder = save(family, tmp_path / "model")
-    loaded = load(folder)
+    loaded = load_model(folder, "cpu")
     config = read_config(folder)
     stored = StoredParameters(skeleton(str(folder), loader_of(config, "x")), stored_tensors(folder))
     for name, parameter in loaded.model.state_dict().items():
@@ -106,10 +90,11 @@ def test_a_parameter_that_the_files_hold_in_another_form_has_no_pieces(tmp_path)
 @pytest.mark.parametrize("family", NAMES)
 def test_an_export_has_the_edited_matrix_in_the_source_s_own_files_and_nothing_else_changed(family, tmp_path):
     source, out = save(family, tmp_path / "model"), tmp_path / "out"
-    loaded = load(source)
+    loaded = load_model(source, "cpu")
     role = EXPERTS if "experts" in NAMES[family][0] else "down"
     edited = loaded.architecture.module_name(1, role)
     weights = EditedWeights(loaded.model, loaded.architecture, [edited])
+    assert torch.equal(Checkpoint(str(source)).weight(edited), weights.original(edited))
     weights.set(edited, weights.original(edited) + 0.1)
     assert write_hf(Shipment(loaded, weights, lambda note: "# Card"), out) == []
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
@@ -118,6 +103,7 @@ def test_an_export_has_the_edited_matrix_in_the_source_s_own_files_and_nothing_e
     assert (out / "config.json").read_text() == (source / "config.json").read_text()
     if family in IMAGE_TEXT_MODELS:
         assert (out / "preprocessor_config.json").is_file()
+    assert loaded_by(out).startswith(IMAGE_TEXT if family in IMAGE_TEXT_MODELS else CAUSAL)
     auto: Any = getattr(transformers, loader_of(read_config(out), "x"))
     again = auto.from_pretrained(out)
     assert type(again) is type(loaded.model)

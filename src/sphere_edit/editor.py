@@ -22,6 +22,7 @@ from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
+from sphere_edit.runs.removal import FactName, wanted_from
 from sphere_edit.runs.selection import admit, asked
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.stream import Stream
@@ -193,6 +194,27 @@ class Editor:
         Later batches, and facts that were still waiting, are withdrawn.
         """
         self._at_work().roll_back(to)
+
+    def remove(
+        self, facts: int | str | Path | FactSet | Iterable[FactName | Mapping[str, Any]], exact: bool = False
+    ) -> MetricsContent:
+        """Take single facts back, so that their prompts give the unedited model's answers again; the other facts stay.
+
+        What was written for them is subtracted, where the method writes a share for each fact; what does not come back so is written from
+        the unedited model. Others that are lost by it are written again.
+
+        Args:
+            facts: numbers of facts, subjects or prompts, or records as for `edit`; a path is a file of them.
+            exact: go back to the batch before the first of them, and edit all others since then again.
+
+        Returns:
+            the content of ``metrics.json``.
+
+        Raises:
+            SphereEditError: a fact is not in the run, does not stand, or several could be meant.
+        """
+        self._at_work().remove(wanted_from(facts), exact)
+        return self.metrics()
 
     def evaluate(self, facts: Facts, skip_bad: bool = False, heldout: bool = False) -> BeforeAndAfter:
         """Score any facts on the unedited and on the edited model; with ``heldout``, both on the run's held-out text too."""

@@ -30,6 +30,7 @@ from sphere_edit.evaluation.scores import FactScores, complete_answers, score_fa
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import facts_from
+from sphere_edit.models.architecture import WRITERS
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
 from sphere_edit.runs.measuring import Evaluator
@@ -141,7 +142,10 @@ class _SharedTargets(OptimisedTargets):
 
     def find(self, advance: Advance) -> None:
         """Take the targets of earlier trials, and leave to later ones what is found now."""
-        forms, place = self._forms, (self._target_layer, self._inside, self.settings.lr)
+        if self._back is not None:  # targets of another kind
+            super().find(advance)
+            return
+        forms, place = self._forms, (self.weights.names[-1], self._target_layer, self._inside, self.settings.lr)
         missing = [form for form in dict.fromkeys(forms) if (place, form) not in self.found]
         if missing:
             self._forms = missing
@@ -187,7 +191,9 @@ class Bench:
             self.part = self._sample(self.whole.facts[::every], self.whole.heldout[::every])
         self._targets: dict[tuple[Any, ...], _Target] = {}
         self._tried: dict[tuple[str, int], Trial] = {}
-        self._lone = session.method.needs.feed.one_layer(loaded.architecture.one_layer)
+        having = loaded.architecture.having(self.writer)
+        alone = any(loaded.architecture.alone(layer, self.writer) for layer in having)
+        self._lone = session.method.needs.feed.one_layer(alone)
 
     def _sample(self, facts: list[Fact], heldout: list[list[int]]) -> _Sample:
         return _Sample(facts, heldout, score_heldout(self.loaded, heldout, self.given.tokens_per_batch, Quiet()))
@@ -210,16 +216,26 @@ class Bench:
         Of a model that one layer is edited in by default, the last of each span alone.
         """
         default = tuple(self.session({}).layers)
-        having = self._having()
+        having = self.loaded.architecture.having(self.writer)
         ends = dict.fromkeys(round(share * (len(having) - 1)) for share in _ENDS)
         spans = [tuple(having[max(0, end - _LAYERS + 1) : end + 1]) for end in ends]
         if len(default) == 1:
             spans = [span[-1:] for span in spans]
         return list(dict.fromkeys([default, *spans]))
 
-    def _having(self) -> list[int]:
+    @property
+    def writer(self) -> str:
+        """The role of the matrices that are edited where no trial says otherwise."""
+        return self.given.matrices or self.loaded.architecture.writer
+
+    def other_matrices(self) -> list[dict[str, Any]]:
+        """Of a mixture of experts that has both, the routed experts where shared ones are the default, or the other way about."""
         architecture = self.loaded.architecture
-        return architecture.having(architecture.writer)
+        other = next((role for role in WRITERS if role != self.writer and role in architecture.roles), None)
+        if self.given.matrices or other is None or not self.given.make_method().by_experts:
+            return []
+        layers = self.session({"matrices": other}).layers
+        return [{"matrices": other, "layers": list(layers)}]
 
     def looks(self) -> list[Trial]:
         """A trial of each span on a part of the facts, the default one first, but for those where no target can be reached.
@@ -237,7 +253,10 @@ class Bench:
             )
         looks = [self.trial({"layers": list(span)}, self.part) for span in spans]
         if len(spans[0]) == 1 and not self._lone:
-            having, (end,) = self._having(), max(looks, key=lambda trial: trial.score).settings["layers"]
+            having, (end,) = (
+                self.loaded.architecture.having(self.writer),
+                max(looks, key=lambda trial: trial.score).settings["layers"],
+            )
             below = [layer for layer in having if layer <= end][-_LAYERS:]
             if len(below) > 1:
                 self._measure(below)

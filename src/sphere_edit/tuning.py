@@ -44,9 +44,9 @@ def check_tunable(given: Settings) -> Method:
 
 
 def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequence[Fact] | None = None) -> list[Trial]:
-    """Try spans of layers, then λ, then the targets' step, and keep in the cache what is best beyond noise, if anything worked at all.
+    """Try spans of layers, a mixture's other matrices, λ, and the targets' step, and keep in the cache what is best beyond noise.
 
-    Every span gets a first look on a part of the facts, and only those that may be the best are tried on all of them. λ and step are then
+    Nothing is kept if nothing worked at all. Every span gets a first look on a part of the facts, and only those that may be the best are tried on all of them. λ and step are then
     moved to where the weaker part gains: that what is asked is written, or that the rest is kept. The defaults give way only to
     what `Trial.beats` them, since they come from streams that the calibration is too short to see.
 
@@ -62,6 +62,9 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     method = check_tunable(given)
     bench = Bench(loaded, given, facts or read_facts("demo").facts, reporter)
     chosen = _best_span(bench)
+    for other in bench.other_matrices():
+        trial = bench.trial({**chosen.settings, **other})
+        chosen = trial if trial.beats(chosen) else chosen
     targets = bench.session({}).settings.targets
     rate, weight = targets.lr or 1.0, method.model_dump()["second_moment_weight"]
 

@@ -145,13 +145,13 @@ def edit(
     else:
         editor = Editor.open(decision.folder, reporter(), device, trust_remote_code, trust_run=trust_run)
     if more is None:
-        _finish(editor, editor.resume)
+        finish(editor, editor.resume)
     elif dry_run:
         say_plan(editor, more, skip_bad, skip_known)
     else:
         if decision.act is Act.START:
             calibrate(editor, more, skip_bad)
-        _finish(editor, lambda: editor.edit(more, skip_bad, skip_known))
+        finish(editor, lambda: editor.edit(more, skip_bad, skip_known))
 
 
 def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remote_code: bool) -> Editor:
@@ -183,9 +183,13 @@ def working(editor: Editor) -> Iterator[None]:
         ) from None
 
 
-def _finish(editor: Editor, work: Callable[[], Mapping[str, Any]]) -> None:
+def finish(
+    editor: Editor, work: Callable[[], Mapping[str, Any]], shown: Callable[[Editor], None] = lambda editor: None
+) -> None:
+    """Do long work on a run, and tell what came of it: what is ``shown``, the metrics, where the report is, what the guard said."""
     with working(editor):
         metrics = work()
+    shown(editor)
     say_metrics(metrics, f"batch {metrics['after']}")
     editor.close()
     write_report(editor.folder)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from sphere_edit.numerics.experts import by_expert, experts_of, wide
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update, joined
 from sphere_edit.progress import Reporter
+
+Back = Literal[
+    "state", "answer"
+]  # which of the unedited model's is written at the prompts of facts that are taken back
 
 
 class Clock:
@@ -78,11 +83,16 @@ class Solver:
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
 
-    def write(self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock) -> Written:
-        """Solve a batch and add its updates to the working weights, which are left in the model."""
+    def write(
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: Back | None = None
+    ) -> Written:
+        """Solve a batch and add its updates to the working weights, which are left in the model.
+
+        With ``back``, what is written is what the unedited model makes of the facts' prompts: its state, or its answers.
+        """
         self.weights.use_working()
         before = self.weights.snapshot()
-        groups, report = self._solve_groups(facts, states, clock)
+        groups, report = self._solve_groups(facts, states, clock, back)
         updates, solved = self._finished(groups, before)
         clock.lap("sphere")
         self.weights.restore(before)
@@ -147,14 +157,15 @@ class Solver:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _solve_groups(
-        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock
+        self, facts: Sequence[Fact], states: Mapping[str, State], clock: Clock, back: Back | None
     ) -> tuple[list[_Group], Report]:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
+        begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
         report, groups = Report(), []
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
-                self.source.begin(facts[first : first + size], advance)
+                begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)
                 if isinstance(self.method, LayerwiseMethod):
                     groups.append(self._solve_layers(self.method, states, clock))

@@ -162,8 +162,8 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """``C0 = E[k kᵀ]`` (float32 ``[d_in, d_in]``, summed in float64) of the inputs of the named matrices, in one pass.
 
-    Of a layer of experts it is one block an expert, ``E[g² k kᵀ]`` over all tokens, ``[E, d_in, d_in]``: few tokens reach each, so that every
-    expert is given d_in tokens more, whose second moment is the layer's mean over the tokens of all experts.
+    Of a layer of experts it is one block an expert, ``E[g² k kᵀ]`` over all tokens, ``[E, d_in, d_in]``. Few tokens reach some of them, so every
+    expert is given one token more, whose second moment is the mean over the tokens of all experts of the layer (docs/LOG.md).
 
     The passages are read in windows, which go to two halves in turn. By how much the means of the halves differ tells
     how far their common mean still is from that of all such text: half as much, in the Frobenius norm, relative to it.
@@ -202,8 +202,8 @@ def second_moments(
     for name in names:
         if name in sums.routed and (few := sums.rarely_reached(name)):
             reporter.say(
-                f"  {few} of the {len(sums.routed[name])} experts of {name} were reached by fewer tokens than they have inputs; their second "
-                "moments lean on the layer's mean. Reading more text (moments.tokens) makes them their own"
+                f"  {few} of the {len(sums.routed[name])} experts of {name} were reached by fewer tokens than they have inputs, so their "
+                "second moments are rough; reading more text (moments.tokens) makes them better"
             )
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -238,11 +238,13 @@ class _Sums:
         mean = self.mean(name)
         if name not in self.routed:
             return mean
-        given, reached, experts = mean.shape[-1], float(self.routed[name].sum()), len(mean)
-        total = sum(self.tokens)
-        a_token = mean.sum(0) * (total / reached)  # g² k kᵀ of one token that reaches one expert, on average
-        more = given * experts * total / reached  # tokens that would give each expert so many
-        return (total * mean + given * a_token) / (total + more)
+        total, pairs = (
+            sum(self.tokens),
+            float(self.routed[name].sum()),
+        )  # tokens, and those times the experts they reached
+        a_token = mean.sum(0) * (total / pairs)  # g² k kᵀ of one token that reaches one expert, on average
+        more = len(mean) * total / pairs  # tokens that would give each expert one
+        return (total * mean + a_token) / (total + more)
 
     def rarely_reached(self, name: str) -> int:
         """How many experts fewer tokens reached than they have inputs."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.answers import coded_targets, in_each_form, target_rows
 from sphere_edit.editing.memory import Metric, in_metric
-from sphere_edit.editing.sources import in_each_form, target_rows
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -188,7 +188,9 @@ class Repair:
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = in_each_form([_in_template(fact, self._context()) for fact in some])
         total = 0.0
-        for _, rows in target_rows(self.loaded, self.encoder, asked, min(2 * _TEXT_TOKENS, self.max_tokens)):
+        for _, rows in target_rows(
+            self.loaded, coded_targets(self.encoder, asked), min(2 * _TEXT_TOKENS, self.max_tokens)
+        ):
             loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)
             (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
             total += float(loss.detach())

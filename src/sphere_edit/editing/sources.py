@@ -5,7 +5,7 @@ A source gives, batch by batch, the problems a method solves. All of them see th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -13,12 +13,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.answers import Coded, coded_own, coded_targets, in_each_form, own_answers, target_rows
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
     GRADIENT_SCALE,
+    FactPrompts,
     Targets,
     TargetSettings,
     anchored,
+    in_contexts,
     optimise_targets,
     typical_length,
 )
@@ -29,7 +32,7 @@ from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
 from sphere_edit.models.sites import module_of, parameter_of
-from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length, in_order
+from sphere_edit.models.tokens import in_order
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
 
@@ -112,6 +115,13 @@ class Source:
         """Take up some facts, with the weights as they stand; ``advance`` is told of those done."""
         raise NotImplementedError
 
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
+        """Take up some facts whose prompts are to be answered as the unedited model does, whatever the facts say.
+
+        Where there is another way too, ``answers`` asks for its greedy answers themselves.
+        """
+        raise NotImplementedError
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """``K [d_in, n]`` and ``R [d_out, n]`` for the edited matrix number ``index``."""
         raise NotImplementedError
@@ -151,6 +161,8 @@ class OptimisedTargets(Source):
     anchor: float | None = None  # the length of every target at the MLP's output, for a method that wants one
     _copy: LoadedModel | None = None
     _reader: SubjectReader | None = None
+    _back: list[FactPrompts] | None = None  # prompts with the unedited model's answers, where these are the targets
+    _unedited: Tensor | None = None  # what the value site is to hold in each column, where that is the unedited model's
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Optimise v* of some facts."""
@@ -158,17 +170,51 @@ class OptimisedTargets(Source):
         share = len(self._facts) / len(self._forms)
         self.find(lambda forms: advance(forms * share))
 
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
+        """Take the unedited model's own values at the subjects for targets, in each context: nothing has to be optimised.
+
+        What is read above the edited layers then comes from these, so that not one answer comes back but the whole distribution. What other
+        tokens have changed stays; ``answers`` are targets that are optimised just until the unedited model's answers are the likeliest.
+        """
+        self._take_up(facts)
+        if answers or self._carries:
+            share = len(self._facts) / len(self._forms)
+            self._back = self._own_answers()
+            self.find(lambda forms: advance(forms * share))
+            return
+        with self.weights.unedited():
+            _, self._unedited = self._new_reader().keys_and_values(0)
+        advance(len(facts))
+
+    def _own_answers(self) -> list[FactPrompts]:
+        """The forms taken up with what the unedited model says to each in every context."""
+        encoder, templates = self.encoder, self.templates
+        prompts = [in_contexts(form, templates, encoder) for form in self._forms]
+        with self.weights.unedited():
+            said = iter(own_answers(self.loaded, [row for rows in prompts for row in rows], self._answer_lengths()))
+        return [
+            FactPrompts.said(form, templates, encoder, [next(said) for _ in rows])
+            for form, rows in zip(self._forms, prompts, strict=True)
+        ]
+
+    def _answer_lengths(self) -> list[int]:
+        """How many tokens each form's new answer has, once for each context."""
+        coded = coded_targets(self.encoder, self._forms)
+        return [len(ids) - start for ids, start in coded for _ in self.templates]
+
     def _take_up(self, facts: Sequence[Fact]) -> None:
         """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
-        self._facts, self._reader = list(facts), None
+        self._facts, self._reader, self._unedited, self._back = list(facts), None, None, None
         sinks = partial(attention_sinks, self.loaded, self.layers[-1])
         self._forms = written_forms(facts, self.encoder, sinks)
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
-        computing = self.computing()
+        computing, layer, settings = self.computing(), self._target_layer, self.settings
+        if self._back is not None:
+            settings = settings.model_copy(update={"most_probable": 1})
         self.targets: Targets = optimise_targets(
-            computing, self._forms, self.templates, self._target_layer, self.settings, self._inside, advance, self._role
+            computing, self._forms, self.templates, layer, settings, self._inside, advance, self._role, self._back
         )
         if computing is not self.loaded and not self._carries:  # v* is measured from the model's own h
             values = self._the_reader().clean_values() + self.targets.deltas
@@ -190,21 +236,24 @@ class OptimisedTargets(Source):
     def _the_reader(self) -> SubjectReader:
         """The reader of the facts taken up; it holds their hidden states, so it is made late and let go early."""
         if self._reader is None:
-            prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
-            names, layers = self.weights.names, self.layers
-            self._reader = SubjectReader(
-                self.loaded,
-                prompts,
-                names,
-                layers,
-                self._inside,
-                self.max_tokens,
-                self.feed.contexts,
-                self._role,
-                self._carries,
-                averaged=self.feed.site == "mlp",
-            )
+            self._reader = self._new_reader()
         return self._reader
+
+    def _new_reader(self) -> SubjectReader:
+        prompts = SubjectPrompts.of(self._forms, self.templates, self.encoder)
+        names, layers = self.weights.names, self.layers
+        return SubjectReader(
+            self.loaded,
+            prompts,
+            names,
+            layers,
+            self._inside,
+            self.max_tokens,
+            self.feed.contexts,
+            self._role,
+            self._carries,
+            averaged=self.feed.site == "mlp",
+        )
 
     def all_keys(self, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Keys of every edited matrix with the weights as they stand, in one pass."""
@@ -293,6 +342,8 @@ class OptimisedTargets(Source):
 
         Where values are carried: what the matrix's own layer holds when δ is added at the first one's output.
         """
+        if self._unedited is not None:
+            return self._unedited
         if self._carries:
             if index == 0:
                 self._of_layers = self._the_reader().carried(self.targets.deltas)
@@ -309,7 +360,12 @@ class OptimisedTargets(Source):
         return interleaved(deltas.T, deltas.T.repeat_interleave(others, 0) if others else None).T
 
     def report(self) -> Report:
-        """Losses before and after, and how likely the targets became; of anchored ones, which the descent never saw, only the former."""
+        """Losses before and after, and how likely the targets became; of anchored ones, which the descent never saw, only the former.
+
+        Nothing of the unedited model's own values, which were not searched for.
+        """
+        if self._unedited is not None:
+            return Report()
         losses = self.targets.losses
         if self.anchor is not None:
             return Report([loss[0] for loss in losses], evaluations=[len(loss) for loss in losses])
@@ -354,39 +410,6 @@ class FromTargets(Feed):
         return each * len(written_forms([fact], encoder))
 
 
-def in_each_form(facts: Sequence[Fact]) -> list[Fact]:
-    """The facts, each as often as it has forms, in one of them each time."""
-    return [form for fact in facts for form in fact.in_each_form()]
-
-
-@dataclass(frozen=True)
-class TargetRows:
-    """A chunk of facts: prompt and target but for its last token, and where each target token is predicted."""
-
-    batch: TokenBatch
-    predictions: Predictions
-
-    def losses(self, loaded: LoadedModel, hidden: Tensor) -> Tensor:
-        """Mean −log p of each fact's target tokens, ``[facts]``, from the last layer's output."""
-        where = self.predictions
-        logits = loaded.architecture.head(loaded.model, hidden[where.rows, where.columns]).float()
-        return where.means @ torch.nn.functional.cross_entropy(logits, where.tokens, reduction="none")
-
-
-def target_rows(
-    loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact], max_tokens: int
-) -> Iterator[tuple[list[int], TargetRows]]:
-    """The facts, cut into chunks: their indices and tokens. Of a fact in several forms, the first is taken (`in_each_form`)."""
-    coded = [
-        encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system) for fact in facts
-    ]
-    for chunk in batches_by_length([len(tokens.ids) - 1 for tokens, _ in coded], max_tokens):
-        chosen = [(coded[index][0].ids, coded[index][1]) for index in chunk]
-        answers = [(number, number, start - 1, ids[start:]) for number, (ids, start) in enumerate(chosen)]
-        batch = TokenBatch.of([ids[:-1] for ids, _ in chosen], loaded.device)
-        yield chunk, TargetRows(batch, Predictions.of(answers, len(chunk), loaded.device))
-
-
 class TargetGradients(Source):
     """Keys and value gradients where the target's tokens are predicted, all matrices from one backward pass.
 
@@ -398,13 +421,21 @@ class TargetGradients(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """One forward and one backward pass."""
+        self._descend(coded_targets(self.encoder, in_each_form(facts)), len(facts), advance)
+
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
+        """The same towards the unedited model's own answers."""
+        with self.weights.unedited():
+            own = coded_own(self.loaded, self.encoder, in_each_form(facts))
+        self._descend(own, len(facts), advance)
+
+    def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
         model, architecture = self.loaded.model, self.loaded.architecture
         modules = [module_of(model, architecture, name) for name in self.weights.names]
         found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
         told: list[tuple[list[int], list[float]]] = []
         with deterministic(self.loaded.device):
-            forms = in_each_form(facts)
-            for chunk, rows in target_rows(self.loaded, self.encoder, forms, self.max_tokens):
+            for chunk, rows in target_rows(self.loaded, coded, self.max_tokens):
                 graph = Graph(self.loaded, rows.batch, outputs_of=modules)
                 losses = rows.losses(self.loaded, graph.hidden)
                 gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
@@ -413,7 +444,7 @@ class TargetGradients(Source):
                     keys.append(inputs[where].float())
                     residuals.append(-gradient[where].float() / GRADIENT_SCALE)
                 told.append((chunk, losses.tolist()))
-                advance(len(chunk) * len(facts) / len(forms))
+                advance(len(chunk) * facts / len(coded))
         self._losses = in_order(told)
         self._problems = [
             (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
@@ -458,9 +489,16 @@ class TargetLoss(Source):
 
     def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
         """Tokenise some facts."""
-        forms = in_each_form(facts)
-        self._chunks = list(target_rows(self.loaded, self.encoder, forms, self.max_tokens))
-        self._count = len(forms)
+        self._take_up(coded_targets(self.encoder, in_each_form(facts)))
+
+    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
+        """The unedited model's own answers in place of the facts'."""
+        with self.weights.unedited():
+            self._take_up(coded_own(self.loaded, self.encoder, in_each_form(facts)))
+
+    def _take_up(self, coded: Sequence[Coded]) -> None:
+        self._chunks = list(target_rows(self.loaded, coded, self.max_tokens))
+        self._count = len(coded)
         self._seen: list[float] = []
 
     def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.forms import wordings
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder
+from sphere_edit.facts.forms import contexts, wordings
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.replay import replay
@@ -119,6 +119,7 @@ def optimise_targets(
     inside: bool = False,
     advance: Advance = lambda facts: None,
     role: str | None = None,
+    prompts: Sequence[FactPrompts] | None = None,
 ) -> Targets:
     """``v* = h + δ`` for each fact: δ at the value site of ``layer``, at the subject's last token, in every template.
 
@@ -133,12 +134,13 @@ def optimise_targets(
         inside: add δ to the MLP's output (ROME) and not to the layer's.
         role: of the edited matrix, whose output that is.
         advance: told of the facts done, and parts of facts.
+        prompts: of each fact with the answers it is to give there, where they are not its own.
 
     Raises:
         SphereEditError: a loss is not finite.
     """
     encoder = Encoder(loaded.tokenizer)
-    prompts = [FactPrompts.of(fact, templates, encoder) for fact in facts]
+    prompts = prompts or [FactPrompts.of(fact, templates, encoder) for fact in facts]
 
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
         return _Descent(loaded, chunk, layer, settings, inside, role).run(advance)
@@ -225,12 +227,42 @@ class FactPrompts:
             subjects.append(subject)
             starts.append(start)
             targets.append(tokens.ids[start:])
+        return cls.with_kl(fact, encoder, rows, subjects, starts, targets)
+
+    @classmethod
+    def said(
+        cls, fact: Fact, templates: Sequence[str], encoder: Encoder, answers: Sequence[Sequence[int]]
+    ) -> FactPrompts:
+        """The prompts of one fact in every template with other answers, token ids, one a template."""
+        places = [encoder.at_subject(fact, template)[1] for template in contexts(fact, templates)]
+        prompts = in_contexts(fact, templates, encoder)
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        return cls.with_kl(fact, encoder, rows, places, [len(prompt) for prompt in prompts], [*map(list, answers)])
+
+    @classmethod
+    def with_kl(
+        cls,
+        fact: Fact,
+        encoder: Encoder,
+        rows: list[list[int]],
+        subjects: list[int],
+        starts: list[int],
+        targets: list[list[int]],
+    ) -> FactPrompts:
+        """These rows and the KL prompt's, unless the first says the same."""
         kl_tokens, kl_subject = encoder.at_subject(fact, prompt=KL_PROMPT)
         kl_row = kl_tokens[: kl_subject + 1]
         if rows[0][: subjects[0] + 1] != kl_row:
             rows.append(kl_row)
             subjects.append(kl_subject)
         return cls(rows, subjects, starts, targets)
+
+
+def in_contexts(fact: Fact, templates: Sequence[str], encoder: Encoder) -> list[list[int]]:
+    """Token ids of a fact's prompt in every template, without an answer."""
+    return [
+        encoder.asked(fill(template, fact)[0], fact.chat, fact.system).ids for template in contexts(fact, templates)
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.delta import write_delta
 from sphere_edit.exports.gauge import Gauge
-from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.gguf import base_of, write_gguf
+from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.lora import write_lora
 from sphere_edit.exports.manifest import Form
 from sphere_edit.exports.shipment import Shipment
@@ -21,6 +22,7 @@ _TAKEN: dict[Form, frozenset[str]] = {
     "hf": frozenset({"dtype", "measure"}),
     "delta": frozenset(),
     "lora": frozenset({"rank", "within", "measure"}),
+    "gguf": frozenset({"base", "measure"}),
 }
 _WITHIN = 1.0  # points of the whole edit, within which an adapter is by default
 
@@ -32,6 +34,7 @@ class Wanted:
     Attributes:
         dtype: numbers of the whole model's weights; as the run has them unless given.
         rank: of a LoRA adapter; unless given, the least that is ``within`` so many points of the whole edit.
+        base: the GGUF file whose tensors are replaced; that which the model came from, unless given.
         measure: whether what was written is loaded and measured, and its card says so.
 
     Raises:
@@ -42,6 +45,7 @@ class Wanted:
     dtype: torch.dtype | None = None
     rank: int | None = None
     within: float | None = None
+    base: Path | None = None
     measure: bool = False
 
     def __post_init__(self) -> None:
@@ -66,10 +70,11 @@ def write(wanted: Wanted, session: Session, run: RunFolder, folder: Path) -> lis
         SphereEditError: the folder is not empty or cannot be written, or the form cannot be had of this model.
     """
     shipment = Shipment.of(session, run)
+    gauge = Gauge(session, run) if wanted.measure else None
     match wanted.form:
         case "hf":
-            told = write_hf(shipment, folder, wanted.dtype, Gauge(session, run) if wanted.measure else None)
-            said = f"the model; AutoModelForCausalLM.from_pretrained('{folder}') loads it"
+            told = write_hf(shipment, folder, wanted.dtype, gauge)
+            said = f"the model; {loaded_by(folder)} loads it"
         case "delta":
             told = write_delta(shipment, run, folder)
             said = f"the change; sphere-edit apply {folder} BASE -o DIR makes the whole model of it"
@@ -77,4 +82,7 @@ def write(wanted: Wanted, session: Session, run: RunFolder, folder: Path) -> lis
             within = _WITHIN if wanted.within is None else wanted.within
             told = write_lora(shipment, session, run, folder, wanted.rank, within, wanted.measure)
             said = f"the adapter; peft.PeftModel.from_pretrained(MODEL, '{folder}') loads it"
+        case "gguf":
+            told = write_gguf(shipment, folder, base_of(shipment, wanted.base), gauge)
+            said = "the GGUF file; llama.cpp, Ollama and LM Studio load it"
     return [*told, f"{folder} holds {said}."]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sphere_edit.exports import delta, hf, lora
+from sphere_edit.exports import delta, gguf, hf, lora
 from sphere_edit.exports.manifest import Manifest, State, changed_files, digest_of, read_manifest
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.folder import RunFolder
@@ -16,6 +16,7 @@ _FORMS: dict[str, Callable[[Path, Manifest, RunWeights], Iterator[str]]] = {
     "hf": hf.differing,
     "delta": delta.differing,
     "lora": lora.differing,
+    "gguf": gguf.differing,
 }
 
 

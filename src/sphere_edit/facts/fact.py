@@ -108,7 +108,7 @@ class Fact:
     @property
     def key(self) -> tuple[str, str]:
         """Two facts with one key say something about the same thing: the later one supersedes the earlier."""
-        return _folded(self.subject), _folded(self.prompt)
+        return folded(self.subject), folded(self.prompt)
 
     @property
     def separator_was_set(self) -> bool:
@@ -390,7 +390,8 @@ def _ids(ids: list[int] | None) -> tuple[int, ...] | None:
     return None if ids is None else tuple(ids)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text without differences of case and white space."""
     return " ".join(text.split()).casefold()
 
 

@@ -5,7 +5,8 @@ One exception: a model without a row in ``FAMILIES`` is loaded once, since its l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture, row_of
 from sphere_edit.models.configuration import loader_of
 from sphere_edit.models.loading import checkpoint_folder, load_model
-from sphere_edit.models.pretrained import skeleton
+from sphere_edit.models.pretrained import first_lines, skeleton
 from sphere_edit.models.sites import parameter_name
 from sphere_edit.models.soundness import is_scale, quantised, refuse_unreadable, undone_by_loading
 from sphere_edit.models.source import read_config, stored_tensors
@@ -39,7 +40,8 @@ class Checkpoint:
         self._quantised = undone_by_loading(self._config, source, self.folder)
         self._tensors = stored_tensors(self.folder)
         self._model = skeleton(str(self.folder), loader, dtype=None if self._quantised is None else torch.bfloat16)
-        self._stored = StoredParameters(self._model, self._tensors, self._quantiser())
+        with self._telling():
+            self._stored = StoredParameters(self._model, self._tensors, self._quantiser())
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -105,10 +107,23 @@ class Checkpoint:
             if scale is not None:
                 raise quantised(self.source, self._config, f"and {scale} says how to read {name}")
             refuse_unreadable(files, self._config, self.source)
-        weight = self._stored.read(parameter)
+        with self._telling():
+            weight = self._stored.read(parameter)
         if weight.element_size() < 2:
             raise quantised(self.source, self._config, f"and no scales say how to read {name}")
         return (weight.mT if self.architecture.named(name).transposed else weight).to(torch.float32).contiguous()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Whatever transformers stumbles over is told as a fault of the files."""
+        try:
+            yield
+        except SphereEditError:
+            raise
+        except Exception as error:
+            raise SphereEditError(
+                f"the files of '{self.source}' are not what its config.json says: {type(error).__name__}: {first_lines(error)}"
+            ) from None
 
     def _has(self, name: str) -> bool:
         try:

@@ -63,9 +63,13 @@ class PlainFP8Config(FineGrainedFP8Config):
 class PlainFP8Quantizer(FineGrainedFP8HfQuantizer):
     """transformers' loader of fp8 checkpoints with our operation."""
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """Operations by the kind of loading."""
-        return {"dequantize": PlainFP8}
+    def update_weight_conversions(self, *args: Any) -> list[Any]:
+        """transformers' rules of loading, with our operation in the place of its own."""
+        rules: list[Any] = super().update_weight_conversions(*args)
+        for rule in rules:
+            if hasattr(rule, "operations"):
+                rule.operations = [PlainFP8(self) if type(step) is Fp8Dequantize else step for step in rule.operations]
+        return rules
 
 
 def undo(config: Any, found: Mapping[str, Any]) -> None:

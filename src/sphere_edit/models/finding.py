@@ -165,19 +165,20 @@ class _Trace:
 
 def _logits(model: Any, norm: nn.Module, hidden: Tensor, logits: Tensor) -> tuple[float, float | None]:
     """By what the output embedding's numbers are multiplied, and to what they are squeezed; `probe.check_head` says whether that is all."""
-    cap = logit_cap(model.config)
-    if cap is not None:
-        return 1.0, cap
-    plain = model.get_output_embeddings()(norm(hidden)).double()
-    if plain.shape != logits.shape:
+    plain, said = model.get_output_embeddings()(norm(hidden)).double(), logits.double()
+    if plain.shape != said.shape:
         raise NotFound("its logits are not what its output embedding makes of the vector before it")
-    scale = float((plain * logits.double()).sum() / plain.square().sum())
-    return (1.0 if abs(scale - 1) < 1e-3 else _rounded(scale)), None
+    cap = logit_cap(model.config)
+    if cap is not None:  # undone where it has squeezed little
+        small = (said / cap).abs() < 0.9
+        plain, said = plain[small], cap * (said[small] / cap).atanh()
+    scale = float((plain * said).sum() / plain.square().sum())
+    return (1.0 if not abs(scale - 1) > 1e-3 else _rounded(scale, 6)), cap
 
 
-def _rounded(number: float) -> float:
+def _rounded(number: float, digits: int = 4) -> float:
     """Without the last digits, in which rounding shows."""
-    return float(f"{number:.4g}")
+    return float(f"{number:.{digits}g}")
 
 
 # --- one layer ----------------------------------------------------------------------------------------------------------
@@ -301,13 +302,18 @@ class _Layer:
         first = next((module for module in self.order if module in mixing), None)
         found = []
         for place, module in enumerate(self.order):
-            if self.order.count(module) > 1 or self.outputs[module].numel() != self.clean.numel():
+            if self.order.count(module) > 1 or not self._says_rows(module):
                 continue
             before = first is not None and place < self.order.index(first)  # attention's own: queries, keys, values
             site = self._site(module, local=module not in mixing, before=before, mixer=module is first)
             if site is not None:
                 found.append(site)
         return found
+
+    def _says_rows(self, module: nn.Module) -> bool:
+        """Whether a module says a row for each token; or each expert of it does, one after another, to be added up (Llama 4)."""
+        experts = len(next(module.parameters(recurse=False))) if _stacked(module) else 1
+        return self.outputs[module].numel() in (self.clean.numel(), experts * self.clean.numel())
 
     def _mixing(self) -> set[nn.Module]:
         """Modules whose input at the token moves with what the layer was given one token before."""

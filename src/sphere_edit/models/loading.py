@@ -29,7 +29,6 @@ from sphere_edit.models.soundness import (
     fetched,
     quantised,
     refuse_file,
-    refuse_lossy,
     undone_by_loading,
 )
 from sphere_edit.models.source import hub_companions, hub_folder, read_config, refuse_pointer
@@ -146,7 +145,6 @@ def load_model(
     tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found)
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
-    refuse_lossy(model, source, config or {})
     model.config._name_or_path = source
     try:
         model.to(target)

@@ -43,7 +43,9 @@ def from_pretrained(
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **file)
             if gguf is not None:
-                options = {**file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+                options = dict(file)
+                if hasattr(transformers, "GgufConfig"):  # before 5.21, GGUF was always dequantised
+                    options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             elif quantised is not None:
                 options["config"] = _undone(where, quantised, trust)
             model, found = getattr(transformers, loader).from_pretrained(

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.source import (
     SINGLE,
@@ -139,6 +137,8 @@ def check_stored(folder: Path, source: str) -> None:
     config, tensors = read_config(folder), stored_tensors(folder)
     if undone_by_loading(config, source, folder) is None:
         refuse_unreadable(tensors, config, source)
+    else:
+        _refuse_unscaled(tensors, config, source)
     _refuse_counts(config, "config.json", max(len(tensors), _COUNTED), source)
     if (folder / _TOKENIZER).is_file():
         _refuse_counts(read_object(folder / _TOKENIZER), _TOKENIZER, _EXTRA, source)
@@ -242,17 +242,12 @@ def refuse_unreadable(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
             raise quantised(source, config, f"or at least no floats: {name} is stored as {tensor.dtype}")
 
 
-def refuse_lossy(model: Any, source: str, config: Mapping[str, Any]) -> None:
-    """Refuse a loaded model with parameters of other numbers than float32, float16 and bfloat16.
-
-    Raises:
-        SphereEditError: naming the first.
-    """
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    name = next((name for name, weight in model.named_parameters() if weight.dtype not in floats), None)
-    if name is not None:
-        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
-        raise quantised(source, config, f"and {name} is still {dtype} after loading, for lack of its scales")
+def _refuse_unscaled(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], source: str) -> None:
+    """Refuse float8 without a scale beside it, which some versions of transformers take as it is."""
+    scaled = {name.rpartition(".")[0] for name in tensors if is_scale(name)}
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith("F8_") and not is_scale(name) and name.rpartition(".")[0] not in scaled:
+            raise quantised(source, config, f"and no scales say how to read {name}")
 
 
 def refuse_scales(names: Iterable[str], source: str, config: Mapping[str, Any]) -> None:

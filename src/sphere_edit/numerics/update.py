@@ -47,6 +47,15 @@ class LowRankUpdate:
         """``ΔW − α (ΔW U) Uᵀ`` for ``U = basis [d_in, r]`` with orthonormal columns: only ``right`` changes."""
         return LowRankUpdate(self.left, self.right - alpha * (self.right @ basis) @ basis.mT)
 
+    def share(self, columns: Sequence[int]) -> LowRankUpdate:
+        """The part of ``ΔW = Σ left_j right_j`` that some of the columns j make; the shares of all columns add up to ΔW."""
+        chosen = list(columns)
+        return LowRankUpdate(self.left[:, chosen], self.right[chosen])
+
+    def negative(self) -> LowRankUpdate:
+        """−ΔW."""
+        return LowRankUpdate(-self.left, self.right)
+
     def norm(self) -> float:
         """‖ΔW‖_F from the two n × n Gram matrices, in float64."""
         left, right = self.left.double(), self.right.double()

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
@@ -72,6 +73,7 @@ def write_report(
         "energies": _energies(series),
         "abilities": _abilities(series),
         "figures": shown,
+        "removed": _removed(series),
         "facts": facts[:_FACTS_SHOWN],
         "more_facts": max(0, len(facts) - _FACTS_SHOWN),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
@@ -105,7 +107,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
         caption = "General ability over edits, with one standard error up and down. Dotted: what guessing would score."
         found.append(("abilities", caption, partial(plots.abilities, runs)))
     for number_, run in enumerate(runs if len(runs) <= _RUNS_DRAWN else (), 1):
-        if not run.batches:
+        if not run.changed:
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
@@ -140,12 +142,24 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
 
 
 def _of_last_update(run: Series, name: str, eta: float) -> Figure:
-    return weight_plots.idea(*run.last_update(name), short_name(name), eta)
+    weight, solved, written = run.last_update(name)
+    (weight, solved, written), title = _of_one_expert([weight, solved, written], written, short_name(name))
+    return weight_plots.idea(weight, solved, written, title, eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
     """A figure of one matrix before and after the run."""
-    return draw(*run.change(name), short_name(name), *more)
+    before, after = run.change(name)
+    matrices, title = _of_one_expert([before, after], after - before, short_name(name))
+    return draw(*matrices, title, *more)
+
+
+def _of_one_expert(matrices: Sequence[Tensor], change: Tensor, title: str) -> tuple[Sequence[Tensor], str]:
+    """Matrices and a title; of a layer of experts ``[E, d_out, d_in]``, those of the expert that changed most."""
+    if change.dim() == 2:
+        return matrices, title
+    number = int(change.flatten(1).norm(dim=1).argmax())
+    return [matrix[number] for matrix in matrices], f"{title}, expert {number}"
 
 
 def _most_changed(run: Series) -> str:
@@ -238,6 +252,25 @@ def _abilities(runs: Sequence[Series]) -> dict[str, Any]:
         ]
         for row in views.abilities(runs)
         for last in (row.after or row.before,)
+    ]
+    return {"columns": columns, "rows": rows}
+
+
+def _removed(runs: Sequence[Series]) -> dict[str, Any]:
+    columns = ("edited to", "removed in", "unedited answer", "says now", "returned", "KL", "KL, paraphrases")
+    rows = [
+        [
+            _named(run.label, row.prompt, runs),
+            row.target,
+            str(row.batch),
+            one_line(row.answer),
+            one_line(row.said),
+            "–" if row.returned is None else yes(row.returned),
+            decimals(row.kl, 3),
+            decimals(row.kl_paraphrases, 3),
+        ]
+        for run in runs
+        for row in run.removed().rows
     ]
     return {"columns": columns, "rows": rows}
 

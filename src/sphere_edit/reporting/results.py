@@ -7,17 +7,19 @@ from functools import singledispatch
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import DIVERGENCE, LIKELIHOOD, PERPLEXITY, STRICT
-from sphere_edit.reporting import views
+from sphere_edit.reporting import stories, views
 from sphere_edit.reporting.words import (
     between,
     by_stage,
     decimals,
     guessing,
+    happened,
     one_line,
     relative,
     short_name,
@@ -40,7 +42,7 @@ def make_table(title: str, *columns: str, left: Sequence[str] = (), head: bool =
 
 
 @singledispatch
-def draw(view: views.View) -> Table | Text:
+def draw(view: views.View | stories.Timeline | stories.Story) -> Table | Text | Group:
     """A view as something that rich prints."""
     raise TypeError(f"no drawing of a {type(view).__name__}")
 
@@ -59,7 +61,7 @@ def _header(view: views.Header) -> Text:
         "\n",
         terminal(
             f"started {view.started}, layers {view.layers}, {view.statistics}; {view.batches} batches, {view.edited} facts edited, "
-            f"{view.superseded} superseded, {view.withdrawn} withdrawn; {view.state}"
+            f"{view.superseded} superseded, {view.removed} removed, {view.withdrawn} withdrawn; {view.state}"
         ),
     )
 
@@ -80,8 +82,8 @@ def _batches(view: views.Batches) -> Table:
     table = make_table("Batches", *columns, "seconds")
     for row in view.rows:
         table.add_row(
-            str(row.number),
-            "repair" if row.kind == "repair" else str(row.facts),
+            str(row.number) if row.stands else f"({row.number})",
+            row.kind if row.kind in ("repair", "removal") else str(row.facts),
             str(row.superseded),
             str(row.again),
             decimals(row.loss_before, 2),
@@ -90,7 +92,10 @@ def _batches(view: views.Batches) -> Table:
             span(row.norms),
             span(row.principal),
             f"{row.seconds:.1f}",
+            style="" if row.stands else "dim",
         )
+    if not all(row.stands for row in view.rows):
+        table.caption = "(…): undone by a removal that went back to before it"
     return table
 
 
@@ -166,12 +171,64 @@ def _abilities(view: views.Abilities) -> Table:
 
 @draw.register
 def _facts(view: views.Facts) -> Table:
-    columns = ("prompt", "new answer", "says now", "batch", LIKELIHOOD.label, STRICT.label)
-    table = make_table(f"Facts ({len(view.rows)} of {view.total}, failures first)", *columns, left=columns)
+    columns = ("fact", "prompt", "new answer", "says now", "batch", LIKELIHOOD.label, STRICT.label)
+    table = make_table(f"Facts ({len(view.rows)} of {view.total}, failures first)", *columns, left=columns[1:])
     for row in view.rows:
         said = one_line(row.after.rewrite.said)
         marks = [yes(row.holds(protocol)) for protocol in (LIKELIHOOD, STRICT)]
-        table.add_row(terminal(row.prompt), terminal(row.answer), terminal(said), str(row.written[0]), *marks)
+        shown = terminal(row.prompt), terminal(row.answer), terminal(said)
+        table.add_row(str(row.index), *shown, str(row.written[0]), *marks)
+    return table
+
+
+@draw.register
+def _removed(view: stories.Removed) -> Table:
+    columns = (
+        "fact",
+        "prompt",
+        "edited to",
+        "removed in",
+        "unedited answer",
+        "says now",
+        "returned",
+        "KL",
+        "paraphrases",
+    )
+    back = sum(row.returned is True for row in view.rows)
+    asked = sum(row.returned is not None for row in view.rows)
+    title = f"Removed facts: {back} of {asked} prompts give the unedited model's answer again"
+    table = make_table(title, *columns, left=("prompt", "edited to", "unedited answer", "says now"))
+    for row in view.rows:
+        words = (row.prompt, row.target), (one_line(row.answer), one_line(row.said))
+        shown = [[terminal(word) for word in pair] for pair in words]
+        returned = "–" if row.returned is None else yes(row.returned)
+        apart = decimals(row.kl, 3), decimals(row.kl_paraphrases, 3)
+        table.add_row(str(row.index), *shown[0], str(row.batch), *shown[1], returned, *apart)
+    return table
+
+
+@draw.register
+def _timeline(view: stories.Timeline) -> Table:
+    return _events("History", view.events, "whole")
+
+
+@draw.register
+def _story(view: stories.Story) -> Group:
+    answers = make_table("What the model says", "after batch", "says", STRICT.label, left=("says",))
+    for answer in view.answers:
+        when = "unedited" if answer.after == 0 else str(answer.after)
+        new = "–" if answer.new is None else yes(answer.new)
+        answers.add_row(when, terminal(one_line(answer.said)), new)
+    title = f"Fact {view.index}, {view.name}: {view.state}"
+    return Group(_events(title, view.events, "single"), answers)
+
+
+def _events(title: str, events: Sequence[stories.Event], of: str) -> Table:
+    table = make_table(title, "time (UTC)", "batch", "what happened", left=("time (UTC)", "what happened"))
+    for event in events:
+        said = happened(event.kind, event.about, of == "single") + ("" if event.stands else " (taken back since)")
+        time = "–" if event.time is None else event.time.replace("T", " ").rstrip("Z")
+        table.add_row(time, str(event.batch), terminal(said), style="" if event.stands else "dim")
     return table
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
+from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder, read_metrics
 from sphere_edit.runs.measuring import read_unedited
 from sphere_edit.runs.records import Batch, Evaluation, FactsAccepted, FinalRecheck, GuardStop, RunConfig, Unedited
@@ -28,7 +29,8 @@ class Series:
         edits: facts edited by each checkpoint, the unedited model (0) first.
         metrics: by name, a value a checkpoint; None where nothing was measured.
         energy: energy of all edited matrices together at each checkpoint, relative to the unedited model's, less 1.
-        batches, final_rechecks: the journal's records.
+        batches: those that stand.
+        final_rechecks: the journal's records.
         batch_edits: facts edited by the end of each batch.
     """
 
@@ -49,6 +51,7 @@ class Series:
     guard: GuardStop | None  # where the guard stopped the run
     current: bool  # whether the last evaluation is of where the run stands now, and of all facts
     evaluated: str | None  # which facts that was of, and when
+    changed: bool  # whether the work of a batch stands
     kin: int = 0  # how many runs of the same method, with or without SPHERE like this one, stand before it
     protocols: tuple[str, ...] = ()  # how the records of its facts were understood
 
@@ -70,10 +73,13 @@ class Series:
         name = method + (" + SPHERE" if sphere else "")
         before = {matrix: energy["total"] for matrix, energy in (unedited.energy or {}).items()}
         whole = sum(before.values())
-        done = [0]
-        for batch in history.batches:
-            done.append(done[-1] + len(batch.facts))
-        evaluations = sorted(history.evaluations, key=lambda evaluation: evaluation.after)
+        batches, done = history.standing, {0: 0}
+        for batch in batches:
+            done[batch.number] = list(done.values())[-1] + len(batch.facts)
+        evaluations = sorted(
+            (evaluation for evaluation in history.evaluations if evaluation.after in done),
+            key=lambda evaluation: evaluation.after,
+        )
         last = evaluations[-1] if evaluations else None
         current = (
             history.head == 0 if last is None else (last.after, last.facts) == (history.head, len(history.retained))
@@ -98,14 +104,18 @@ class Series:
             metrics,
             energy,
             before,
-            history.batches,
+            batches,
             history.final_rechecks,
-            done[1:],
-            {task: [(done[after], s) for after, s in scores] for task, scores in history.ability_series().items()},
+            list(done.values())[1:],
+            {
+                task: [(done[after], score) for after, score in scores if after in done]
+                for task, scores in history.ability_series().items()
+            },
             history.finished,
             history.guard,
             current,
             None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
+            bool(history.written(history.head)),
             protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )
 
@@ -118,6 +128,11 @@ class Series:
         values = self.metrics[key]
         learnt = any(metric.learnt for metric in catalogue.over_checkpoints() if metric.name == key)
         return [None, *values[1:]] if learnt else values
+
+    def removed(self) -> Removed:
+        """The facts that were taken back."""
+        run = RunFolder.open(self.folder)
+        return Removed.of(run.history, run.facts()) if run.history.removed else Removed(())
 
     def facts(self) -> list[FactEntry]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""

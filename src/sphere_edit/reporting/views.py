@@ -6,7 +6,7 @@ read from its folder or its ``metrics.json``; views of several runs side by side
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sphere_edit.evaluation.ability import AbilityScore
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT, Metric, Protocol
 from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.reporting.series import Series
+from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.records import Batch, Evaluation, FinalRecheck
 
@@ -37,6 +38,7 @@ class Header:
     batches: int
     edited: int
     superseded: int
+    removed: int
     withdrawn: int
     state: str
 
@@ -57,6 +59,7 @@ class Header:
             history.head,
             len(history.edited),
             len(history.superseded),
+            len(history.removed),
             len(history.withdrawn),
             state,
         )
@@ -68,6 +71,7 @@ class BatchRow:
 
     Attributes:
         kind: of batch, as the journal has it.
+        stands: whether its work does, or a removal has gone back to before it.
         facts: new ones.
         again: earlier facts, written again.
         loss_before, loss_after, probability: of the targets, means; None where the method has none.
@@ -86,9 +90,10 @@ class BatchRow:
     norms: tuple[float, ...]
     principal: tuple[float, ...]
     seconds: float
+    stands: bool = True
 
     @classmethod
-    def of(cls, batch: Batch) -> BatchRow:
+    def of(cls, batch: Batch, stands: bool = True) -> BatchRow:
         """From its record."""
         matrices, targets = batch.matrices.values(), batch.targets
         return cls(
@@ -103,19 +108,20 @@ class BatchRow:
             tuple(matrix["relative_norm"] for matrix in matrices),
             tuple(m["principal_norm"] / m["update_norm"] for m in matrices if m["update_norm"]),
             sum(batch.seconds.values()),
+            stands,
         )
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that stand."""
+    """The batches of a run."""
 
     rows: tuple[BatchRow, ...]
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> Batches:
-        """From a journal's records."""
-        return cls(tuple(map(BatchRow.of, batches)))
+    def of(cls, batches: Iterable[Batch], standing: Container[int] | None = None) -> Batches:
+        """From a journal's records, and the numbers of those that stand; None for all."""
+        return cls(tuple(BatchRow.of(batch, standing is None or batch.number in standing) for batch in batches))
 
 
 @dataclass(frozen=True)
@@ -329,7 +335,7 @@ def _written(batches: Iterable[Batch]) -> dict[int, tuple[int, ...]]:
 
 # --- all of one run, and several runs side by side ----------------------------------------------------------------
 
-View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts
+View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts | Removed
 
 
 def of_run(folder: str | Path, facts: int) -> Iterator[View]:
@@ -342,10 +348,12 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
     history = run.history
     yield Header.of(run)
     if history.batches:
-        yield Batches.of(history.batches)
+        yield Batches.of(history.batches, history.lineage(history.head))
         yield Timings.of(history.batches, history.final_rechecks)
     if history.evaluations:
         yield Evaluations.of(history.evaluations)
+    if history.removed:
+        yield Removed.of(history, run.facts())
     if not (run.path / METRICS).is_file():
         return
     content = run.metrics()
@@ -355,7 +363,7 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
     if facts:
-        yield Facts.of(content["per_fact"], history.batches, count=facts)
+        yield Facts.of(content["per_fact"], history.standing, count=facts)
 
 
 @dataclass(frozen=True)

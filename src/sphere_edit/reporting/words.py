@@ -74,3 +74,39 @@ def guessing(score: AbilityScore) -> str:
 def by_stage(seconds: Mapping[str, float]) -> str:
     """Seconds by stage."""
     return ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+
+
+def happened(kind: str, about: Mapping[str, int | str], single: bool) -> str:
+    """An event of a run (`stories.Event`), or of a ``single`` fact."""
+    return (_OF_FACT if single else _OF_RUN)[kind].format(**about)
+
+
+_WAYS = {
+    "restored": "the state of batch {base} taken up again",
+    "subtracted": "what was written subtracted",
+    "written back": "what the unedited model makes of the prompt written in its place",
+}
+_OF_RUN = {
+    "facts": "{facts} facts came, from {source}",
+    "edit": "{facts} facts edited, {again} rewritten, {superseded} superseded",
+    "rewrite": "{again} facts rewritten",
+    "repair": "ordinary text repaired, {steps} steps",
+    "guard": "stopped by the guard: {reason}",
+    "recheck": "{asked} facts asked, {missing} did not give their new answer",
+    "check": "{asked} removed facts asked, {missing} did not give the unedited model's answer",
+    "rollback": "rolled back to here",
+    **{kind: "{facts} facts removed: " + way for kind, way in _WAYS.items()},
+}
+_OF_FACT = {
+    "facts": "came, from {source}",
+    "edit": "edited",
+    "rewrite": "rewritten",
+    "superseded": "superseded by fact {by}",
+    "knew": "asked, and gave its new answer",
+    "missed": "asked, and did not give its new answer",
+    "returned": "asked, and gave the unedited model's answer again",
+    "not returned": "asked, and did not give the unedited model's answer",
+    "guard": "withdrawn, for the guard stopped the run: {reason}",
+    "rollback": "withdrawn by a rollback to here",
+    **{kind: "removed: " + way for kind, way in _WAYS.items()},
+}

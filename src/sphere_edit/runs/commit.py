@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.batch import Clock, Solver, Written
+from sphere_edit.editing.batch import Back, Clock, Solver, Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
 from sphere_edit.editing.problem import Seen, State
+from sphere_edit.editing.sources import Report
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.models.loading import peak_memory
+from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, Update
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.records import Batch, GuardStop, Rollback
 
@@ -62,21 +64,92 @@ class Committer:
         self.at = None
         with self._fitting(batch - 1):
             self._forget({*superseded, *rewritten}, batch)
+        about = self._writing(rechecked=rechecked, unanswered=unanswered, superseded=superseded)
+        about |= {"kind": "edit" if indices else "rewrite", "facts": list(indices), "rewritten": list(rewritten)}
+        return self._solve(batch, facts, about, clock)
+
+    def write_back(
+        self,
+        indices: Sequence[int],
+        facts: Sequence[Fact],
+        back: Back,
+        removed: Sequence[int] = (),
+        rechecked: Sequence[int] = (),
+        unanswered: Sequence[int] = (),
+    ) -> Batch | GuardStop:
+        """Write what the unedited model makes of the prompts of removed ``facts`` with these ``indices``, as a batch.
+
+        Args:
+            back: what of it: its state at the subjects, or its greedy answers.
+            removed: facts that are taken back with this batch; the method forgets what it remembers of them.
+            rechecked, unanswered: other facts that were asked before it, and those of them that did not give their new answer.
+        """
+        self.settle()
+        batch, clock = self.run.history.head + 1, Clock()
+        self.at = None
+        with self._fitting(batch - 1):
+            self._forget({*removed, *indices}, batch)
+        about = self._writing(rechecked=rechecked, unanswered=unanswered)
+        about |= {"kind": "removal", "removed": list(removed), "written_back": list(indices)}
+        return self._solve(batch, facts, about, clock, back)
+
+    def subtract(
+        self,
+        removed: Sequence[int],
+        shares: Mapping[str, LowRankUpdate],
+        rechecked: Sequence[int] = (),
+        unanswered: Sequence[int] = (),
+    ) -> Batch | GuardStop:
+        """Take the ``shares`` of some facts out of the weights, by matrix, and their keys out of the method's state, as a batch."""
+        self.settle()
+        batch, clock = self.run.history.head + 1, Clock()
+        deployed, before = self._deployed(), self.weights.snapshot()
+        self.at = None
+        with self._fitting(batch - 1):
+            self._forget(set(removed), batch)
+        updates: dict[str, Update] = {name: share.negative() for name, share in shares.items()}
+        for name, update in updates.items():
+            self.weights.add(name, update)
+        self._check_finite(batch)
+        self._remember({}, wrote=False)
+        clock.lap("subtracting")
+        about = self._writing(rechecked=rechecked, unanswered=unanswered)
+        about |= {"kind": "removal", "removed": list(removed)}
+        return self._commit(batch, Written(before, updates, updates, {}, Report()), {}, deployed, about, clock)
+
+    def restore(self, base: int, removed: Sequence[int]) -> Batch | GuardStop:
+        """Take up weights and state of batch ``base`` again, before which none of the ``removed`` facts was written, as a batch."""
+        self.settle()
+        batch, clock = self.run.history.head + 1, Clock()
+        deployed, before = self._deployed(), self.weights.snapshot()
+        self.go_to(base)
+        self.at = None
+        changes: dict[str, Update] = {
+            name: DenseUpdate(self.weights.working[name] - before[name]) for name in self.weights.names
+        }
+        clock.lap("restoring")
+        about = {**self._writing(), "kind": "removal", "removed": list(removed), "restored": base}
+        return self._commit(batch, Written(before, changes, changes, {}, Report()), {}, deployed, about, clock)
+
+    @staticmethod
+    def _writing(
+        rechecked: Sequence[int] = (), unanswered: Sequence[int] = (), superseded: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """What the record of every batch says of facts."""
+        asked = {"unanswered": list(unanswered)} if rechecked else {}
+        return {"facts": [], "superseded": list(superseded), "rechecked": list(rechecked), "rewritten": [], **asked}
+
+    def _solve(
+        self, batch: int, facts: Sequence[Fact], about: dict[str, Any], clock: Clock, back: Back | None = None
+    ) -> Batch | GuardStop:
+        """Solve a batch, let the method remember it, and commit it."""
         deployed = self._deployed()
-        written = self.solver.write(facts, self.states, clock)
+        written = self.solver.write(facts, self.states, clock, back)
         self._check_finite(batch)
         seen = self._seen(written.problems, facts)
         self._remember(seen)
         clock.lap("keys after the batch")
-        about: dict[str, Any] = {
-            "kind": "edit" if indices else "rewrite",
-            "facts": list(indices),
-            "superseded": list(superseded),
-            "rechecked": list(rechecked),
-            "rewritten": list(rewritten),
-            **({"unanswered": list(unanswered)} if rechecked else {}),
-            "columns": self.source.columns(facts),
-        }
+        about["columns"] = self.source.columns(facts)
         return self._commit(batch, written, seen, deployed, about, clock)
 
     def repair(
@@ -92,12 +165,13 @@ class Committer:
         batch = self.run.history.head + 1
         self.at = None
         deployed = self._deployed()
-        written, descent = self.solver.repair(facts, passages, self.states, steps, share, seed + batch)
+        seed += len(self.run.history.written(batch - 1)) + 1
+        written, descent = self.solver.repair(facts, passages, self.states, steps, share, seed)
         self._check_finite(batch)
         clock.lap("repair")
-        self._remember({}, repaired=True)
-        about: dict[str, Any] = {"kind": "repair", "facts": [], "superseded": [], "rechecked": [], "rewritten": []}
-        return self._commit(batch, written, {}, deployed, {**about, "repair": descent.as_dict()}, clock)
+        self._remember({}, wrote=False)
+        about = {**self._writing(), "kind": "repair", "repair": descent.as_dict()}
+        return self._commit(batch, written, {}, deployed, about, clock)
 
     def _deployed(self) -> dict[str, Tensor]:
         """Copies of what the model runs with."""
@@ -123,12 +197,12 @@ class Committer:
         }
         clock.lap("diagnosing")
         done = {"number": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
-        if self.guarded and about["kind"] != "repair" and (reason := objection(matrices)):
+        if self.guarded and about["kind"] in ("edit", "rewrite") and (reason := objection(matrices)):
             stop = GuardStop(**done, reason=reason, seconds=clock.seconds)
             self.run.append(stop)
             self.settle()
             return stop
-        update = self.run.write_update(batch, written.updates, seen)
+        update = None if "restored" in about else self.run.write_update(batch, written.updates, seen)
         if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
             self._checkpoint(batch)
         clock.lap("storing")
@@ -179,12 +253,12 @@ class Committer:
             start = self._take_checkpoint(batch)
             if start < batch and self.method.learns:
                 self.check_statistics()
-            for number, updates, seen in self.run.updates(start + 1, batch):
+            for number, updates, seen in self.run.updates(start, batch):
                 record = self.run.history.batches[number - 1]
-                self._forget({*record.superseded, *record.rewritten}, number)
+                self._forget({*record.superseded, *record.rewritten, *record.removed, *record.written_back}, number)
                 for name in self.weights.names:
                     self.weights.add(name, updates[name])
-                self._remember(seen, repaired=record.kind == "repair")
+                self._remember(seen, wrote=bool(record.members))
         if batch > 0:
             self._check_digests(batch)
             self.solver.deploy()
@@ -235,9 +309,9 @@ class Committer:
         """What the method's state learns from the batch, now that it is written."""
         return seen_of(self.method.needs.ingredients, problems, self.source, facts)
 
-    def _remember(self, seen: Mapping[str, Seen], repaired: bool = False) -> None:
-        """Fold a batch into the method's state, or a repair, which has taught it nothing but where the weights are."""
-        fold = self.method.after_repair if repaired else self.method.after_batch
+    def _remember(self, seen: Mapping[str, Seen], wrote: bool = True) -> None:
+        """Fold a batch into the method's state; one that ``wrote`` no facts has taught it nothing but where the weights are."""
+        fold = self.method.after_batch if wrote else self.method.after_repair
         for name in self.weights.names:
             device = self.weights.working[name].device
             here = {part: value.to(device) for part, value in seen.get(name, {}).items()}
@@ -246,22 +320,22 @@ class Committer:
             if here:
                 self.states[name] = fold(self.states[name], here, self.statistics[name])
 
-    def _forget(self, rewritten: set[int], batch: int) -> None:
-        """Take the keys of facts that ``batch`` supersedes or writes again out of the method's state, as last written."""
+    def _forget(self, chosen: set[int], batch: int) -> None:
+        """Take the keys of facts that ``batch`` supersedes, removes or writes again out of the method's state, as last written."""
         if not self.method.forgets:
             return
-        gone = set(rewritten)
+        gone, history = set(chosen), self.run.history
         old: dict[str, list[Tensor]] = {name: [] for name in self.weights.names}
-        for earlier in reversed(self.run.history.batches[: batch - 1]):
+        for number in reversed(history.lineage(batch - 1)):
             if not gone:
                 break
-            if gone.isdisjoint(earlier.members):
-                continue
+            earlier = history.batches[number - 1]
             here = gone.intersection(earlier.members)
-            gone -= here
-            for name, keys in self.run.read_keys(earlier.number).items():
-                columns = earlier.columns_of(here, keys.shape[1])
-                old[name].append(keys[:, columns].to(self.weights.working[name].device))
+            if here:
+                for name, keys in self.run.read_keys(number).items():
+                    columns = earlier.columns_of(here, keys.shape[1])
+                    old[name].append(keys[:, columns].to(self.weights.working[name].device))
+            gone -= {*here, *earlier.superseded, *earlier.removed}  # of the latter the state knows nothing any more
         for name, parts in old.items():
             if parts:
                 self.states[name] = self.method.forget(

@@ -6,7 +6,7 @@ the last line belongs to work that did not finish, and is done again.
     config.json                 settings, model identity, versions, context templates
     facts/0001.jsonl            the facts of each call of edit, as understood
     statistics/…safetensors     second moments or null spaces, as used
-    journal.jsonl               facts, unedited, batch, look back, evaluation, ability, guard, rollback, finished
+    journal.jsonl               facts, unedited, batch, look back, removal check, evaluation, ability, guard, rollback, finished
     updates/batch-0001.…        each batch's ΔW (factors where it has them), and the keys that the method remembers
     checkpoints/batch-0003.…    working weights and method state: the newest, and the last power of two
     heldout.json, passages.json token ids of the text that perplexity is measured on, and of what a repair reads
@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ class RunFolder:
         return self._history
 
     def append(self, record: Record) -> None:
-        """Commit one record: written and flushed to disk before this returns."""
+        """Commit one record, with the time: written and flushed to disk before this returns."""
+        record = record.model_copy(update={"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         line = (
             json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
             + b"\n"
@@ -334,20 +336,22 @@ class RunFolder:
         return weights, states
 
     def nearest_checkpoint(self, batch: int) -> int:
-        """The last batch up to ``batch`` whose checkpoint is there; 0 where only the original weights remain."""
-        return next((number for number in range(batch, 0, -1) if self._checkpoint(number).is_file()), 0)
+        """The last batch that led to ``batch`` whose checkpoint is there; 0 where only the original weights remain."""
+        numbers = reversed(self.history.lineage(batch))
+        return next((number for number in numbers if self._checkpoint(number).is_file()), 0)
 
     def last_checkpoint(self, batch: int, matrix: str | None = None) -> tuple[int, dict[str, Tensor], dict[str, State]]:
-        """The number of the last checkpoint up to ``batch``, and what `read_checkpoint` says of it; 0 and nothing where there is none."""
+        """The number of the last checkpoint that led to ``batch``, and what `read_checkpoint` says of it; 0 and nothing where there is none."""
         start = self.nearest_checkpoint(batch)
         return start, *(self.read_checkpoint(start, matrix) if start else ({}, {}))
 
     def updates(
-        self, first: int, last: int, matrix: str | None = None
+        self, after: int, batch: int, matrix: str | None = None
     ) -> Iterator[tuple[int, dict[str, Update], dict[str, Seen]]]:
-        """The batches from ``first`` to ``last``, each by its number with what `read_update` says of it."""
-        for number in range(first, last + 1):
-            yield number, *self.read_update(number, matrix)
+        """The batches that lead from ``after``, 0 or a batch before it, to ``batch``, each by its number with what `read_update` says of it."""
+        for number in self.history.written(batch):
+            if number > after:
+                yield number, *self.read_update(number, matrix)
 
     def thin(self, head: int) -> None:
         """Keep two checkpoints, the newest and that of the last power of two, and no file beyond the head.

@@ -16,6 +16,7 @@ from sphere_edit.runs.records import (
     Finished,
     GuardStop,
     Record,
+    RemovalCheck,
     Rollback,
 )
 
@@ -31,9 +32,12 @@ class History:
     total: int = 0  # facts accepted so far
     sessions: list[int] = field(default_factory=list)  # the number of facts each call of edit brought
     sources: list[str] = field(default_factory=list)  # and where they came from
-    batches: list[Batch] = field(default_factory=list)  # those that stand, first to last
+    batches: list[Batch] = field(default_factory=list)  # first to last, those included whose work was undone since
     final_rechecks: list[FinalRecheck] = field(default_factory=list)
+    removal_checks: list[RemovalCheck] = field(default_factory=list)
     recheck_done: bool = False  # the final one, since the last facts came
+    removal: Batch | None = None  # which began a removal that is not finished
+    closed: set[int] = field(default_factory=lambda: {0})  # batches after which nothing was left to do
     withdrawn: set[int] = field(default_factory=set)  # facts taken back by a rollback or the guard
     evaluations: list[Evaluation] = field(default_factory=list)
     abilities: list[Ability] = field(default_factory=list)
@@ -50,46 +54,93 @@ class History:
 
     @property
     def head(self) -> int:
-        """Number of the last batch that stands; 0 is the unedited model."""
+        """Number of the last batch; 0 is the unedited model."""
         return len(self.batches)
+
+    def lineage(self, batch: int) -> list[int]:
+        """The batches that the weights after ``batch`` come from, first to last: all up to it, but for those that a removal undid."""
+        found = []
+        while batch:
+            found.append(batch)
+            restored = self.batches[batch - 1].restored
+            batch = batch - 1 if restored is None else restored
+        return found[::-1]
+
+    def written(self, batch: int) -> list[int]:
+        """Those of them that have a ΔW."""
+        return [number for number in self.lineage(batch) if self.batches[number - 1].restored is None]
+
+    @property
+    def standing(self) -> list[Batch]:
+        """The batches whose work stands, first to last."""
+        return [self.batches[number - 1] for number in self.lineage(self.head)]
 
     @property
     def edited(self) -> list[int]:
-        """Indices of the facts that were edited and stand, in order."""
-        return [index for batch in self.batches for index in batch.facts]
+        """Indices of the facts that were edited in a batch that stands, in order; some may be superseded or removed since."""
+        return [index for batch in self.standing for index in batch.facts]
+
+    @property
+    def removed(self) -> set[int]:
+        """Facts that were taken back one by one."""
+        return {index for batch in self.batches for index in batch.removed}
+
+    @property
+    def removed_in(self) -> dict[int, int]:
+        """The batch that took each of them back."""
+        return {index: batch.number for batch in self.batches for index in batch.removed}
+
+    def state_of(self, index: int) -> str:
+        """Where a fact that was accepted stands, in a word."""
+        if index in self.removed:
+            return "removed"
+        if index in self.superseded:
+            return "superseded"
+        if index in self.batch_of:
+            return "stands"
+        return "withdrawn" if index in self.withdrawn else "waiting"
+
+    @property
+    def written_back(self) -> set[int]:
+        """Removed facts whose prompts were given the unedited model's answers, and no new fact since."""
+        found: set[int] = set()
+        for batch in self.standing:
+            found = (found - set(batch.superseded)) | set(batch.written_back)
+        return found
 
     @property
     def superseded(self) -> set[int]:
         """Facts that a later one contradicted; they leave retention."""
-        return {index for batch in self.batches for index in batch.superseded}
+        return {index for batch in self.standing for index in batch.superseded} - self.removed
 
     @property
     def retained(self) -> list[int]:
         """Facts the model should know now."""
-        gone = self.superseded
+        gone = self.superseded | self.removed
         return [index for index in self.edited if index not in gone]
 
     @property
     def due(self) -> list[int]:
         """Retained facts in the order of the next recheck: those never asked yet, then those asked longest ago."""
-        asked: dict[int, float] = dict.fromkeys(self.edited, 0)
-        for batch in self.batches:
-            asked.update(dict.fromkeys(batch.rechecked, batch.number))
-        for recheck in self.final_rechecks:
-            asked.update({index: max(asked[index], recheck.after + 0.5) for index in recheck.rechecked})
+        standing = self.standing
+        asked: dict[int, float] = {index: 0 for batch in standing for index in batch.facts}
+        for batch in standing:
+            asked.update({index: batch.number for index in batch.rechecked if index in asked})
+        for recheck in self._standing_rechecks:
+            asked.update({i: max(asked[i], recheck.after + 0.5) for i in recheck.rechecked if i in asked})
         return sorted(self.retained, key=lambda index: (asked[index], index))
 
     @property
     def pending(self) -> list[int]:
         """Facts accepted and not yet edited."""
-        gone = set(self.edited) | self.withdrawn
+        gone = set(self.edited) | self.withdrawn | self.removed
         return [index for index in range(self.total) if index not in gone]
 
     @property
     def unrepaired(self) -> int:
         """How many facts were edited since ordinary text was last repaired."""
         count = 0
-        for batch in reversed(self.batches):
+        for batch in reversed(self.standing):
             if batch.kind == "repair":
                 break
             count += len(batch.facts)
@@ -99,6 +150,14 @@ class History:
     def closing(self) -> bool:
         """Whether the last new facts of a stream were edited, so that what ends it is to be done: repair, and the final recheck."""
         return bool(self.batches) and not self.finished and self.guard is None and not self.pending
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the removal at work edits again what came after its facts, or took up a state in which a stream was not at its end."""
+        removal = self.removal
+        if removal is None or removal.restored is None:
+            return False
+        return self.head > removal.number or removal.restored not in self.closed
 
     @property
     def forgotten(self) -> list[int]:
@@ -112,15 +171,30 @@ class History:
     @property
     def seen(self) -> set[int]:
         """Facts that gave their new answer when they were rechecked, be it once."""
-        found = {index for batch in self.batches for index in batch.answered}
-        for recheck in self.final_rechecks:
+        found = {index for batch in self.standing for index in batch.answered}
+        for recheck in self._standing_rechecks:
             found |= set(recheck.rechecked) - set(recheck.forgotten)
         return found
 
     @property
     def batch_of(self) -> dict[int, int]:
         """The number of the batch that first wrote each fact that stands."""
-        return {index: batch.number for batch in self.batches for index in batch.facts}
+        return {index: batch.number for batch in self.standing for index in batch.facts}
+
+    @property
+    def _standing_rechecks(self) -> list[FinalRecheck]:
+        numbers = set(self.lineage(self.head))
+        return [recheck for recheck in self.final_rechecks if recheck.after in numbers]
+
+    def last_without(self, chosen: Iterable[int]) -> int:
+        """The last batch before any of the ``chosen`` facts was written, and before any that was removed after it."""
+        first, gone = self.batch_of, set(chosen)
+        while True:
+            base = min(first[index] for index in gone) - 1
+            later = {i for batch in self.standing if batch.number > base for i in batch.removed if i in first}
+            if later <= gone:
+                return base
+            gone |= later
 
     def evaluation_at_head(self, final: bool) -> Evaluation | None:
         """The evaluation of where the run stands; with ``final``, one that asked for all facts."""
@@ -153,9 +227,14 @@ class History:
                 self.sessions.append(record.count)
                 self.sources.append(record.source)
                 self.total += record.count
-                self.finished, self.guard, self.recheck_done = False, None, False
+                self.finished, self.guard, self.recheck_done, self.removal = False, None, False, None
             case Batch():
                 self.batches.append(record)
+                if record.removed:
+                    self.removal = record
+                    self.finished, self.guard, self.recheck_done = False, None, False
+            case RemovalCheck():
+                self.removal_checks.append(record)
             case FinalRecheck():
                 self.final_rechecks.append(record)
                 self.recheck_done = True
@@ -169,7 +248,8 @@ class History:
             case Rollback():
                 self._back_to(record.to)
             case Finished():
-                self.finished = True
+                self.finished, self.removal = True, None
+                self.closed.add(record.after)
 
     def _check(self, record: Record) -> None:
         match record:
@@ -181,9 +261,13 @@ class History:
                 if record.number != self.head + 1:
                     raise Inconsistent(f"batch {record.number} follows batch {self.head}")
                 known = range(self.total)
-                if strange := [i for i in (*record.members, *record.superseded, *record.rechecked) if i not in known]:
+                if strange := [index for index in record.mentioned if index not in known]:
                     raise Inconsistent(f"batch {record.number} is about fact {strange[0]} of {self.total}")
-            case FinalRecheck() | Evaluation() | Ability() | Finished() if not 0 <= record.after <= self.head:
+                if record.restored is not None and not 0 <= record.restored < record.number:
+                    raise Inconsistent(f"batch {record.number} restores batch {record.restored}")
+            case FinalRecheck() | RemovalCheck() | Evaluation() | Ability() | Finished() if (
+                not 0 <= record.after <= self.head
+            ):
                 raise Inconsistent(f"'{record.event}' after batch {record.after} of {self.head}")
             case Rollback() if not 0 <= record.to <= self.head:
                 raise Inconsistent(f"a rollback to batch {record.to} of {self.head}")
@@ -192,8 +276,10 @@ class History:
         """Nothing after the batch stands, and facts that were still waiting are out."""
         self.batches = self.batches[:batch]
         self.final_rechecks = [recheck for recheck in self.final_rechecks if recheck.after <= batch]
-        self.recheck_done = False
-        self.withdrawn = set(range(self.total)) - set(self.edited)
+        self.removal_checks = [check for check in self.removal_checks if check.after <= batch]
+        self.recheck_done, self.removal = False, None
+        self.withdrawn = set(range(self.total)) - set(self.edited) - self.removed
         self.evaluations = [evaluation for evaluation in self.evaluations if evaluation.after <= batch]
         self.abilities = [ability for ability in self.abilities if ability.after <= batch]
         self.finished, self.guard = True, None
+        self.closed = {number for number in self.closed if number <= batch} | {batch}

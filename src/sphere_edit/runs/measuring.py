@@ -325,8 +325,8 @@ def _is_as_written(path: Path, sha256: str | None) -> bool:
         return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def _results(run: RunFolder) -> Path:
-    return run.path / "evaluations" / f"batch-{run.history.head:04d}.json"
+def _results(run: RunFolder, after: int | None = None) -> Path:
+    return run.path / "evaluations" / f"batch-{run.history.head if after is None else after:04d}.json"
 
 
 def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[str, Any]]:
@@ -346,6 +346,31 @@ def read_unedited(run: RunFolder) -> tuple[list[Fact], list[FactScores], dict[st
     return facts, scores, whole
 
 
+def read_scores(run: RunFolder, evaluation: Evaluation) -> dict[int, FactScores]:
+    """What an evaluation measured, by fact; nothing where its file is gone or not as it was written."""
+    path = _results(run, evaluation.after)
+    if not _is_as_written(path, evaluation.sha256):
+        return {}
+    content = read_json(path)
+    return {
+        index: FactScores.from_dict(record) for index, record in zip(content["facts"], content["scores"], strict=True)
+    }
+
+
+def _removed(history: History, facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """The facts that were taken back, with what the last check of each said."""
+    checked = {entry["fact"]: entry for check in history.removal_checks for entry in check.facts}
+    return [
+        {
+            "index": index,
+            "batch": batch,
+            **{name: getattr(facts[index], name) for name in ("subject", "prompt", "target_new")},
+            **{name: value for name, value in checked.get(index, {}).items() if name != "fact"},
+        }
+        for index, batch in sorted(history.removed_in.items())
+    ]
+
+
 def _abilities(history: History, after: int) -> dict[str, Any]:
     """Every score of general ability after a batch."""
     scores = {task: dict(points)[after] for task, points in history.ability_series().items() if after in dict(points)}
@@ -363,6 +388,7 @@ def _metrics(run: RunFolder, evaluation: Evaluation, after: Sequence[FactScores]
         "after": history.head,
         "facts": len(kept),
         "superseded": len(history.superseded),
+        **({"removed": len(history.removed), "removed_facts": _removed(history, facts)} if history.removed else {}),
         "unedited": {
             **summarise([before[index] for index in kept]),
             **whole_before,
@@ -393,8 +419,8 @@ def _retention(history: History, kept: Sequence[int], scores: Sequence[FactScore
     """The metrics by how many edits ago a fact was edited, youngest first: batches in at most ten classes of much the same size."""
     after = dict(zip(kept, scores, strict=True))
     classes: list[dict[str, Any]] = []
-    ago, size = 0, -(-history.head // _AGES) if history.head else 1
-    newest_first = history.batches[::-1]
+    newest_first = history.standing[::-1]
+    ago, size = 0, -(-len(newest_first) // _AGES) if newest_first else 1
     for start in range(0, len(newest_first), size):
         batches = newest_first[start : start + size]
         edits = sum(len(batch.facts) for batch in batches)

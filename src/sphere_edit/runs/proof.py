@@ -156,10 +156,18 @@ def _rebuild(run: RunFolder, original: Original, proof: Proof, reporter: Reporte
 
 def _weights(run: RunFolder, name: str, original: Original, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """The working weight of a matrix after each batch, from the updates alone."""
-    weight = original(name).to(device)
-    for number, updates, _ in run.updates(1, run.history.head, name):
-        weight = updates[name].added_to(weight)
-        yield number, weight
+    batches = run.history.batches
+    taken_up = {batch.restored for batch in batches}
+    kept = {0: original(name).to(device)}  # the weights that a later batch begins from
+    weight = kept[0]
+    for batch in batches:
+        if batch.restored is None:
+            weight = run.read_update(batch.number, name)[0][name].added_to(weight)
+        else:
+            weight = kept[batch.restored]
+        if batch.number in taken_up:
+            kept[batch.number] = weight
+        yield batch.number, weight
 
 
 def _matches(run: RunFolder, name: str, number: int, weight: Tensor) -> bool:

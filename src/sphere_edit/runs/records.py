@@ -17,11 +17,12 @@ from typing_extensions import NotRequired, TypedDict
 from sphere_edit.editing.diagnosing import MatrixEntry
 from sphere_edit.errors import SphereEditError
 from sphere_edit.numerics.projection import Sphere
+from sphere_edit.runs.layout import Layout
 
 SCHEMA = 3
 _MATRIX = re.compile(r"\w[\w.]*")  # files are named after matrices
 
-Kind = Literal["edit", "rewrite", "repair"]
+Kind = Literal["edit", "rewrite", "repair", "removal"]
 
 
 class TargetsEntry(TypedDict):
@@ -45,6 +46,21 @@ class RepairEntry(TypedDict):
     losses: list[float]
 
 
+class ReturnedEntry(TypedDict):
+    """Whether a removed fact's prompt gives the unedited model's answer again (`evaluation.returned.Returned`).
+
+    ``fact`` is its index; ``answer`` is the unedited model's, ``said`` what the model says now.
+    """
+
+    fact: int
+    answer: str
+    said: str
+    returned: bool
+    new: bool
+    kl: float
+    kl_paraphrases: float | None
+
+
 class EnergyEntry(TypedDict):
     """The hyperspherical energy of one matrix."""
 
@@ -57,6 +73,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
     event: str
+    time: str | None = None  # when it was committed, UTC; None in runs that did not keep it
 
     def as_entry(self) -> dict[str, Any]:
         """Plain values under the names on disk; what was never set is left out."""
@@ -96,7 +113,8 @@ class _Written(Record):
 
     Attributes:
         number: of the batch, from 1.
-        kind: ``edit`` new facts (and rewrite forgotten ones with them), ``rewrite`` forgotten ones alone, or ``repair`` ordinary text.
+        kind: ``edit`` new facts (and rewrite forgotten ones with them), ``rewrite`` forgotten ones alone, ``repair`` ordinary text, or
+            take facts back (``removal``).
         facts: the new facts, by index.
         superseded: earlier facts that they replace.
         rechecked: earlier facts that were asked before the batch.
@@ -104,6 +122,9 @@ class _Written(Record):
         rewritten: those of these that are written again.
         columns: how many columns of keys each member has, in the order of `members`; None for runs that did not keep it, and where
             there are none.
+        removed: facts that are taken back, with those that they superseded.
+        written_back: removed facts whose prompts are given the unedited model's own answers.
+        restored: the earlier batch whose weights and state are taken up again; such a batch has no ΔW.
     """
 
     number: int = Field(alias="batch")
@@ -114,6 +135,9 @@ class _Written(Record):
     rewritten: list[int] = Field(alias="again")
     unanswered: list[int] | None = None
     columns: list[int] | None = None
+    removed: list[int] = []
+    written_back: list[int] = []
+    restored: int | None = None
     repair: RepairEntry | None = None
     targets: TargetsEntry
     matrices: dict[str, MatrixEntry]
@@ -135,8 +159,13 @@ class _Written(Record):
 
     @property
     def members(self) -> list[int]:
-        """All facts whose keys stand in the batch, column after column: the new ones, then those written again."""
-        return [*self.facts, *self.rewritten]
+        """All facts whose keys stand in the batch, column after column: the new ones, those written again, those written back."""
+        return [*self.facts, *self.rewritten, *self.written_back]
+
+    @property
+    def mentioned(self) -> list[int]:
+        """All facts that the record speaks of."""
+        return [*self.members, *self.superseded, *self.rechecked, *self.removed]
 
     def columns_of(self, chosen: set[int], width: int) -> list[int]:
         """Which of ``width`` columns of keys belong to some of the members; they belong to all alike where the run did not keep it."""
@@ -174,6 +203,20 @@ class FinalRecheck(Record):
     rechecked: list[int] = Field(alias="asked")
     forgotten: list[int]
     seconds: dict[str, float]
+
+
+class RemovalCheck(Record):
+    """Which of the facts of a removal give the unedited model's answers again, after a batch."""
+
+    event: Literal["removal check"] = "removal check"
+    after: int
+    facts: list[ReturnedEntry]
+    seconds: dict[str, float]
+
+    @property
+    def missing(self) -> list[int]:
+        """The facts whose prompts do not give the unedited model's answers."""
+        return [entry["fact"] for entry in self.facts if not entry["returned"]]
 
 
 class Evaluation(Record):
@@ -221,7 +264,16 @@ class Finished(Record):
 
 
 AnyRecord = Annotated[
-    FactsAccepted | Unedited | Batch | GuardStop | FinalRecheck | Evaluation | Ability | Rollback | Finished,
+    FactsAccepted
+    | Unedited
+    | Batch
+    | GuardStop
+    | FinalRecheck
+    | RemovalCheck
+    | Evaluation
+    | Ability
+    | Rollback
+    | Finished,
     Field(discriminator="event"),
 ]
 _RECORDS: TypeAdapter[Any] = TypeAdapter(AnyRecord)
@@ -280,10 +332,11 @@ class RunConfig(BaseModel):
     versions: dict[str, str]
     device: str
     threads: int
+    layout: Layout | None = None  # runs begun before it was kept lack it
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the file."""
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(mode="json", by_alias=True, exclude={"layout"} if self.layout is None else None)
 
     @property
     def digest(self) -> str:

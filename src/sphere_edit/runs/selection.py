@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sphere_edit.editing.methods import METHODS
+from sphere_edit.editing.methods import METHODS, Method
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact, Neighbor, Probe, short
@@ -206,6 +206,11 @@ def next_batch(facts: Sequence[Fact], pending: Sequence[int], size: int) -> list
             subjects.add(subject)
             chosen.append(index)
     return chosen
+
+
+def together(method: Method, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
+    """The first of those waiting that the method takes in one batch of ``size`` at most."""
+    return next_batch(facts, waiting, size) if method.one_fact_a_subject else list(waiting[:size])
 
 
 def superseded_by(facts: Sequence[Fact], new: Sequence[int], standing: Sequence[int]) -> list[int]:

@@ -22,8 +22,10 @@ from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
 from sphere_edit.runs.preparing import committer_of, heldout_text, repair_text
 from sphere_edit.runs.records import FinalRecheck, Finished, GuardStop
-from sphere_edit.runs.selection import next_batch, superseded_by
+from sphere_edit.runs.removal import FactName, removable, with_superseded
+from sphere_edit.runs.selection import superseded_by, together
 from sphere_edit.runs.session import Session
+from sphere_edit.runs.taking_back import TakingBack
 from sphere_edit.runs.trust import is_own
 
 _LIKELY = 0.5  # mean probability of an answer's tokens under its target alone, below which something is wrong with that
@@ -40,6 +42,7 @@ class Stream:
             self.reporter.say(f"This run was begun elsewhere, on '{run.config.model.source}'")
         evaluator.heldout = heldout_text(run, session.vocabulary)
         self.committer: Committer = committer_of(session, run)
+        self.taking_back = TakingBack(session, evaluator, run, self.committer)
         if run.writable:
             self._tidy()
 
@@ -64,8 +67,7 @@ class Stream:
                 self.evaluator.checkpoint(run)
                 self._edit_next(facts)
             if run.history.closing:
-                self._repair(facts)
-                self._final_recheck(facts)
+                self._close(facts)
             self.committer.keep()
             self.evaluator.finish(run)
             if not run.history.finished:
@@ -79,7 +81,7 @@ class Stream:
         """Edit the next facts waiting, and with them those earlier ones that are not answered."""
         history, clock = self.run.history, Clock()
         batch = self._together(facts, history.pending, self.session.settings.batch_size)
-        replaced = superseded_by(facts, batch, history.retained)
+        replaced = superseded_by(facts, batch, [*history.retained, *sorted(history.written_back)])
         asked = self._due_before(batch, replaced)
         missing = self._unanswered(facts, asked, clock)
         # such a fact of a subject that the batch is about may have to wait for its next turn
@@ -91,9 +93,21 @@ class Stream:
             parts += [f"{len(never)} that never took"] if never else []
         left = len(history.pending) - len(batch)
         self.reporter.say(f"Batch {history.head + 1}: {', and '.join(parts)}; {left} after it", "bold")
-        for index in replaced:
+        for index in sorted({*replaced} - history.removed):
             self.reporter.say(f"  supersedes: {facts[index].filled_prompt} → {facts[index].target_new.strip()}")
         self._write(facts, batch, rewritten, replaced, asked, missing, clock)
+
+    def _close(self, facts: Sequence[Fact]) -> None:
+        """What ends a stream of new facts, or a removal."""
+        history, removal = self.run.history, self.run.history.removal
+        if removal is None or history.replayed:
+            self._repair(facts)
+            self._final_recheck(facts)
+        elif removal.restored is None:
+            self.taking_back.look(facts, removal)
+            self._rewrite_forgotten(facts)
+        if removal is not None:
+            self.taking_back.check(facts, removal)
 
     def _repair(self, facts: Sequence[Fact]) -> None:
         """Take back what the stream did to ordinary text, as far as its facts do not need it."""
@@ -115,6 +129,11 @@ class Stream:
             clock, asked = Clock(), history.due
             missing = self._unanswered(facts, asked, clock)
             run.append(FinalRecheck(after=history.head, rechecked=asked, forgotten=missing, seconds=clock.seconds))
+        self._rewrite_forgotten(facts)
+
+    def _rewrite_forgotten(self, facts: Sequence[Fact]) -> None:
+        """Write again what the final recheck found forgotten, in batches without new facts."""
+        history = self.run.history
         while (waiting := history.forgotten) and history.guard is None:
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
@@ -122,6 +141,24 @@ class Stream:
             self._write(facts, [], rewritten, [], [], [], Clock())
 
     # --- back -----------------------------------------------------------------------------------------------------
+
+    def remove(self, wanted: Sequence[FactName], exact: bool = False) -> None:
+        """Take single facts back, the others staying: by subtraction or what else it takes, or by replaying the run without them (``exact``).
+
+        Raises:
+            SphereEditError: a fact is not in the run or does not stand, or the run is to be finished first.
+        """
+        found, facts = removable(self.run, wanted), self.run.facts()
+        removed = with_superseded(self.run.history, facts, found)
+        try:
+            self.evaluator.check()
+            self.committer.check_statistics()
+            self.taking_back.begin(facts, removed, exact)
+        except BaseException:
+            with suppress(SphereEditError):
+                self.committer.settle()
+            raise
+        self.go_on()
 
     def roll_back(self, to: int) -> None:
         """Put the weights back to what they were after a batch; later batches, and facts still waiting, are withdrawn."""
@@ -237,4 +274,4 @@ class Stream:
 
     def _together(self, facts: Sequence[Fact], waiting: Sequence[int], size: int) -> list[int]:
         """The first of those waiting that the method takes in one batch of ``size`` at most."""
-        return next_batch(facts, waiting, size) if self.session.method.one_fact_a_subject else list(waiting[:size])
+        return together(self.session.method, facts, waiting, size)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Len
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.runs.records import EnergyEntry, first_fault
@@ -34,6 +34,18 @@ class FactEntry(TypedDict):
     target_true: str | None
     unedited: dict[str, Any]
     edited: dict[str, Any]
+
+
+class RemovedEntry(TypedDict):
+    """A fact that batch ``batch`` took back; where its prompt was asked since, what came of it (`records.ReturnedEntry`)."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    index: int
+    batch: int
+    subject: str
+    prompt: str
+    target_new: str
 
 
 def _checked(measured: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +102,8 @@ class MetricsContent(TypedDict):
     intervals: dict[str, Intervals]
     retention: list[Annotated[dict[str, Any], AfterValidator(_checked_age)]]
     per_fact: list[FactEntry]
+    removed: NotRequired[int]
+    removed_facts: NotRequired[list[RemovedEntry]]
 
 
 _METRICS: TypeAdapter[MetricsContent] = TypeAdapter(MetricsContent)

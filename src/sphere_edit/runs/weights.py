@@ -53,7 +53,7 @@ class RunWeights:
         batch = self.run.history.head if batch is None else batch
         start, weights, _ = self.run.last_checkpoint(batch, name)
         weight = weights[name] if start else self.original(name)
-        for _, updates, _ in self.run.updates(start + 1, batch, name):
+        for _, updates, _ in self.run.updates(start, batch, name):
             weight = updates[name].added_to(weight)
         return weight
 
@@ -78,18 +78,19 @@ class RunWeights:
         return load_statistics(self.run.path / "statistics", [name], torch.device("cpu"))[name].second_moment
 
     def last_batch(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight before the last batch, its ΔW as solved, and as the model got it.
+        """The weight before the last batch that has a ΔW, its ΔW as solved, and as the model got it.
 
         The run keeps what was written. SPHERE took a share α of its principal part away, which is given back here to say what was
         solved; where SPHERE was off or total (α = 1), it is applied here to show what it does. Where it acts on the deployed weights
         alone, what the model got is their difference.
         """
-        head = self.run.history.head
-        written = self.run.read_update(head, name)[0][name].dense()
+        history = self.run.history
+        last = history.written(history.head)[-1]
+        written = self.run.read_update(last, name)[0][name].dense()
         if self.deployed_by is not None:
-            before = self.deployed(name, head - 1)
-            return before, written, self.deployed(name) - before
-        before = self.working(name) - written
+            before = self.deployed(name, last - 1)
+            return before, written, self.deployed(name, last) - before
+        before = self.working(name, last) - written
         sphere = self._sphere
         if sphere is None or sphere.alpha == 1:
             return before, written, (sphere or Sphere())(written, before)
@@ -105,6 +106,6 @@ class RunWeights:
             )
         weight = self.working(name)
         total = torch.zeros_like(weight)
-        for _, updates, _ in self.run.updates(1, head, name):
+        for _, updates, _ in self.run.updates(0, head, name):
             total += updates[name].dense()
         return weight - total

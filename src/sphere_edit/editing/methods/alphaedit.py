@@ -31,6 +31,7 @@ class AlphaEdit(LayerwiseMethod):
     name: ClassVar[str] = "alphaedit"
     paper: ClassVar[str] = "Fang et al. 2025, arXiv:2410.02355"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.5, basis="current", project="per_layer")
+    columnwise: ClassVar[bool] = True
 
     l2: float = Field(20.0, gt=0, description="L2, the ridge of the solve; 10 is published")
     null_space: NullSpaceRule = Field(NullSpaceRule.MEAN, description="how the null space of C0 is chosen")

@@ -30,6 +30,9 @@ class Method(BaseModel, ABC):
     sphere: ClassVar[Sphere]
     max_batch: ClassVar[int | None] = None  # facts solved at one time; a larger batch is written in groups of so many
     dense: ClassVar[bool] = False  # whether its updates have no factors, and so are stored whole
+    columnwise: ClassVar[bool] = (
+        False  # whether column j of its updates is that of key j, so that a fact's share can be told
+    )
     recheck: ClassVar[int] = 0  # earlier facts asked for each new one, to edit again what is forgotten
     repair: ClassVar[int] = 0  # steps at a stream's end that take back what it did to ordinary text
     one_fact_a_subject: ClassVar[bool] = False  # whether two facts of one subject are kept out of one batch

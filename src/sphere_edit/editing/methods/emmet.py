@@ -28,6 +28,7 @@ class Emmet(LayerwiseMethod):
     name: ClassVar[str] = "emmet"
     paper: ClassVar[str] = "Gupta et al. 2024, arXiv:2403.14236"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.8, basis="current", project="after_all")
+    columnwise: ClassVar[bool] = True
 
     ridge: float = Field(0.0, ge=0, description="μ; 0 meets the constraint exactly")
     second_moment: bool = Field(True, description="weigh directions by C0; without, C = I (mom2_adjustment)")

@@ -25,6 +25,7 @@ class Memit(LayerwiseMethod):
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al. 2023, arXiv:2210.07229"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.8, basis="current", project="after_all")
+    columnwise: ClassVar[bool] = True
 
     second_moment_weight: float = Field(
         1000.0, gt=0, description="λ, the weight of C0 against the batch's keys (mom2_update_weight)"

@@ -24,6 +24,7 @@ class Rect(Memit):
     paper: ClassVar[str] = "Gu et al. 2024, arXiv:2401.04700"
     sphere: ClassVar[Sphere] = Sphere(eta=0.5, alpha=0.8, basis="current", project="after_all")
     dense: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
 
     keep: float = Field(0.4, gt=0, le=1, description="share of ΔW's entries that stay: those with the largest |ΔW / W|")
 
