@@ -18,6 +18,7 @@ from sphere_edit.facts.readers import facts_from
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.sites import parameter_of
 from sphere_edit.progress import Quiet
+from sphere_edit.reporting.report import write_report
 from sphere_edit.tuning import tune
 
 FAST = {
@@ -65,6 +66,9 @@ def test_a_run_on_experts_edits_resumes_rolls_back_and_exports(family, method, t
         assert len(entry["expert_norms"]) == 4
         assert sum(norm**2 for norm in entry["expert_norms"]) == pytest.approx(entry["update_norm"] ** 2, rel=1e-3)
     assert set(metrics["edited"]["routes"]) == {"text", "facts"}
+    if method == "frugal":
+        write_report([editor.folder], tmp_path / "report.html", tmp_path / "figures", Quiet())
+        assert ", expert " in (tmp_path / "figures" / "idea.svg").read_text()
     editor.save_pretrained(tmp_path / "exported")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     for name in after:

@@ -90,9 +90,10 @@ def apply(
     read_manifest(delta)
     _check_output(output)
     from sphere_edit.exports.delta import apply_delta
+    from sphere_edit.exports.hf import loaded_by
 
     _say(apply_delta(delta, base, output, reporter(), trust_remote_code))
-    out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.", soft_wrap=True)
+    out.print(f"{output} holds the model; {loaded_by(output)} loads it.", soft_wrap=True)
 
 
 def _check_output(output: Path) -> None:

@@ -79,11 +79,14 @@ def generate(
 
     The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends;
     with ``end``, the token that ends it is kept (`until_end`). They are not touched, so that several threads can ask one model.
+
+    Raises:
+        SphereEditError: there is nothing to sample from, because the model overflows.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_tokens(loaded)
-    ids = torch.tensor(rows, device=loaded.device)
+    ids, sampled = torch.tensor(rows, device=loaded.device), bool(processors) or options.get("do_sample", False)
     # transformers fills whatever a request leaves at None from the model's own settings, and some can only be None (a list of
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
@@ -94,11 +97,19 @@ def generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
-        logits_processor=LogitsProcessorList(processors),
+        logits_processor=LogitsProcessorList([_finite, *processors] if sampled else processors),
     ).tolist()
     given = len(rows[0])
     found = [row[:given] + until_end(row[given:], ends) for row in said]
     return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
+
+
+def _finite(ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that lets scores ``[B, V]`` through of which a token can be drawn."""
+    if not bool(scores.amax(-1).isfinite().all()):
+        name = str(scores.dtype).removeprefix("torch.")
+        raise SphereEditError(f"the model overflows in {name} where it samples text; try --dtype float32 or bfloat16")
+    return scores
 
 
 def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:

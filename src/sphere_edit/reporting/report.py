@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
@@ -141,12 +142,24 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
 
 
 def _of_last_update(run: Series, name: str, eta: float) -> Figure:
-    return weight_plots.idea(*run.last_update(name), short_name(name), eta)
+    weight, solved, written = run.last_update(name)
+    (weight, solved, written), title = _of_one_expert([weight, solved, written], written, short_name(name))
+    return weight_plots.idea(weight, solved, written, title, eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
     """A figure of one matrix before and after the run."""
-    return draw(*run.change(name), short_name(name), *more)
+    before, after = run.change(name)
+    matrices, title = _of_one_expert([before, after], after - before, short_name(name))
+    return draw(*matrices, title, *more)
+
+
+def _of_one_expert(matrices: Sequence[Tensor], change: Tensor, title: str) -> tuple[Sequence[Tensor], str]:
+    """Matrices and a title; of a layer of experts ``[E, d_out, d_in]``, those of the expert that changed most."""
+    if change.dim() == 2:
+        return matrices, title
+    number = int(change.flatten(1).norm(dim=1).argmax())
+    return [matrix[number] for matrix in matrices], f"{title}, expert {number}"
 
 
 def _most_changed(run: Series) -> str:
