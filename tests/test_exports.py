@@ -465,7 +465,7 @@ def test_an_export_of_an_export_has_a_manifest_of_its_own(run_of, tmp_path):
     assert "is whole" in command("verify", tmp_path / "second", "--against", tmp_path / "run")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_experts_leave_whole_and_as_a_delta_and_are_proven(tmp_path, family):
     save_mixture(family, tmp_path / "model")
     options = {
