@@ -110,7 +110,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
-        short = short_name(name)
+        short = _shown_name(run, name)
         eta = 0.5 if run.config.sphere is None else run.config.sphere.eta
         found += [
             (
@@ -141,12 +141,18 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
 
 
 def _of_last_update(run: Series, name: str, eta: float) -> Figure:
-    return weight_plots.idea(*run.last_update(name), short_name(name), eta)
+    return weight_plots.idea(*run.last_update(name), _shown_name(run, name), eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
     """A figure of one matrix before and after the run."""
-    return draw(*run.change(name), short_name(name), *more)
+    return draw(*run.change(name), _shown_name(run, name), *more)
+
+
+def _shown_name(run: Series, name: str) -> str:
+    """What a figure's matrix is called; of a layer of experts one is drawn."""
+    expert = run.expert(name)
+    return short_name(name) if expert is None else f"{short_name(name)}, expert {expert}"
 
 
 def _most_changed(run: Series) -> str:
