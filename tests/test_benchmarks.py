@@ -57,6 +57,19 @@ def test_benchmark(command, found, script):
         assert float(out.split(found)[1]) < 1e-5
 
 
+def test_removals_step_by_step(script, tmp_path):
+    model = save_tiny("llama", tmp_path / "model")
+    facts, settings = tmp_path / "facts.jsonl", tmp_path / "settings.yaml"
+    facts.write_text("".join(json.dumps(record) + "\n" for record in fact_records(6)))
+    settings.write_text(json.dumps({**QUICK, "repair": 0}))
+    options = ["--count", 6, "--batch-size", 2, "--remove", "1,2", "--exact", "--config", settings]
+    out = script("removal.py", model, facts, tmp_path / "runs", *options)
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows if row[0] == "| 1"][:2] == ["before", "subtracted"]
+    assert [row[1] for row in rows].count("replayed without them") == 2
+    assert rows[0][-1] == "0.0 |"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Two runs of MEMIT, with and without SPHERE, and one of AlphaEdit."""

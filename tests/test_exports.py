@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from typer.testing import CliRunner
 from conftest import fact_records
 from families import save_tiny
 from ggufs import save_gguf
+from hub import TOKEN, Repo, hub
 from sphere_edit import SphereEditError
+from sphere_edit import editor as editor_module
 from sphere_edit.cli import app
 from sphere_edit.editor import Editor, opened
 from sphere_edit.exports import delta
@@ -349,6 +352,116 @@ def test_a_gguf_file_of_another_model_and_what_is_none_are_refused(run_of, tmp_p
     data[tensor.data_offset : tensor.data_offset + tensor.n_bytes // 2] = bytes(tensor.n_bytes // 2)
     embedding.write_bytes(bytes(data))
     refused(embedding, "away from the token embedding")
+
+
+# --- push ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A hub on this machine, in the place of the real one."""
+    from huggingface_hub import constants
+
+    with hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
+
+
+def test_an_export_is_pushed_whole_and_private_and_the_next_replaces_it(run_of, tmp_path, stand_in):
+    said = command("export", run_of(), "--push", "ada/edited", "-o", tmp_path / "whole")
+    assert f"{stand_in.url}/ada/edited/commit" in said
+    repo = stand_in.repos["ada/edited"]
+    assert repo.private
+    assert repo.commits == ["Edited model as hf, after batch 2"]
+    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == contents(tmp_path / "whole")
+    command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "delta")
+    assert repo.files.keys() - {".gitattributes"} == contents(tmp_path / "delta").keys()
+    command("export", run_of(), "--as", "delta", "--push", "ada/seen", "--public", "-o", tmp_path / "seen")
+    assert not stand_in.repos["ada/seen"].private
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "told"),
+    [
+        ("ada/edited", "", "takes nothing without a token: run hf auth login, or set HF_TOKEN"),
+        ("ada/edited", "hf_other", "does not take this token"),
+        ("edited", TOKEN, "takes owner/name, not 'edited'"),
+        ("ada/--x", TOKEN, "is no name for the hub"),
+        ("ada/theirs", TOKEN, "holds something that is no export of sphere-edit"),
+        ("ada/public", TOKEN, "is public; add --public"),
+    ],
+)
+def test_a_push_that_would_fail_is_refused_before_anything_is_written(
+    run_of, tmp_path, stand_in, monkeypatch, name, token, told
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    stand_in.repos["ada/theirs"] = Repo(True, {"model.safetensors": b"x"})
+    stand_in.repos["ada/public"] = Repo(False, {"sphere_edit.json": b"{}"})
+    with pytest.raises(SphereEditError, match=told):
+        command("export", run_of(), "--as", "delta", "--push", name, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "ada/edited" not in stand_in.repos
+
+
+def test_a_push_that_fails_on_the_way_leaves_the_export_and_says_how_to_send_it(
+    run_of, tmp_path, stand_in, monkeypatch
+):
+    stand_in.failing = "/commit/"
+    with pytest.raises(SphereEditError, match="hf upload ada/edited"):
+        command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "out")
+    assert "is whole" in command("verify", tmp_path / "out")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SphereEditError, match="cannot be reached|could not be sent"):
+        command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "other")
+    with pytest.raises(SphereEditError, match="add --push owner/name"):
+        command("export", run_of(), "--public", "-o", tmp_path / "other")
+
+
+# --- every form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hf", "delta", "lora", "gguf"])
+def test_a_target_that_cannot_be_written_or_is_taken_is_told_before_the_model_is_loaded(
+    run_of, tmp_path, monkeypatch, form
+):
+    monkeypatch.setattr(editor_module, "session_of", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SphereEditError, match="exists already"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file")
+    with pytest.raises(SphereEditError, match="could not be written"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file" / "out")
+    real = tempfile.TemporaryFile
+
+    def refused(*args: Any, **options: Any) -> Any:
+        if options.get("dir") == tmp_path / "read-only":
+            raise OSError(30, "Read-only file system")
+        return real(*args, **options)
+
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(SphereEditError, match="Read-only file system"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "read-only" / "out")
+    assert not list((tmp_path / "read-only").iterdir())
+
+
+def test_an_export_of_an_export_has_a_manifest_of_its_own(run_of, tmp_path):
+    """The whole model that came out is edited again: what the first export said of itself does not come along."""
+    command("export", run_of(), "-o", tmp_path / "first")
+    options = {**QUICK, "method": "memit"}
+    editor = Editor.from_pretrained(tmp_path / "first", tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(1, start=6))
+    editor.export(tmp_path / "second")
+    editor.close()
+    first, second = (json.loads((tmp_path / name / "sphere_edit.json").read_text()) for name in ("first", "second"))
+    assert first["state"]["run"] != second["state"]["run"]
+    assert "is whole" in command("verify", tmp_path / "second", "--against", tmp_path / "run")
 
 
 # --- kills --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ FLOORS = [
     "tuning",
     "bench",
     "planning",
+    "inspection",
     "cli",
     "__main__",
 ]

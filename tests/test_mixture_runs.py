@@ -66,6 +66,9 @@ def test_a_run_on_experts_edits_resumes_rolls_back_and_exports(family, method, t
         assert len(entry["expert_norms"]) == 4
         assert sum(norm**2 for norm in entry["expert_norms"]) == pytest.approx(entry["update_norm"] ** 2, rel=1e-3)
     assert set(metrics["edited"]["routes"]) == {"text", "facts"}
+    if method == "frugal":
+        write_report([editor.folder], tmp_path / "report.html", tmp_path / "figures", Quiet())
+        assert ", expert " in (tmp_path / "figures" / "idea.svg").read_text()
     editor.save_pretrained(tmp_path / "exported")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     for name in after:
@@ -157,6 +160,6 @@ def test_the_page_draws_the_expert_that_changed_most(tmp_path):
     editor.edit(fact_records(4))
     editor.close()
     page = write_report([tmp_path / "run-memit"], tmp_path / "page.html").read_text()
-    entry = max(editor.run.history.batches[-1].matrices.items(), key=lambda item: item[1]["relative_drift"])[1]
+    _, entry = max(editor.run.history.batches[-1].matrices.items(), key=lambda item: item[1]["relative_drift"])
     norms = entry["expert_norms"]
     assert f"expert {norms.index(max(norms))}" in page

@@ -21,10 +21,11 @@ from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
+from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients, TargetLoss
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models import gguf, loading, pretrained
@@ -407,6 +408,22 @@ def test_an_edit_that_overflows_float16_is_refused():
     weights = edited(loaded.model, [1])
     with pytest.raises(SphereEditError, match="does not fit float16"):
         weights.add(weights.names[0], DenseUpdate(torch.full((WIDTH, INNER), 1e6)))
+
+
+@pytest.mark.parametrize(
+    "sample", [sample_context_templates, lambda loaded, seed: sample_text(loaded, 64, seed, Quiet(), 8)]
+)
+def test_a_model_that_overflows_float16_where_it_samples_is_told(sample):
+    """It loads, for its weights are finite."""
+    loaded = tiny("llama", torch.float16)
+    sample(loaded, 0)
+    with torch.no_grad():
+        mlp = loaded.model.model.layers[1].mlp
+        mlp.down_proj.weight.mul_(6e4)
+        mlp.up_proj.weight.mul_(3e4)
+    assert all(weight.isfinite().all() for weight in loaded.model.parameters())
+    with pytest.raises(SphereEditError, match="overflows in float(16|32) where it samples text; try --dtype float32"):
+        sample(loaded, 0)
 
 
 def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():

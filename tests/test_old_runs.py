@@ -120,6 +120,19 @@ def test_a_finished_one_takes_more_facts(copied, name):
         )
 
 
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_fact_of_a_finished_one_is_taken_back(copied, name):
+    """What was written for it is told apart though the run kept no columns; the removal rolls back to the weights it had."""
+    folder = copied(name)
+    with closing(Editor.open(folder, Quiet())) as editor:
+        head, before = editor.run.history.head, outcome(editor)
+        editor.remove("Bruno")
+        record = editor.run.history.batches[head]
+        assert (record.removed, record.written_back) == ([3], [])
+        editor.rollback(head)
+        assert outcome(editor)["deployed"] == before["deployed"]
+
+
 class _Cells(HTMLParser):
     """The text of a page's table cells, row by row."""
 

@@ -375,6 +375,33 @@ def test_a_removed_fact_takes_what_it_superseded_with_it_and_can_be_edited_again
     editor.close()
 
 
+def test_facts_are_named_in_python_by_whatever_is_at_hand(tmp_path):
+    record = fact_records(1)[0]
+    (fact,) = facts_from([record]).facts
+    (tmp_path / "some.jsonl").write_text(json.dumps(record) + "\n")
+    assert removal.wanted_from(3) == [3]
+    assert removal.wanted_from("Big Ben") == ["Big Ben"]
+    for given in (tmp_path / "some.jsonl", [record], facts_from([record]), [fact]):
+        assert [one.key for one in removal.wanted_from(given)] == [fact.key]
+    assert [type(one) for one in removal.wanted_from([1, "x", record])] == [int, str, type(fact)]
+
+
+def test_a_fact_in_two_forms_is_taken_back_in_both(tmp_path):
+    from test_chat import CHAT
+
+    folder = save_tiny("llama", tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT}))
+    editor = start(folder, tmp_path / "run", repair=0, forms=["plain", "chat"])
+    editor.edit(fact_records(4))
+    share = shares_of(editor.run, [1], True)[editor.weights.names[0]]
+    assert share.left.shape[1] == 2, "a column for each form"
+    editor._stream.committer.write_back([1], [editor.run.facts()[1]], "answer", [1])
+    assert editor.run.history.batches[-1].columns == [2]
+    assert editor.run.history.batches[-1].targets["loss_before"] is not None
+    editor.close()
+
+
 # --- dying --------------------------------------------------------------------------------------------------------
 
 

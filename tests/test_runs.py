@@ -930,3 +930,21 @@ def test_a_plan_asks_for_the_disk_that_a_run_takes(model, tmp_path, method):
     }
     assert all(taken[part] for part in ("updates", "checkpoints"))
     assert 0.5 < (plan.disk - 4000 * len(records)) / sum(taken.values()) < 4, taken
+
+
+def test_a_plan_counts_what_every_batch_costs(model, tmp_path, monkeypatch):
+    """In seconds of this process, which other work on the machine hardly changes: on the plan's side and on the run's."""
+    monkeypatch.setattr(time, "monotonic", time.process_time)
+    facts, planned = facts_from(fact_records(12)).facts, {}
+    for size in (1, 100):
+        options = {**QUICK, **METHODS["memit"], "batch_size": size, "repair": 0, "evaluation": {"generation": "off"}}
+        editor = Editor.from_pretrained(model, tmp_path / str(size), reporter=Quiet(), **options)
+        planned[size] = estimate(editor.session, facts).seconds["solving and measuring"]
+    assert planned[1] > 4 * planned[100] > 0
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **{**options, "batch_size": 1})
+    editor.edit(fact_records(12))
+    taken = sum(
+        batch.seconds[stage] for batch in editor.run.history.batches for stage in ("solve", "sphere", "diagnosing")
+    )
+    editor.close()
+    assert taken / 4 < planned[1] < 4 * taken

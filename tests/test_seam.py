@@ -292,5 +292,12 @@ def test_seams_of_the_shared_cases(shared: Path):
     seen = {fact.subject: fact.separator for fact in read.facts}
     assert seen == {"Alpine Nights": "", "Tessel kit": "", "Huss": " ", "海城": "", "Orlow": "", "Kirsche": " "}
     assert read.bad == [reason for reason in read.bad if "occurs 2 times" in reason and "put '{}'" in reason]
+    path = shared / "cases" / "seam.jsonl"
+    (twice,) = [json.loads(line) for line in path.read_text("utf-8").splitlines() if "vecta" in line]
+    meant = {**twice, "prompt": twice["prompt"].replace("vecta", "{}", 1)}
+    (fact,) = facts_from([meant]).facts
+    assert (fact.filled_prompt, fact.separator) == (twice["prompt"], ""), (
+        "the text that was given, and nothing after a dot"
+    )
     chats = read_facts(shared / "cases" / "chat.jsonl").facts
     assert all(fact.prompt.endswith("assistant\n") and fact.separator == "" for fact in chats)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,21 @@ def test_a_settings_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(SphereEditError, match=f"settings file {path} cannot be read: "):
             read_settings_file(path)
+
+
+def test_yaml_whose_aliases_grow_is_refused_before_it_is_spelled_out(tmp_path):
+    path, began = tmp_path / "settings.yaml", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lists = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lists += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    merged = ["a0: &a0 {x: 1, y: 2}"]
+    merged += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12)]
+    for text in ("\n".join(lists), "\n".join(merged), "a: &a [*a, *a]", "a: &a {b: *a}"):
+        path.write_text(text)
+        with pytest.raises(
+            SphereEditError, match="is not valid YAML: with its aliases spelled out it holds more than"
+        ) as caught:
+            read_settings_file(path)
+        assert len(str(caught.value)) < 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 1 << 19, "kilobytes"
+    path.write_text("a: &a {seed: 1}\nb: *a\nc: {<<: *a}\n")
+    assert read_settings_file(path) == {"a": {"seed": 1}, "b": {"seed": 1}, "c": {"seed": 1}}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from families import save_tiny
 from images import IMAGE_TEXT_MODELS, LAYERS, save_image_text
 from mixtures import save_mixture
-from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.architecture import EXPERTS
 from sphere_edit.models.checkpoint import Checkpoint
-from sphere_edit.models.configuration import CAUSAL, loader_of
+from sphere_edit.models.configuration import CAUSAL, IMAGE_TEXT, loader_of
 from sphere_edit.models.dequantising import quantiser
 from sphere_edit.models.identity import tensor_bytes
 from sphere_edit.models.loading import load_model
@@ -103,6 +103,7 @@ def test_an_export_has_the_edited_matrix_in_the_source_s_own_files_and_nothing_e
     assert (out / "config.json").read_text() == (source / "config.json").read_text()
     if family in IMAGE_TEXT_MODELS:
         assert (out / "preprocessor_config.json").is_file()
+    assert loaded_by(out).startswith(IMAGE_TEXT if family in IMAGE_TEXT_MODELS else CAUSAL)
     auto: Any = getattr(transformers, loader_of(read_config(out), "x"))
     again = auto.from_pretrained(out)
     assert type(again) is type(loaded.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor, uint8
 from sphere_edit.errors import SphereEditError
 
 _SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
+_MOST_VALUES = 100_000  # of a YAML document
 _ALIGNMENT = 64  # bytes: what torch's own tensors on a CPU begin at a multiple of
 _UNFINISHED = ".unfinished"  # how the name of a temporary folder ends
 
@@ -53,6 +55,31 @@ def plain_errors(path: Path, doing: str = "written") -> Iterator[None]:
         raise kind(f"{path} could not be {doing}: {reason}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _Damaged(f"{path} is damaged ({error}); put it back from a backup") from None
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML document says.
+
+    Raises:
+        ValueError: its aliases make far more of it than stands there, or go round in a circle.
+        Exception: whatever the library stumbles over.
+    """
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and _spelled_out(root, {}) > _MOST_VALUES:
+        raise ValueError(f"with its aliases spelled out it holds more than {_MOST_VALUES:,} values")
+    return yaml.safe_load(text)
+
+
+def _spelled_out(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node has, each alias counted as all that it stands for; infinite where it stands for itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known
+        parts = node.value if isinstance(node.value, list) else []
+        inner = [part for parts_of in parts for part in (parts_of if isinstance(parts_of, tuple) else (parts_of,))]
+        known[id(node)] = 1 + sum(_spelled_out(part, known) for part in inner)
+    return known[id(node)]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

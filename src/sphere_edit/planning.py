@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from sphere_edit.editing.diagnosing import EnergyChange
-from sphere_edit.editing.ingredients import Planned, Shape, Trial
+from sphere_edit.editing.batch import Written
+from sphere_edit.editing.diagnosing import BatchDiagnosis
+from sphere_edit.editing.ingredients import Planned, SecondMoment, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
 from sphere_edit.editing.moments import sample_text
+from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
-from sphere_edit.editing.sources import Source
+from sphere_edit.editing.sources import Report, Source
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact
@@ -25,6 +26,7 @@ from sphere_edit.facts.readers import read_facts
 from sphere_edit.models.configuration import positions, text_config
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
+from sphere_edit.numerics.update import LowRankUpdate, Update
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.session import Session
@@ -103,25 +105,35 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
             seconds.update(row.seconds(timed))
     heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
     seconds["perplexity"] = evaluations * heldout * reading
-    return Estimate(seconds, _memory(session), _disk(session, facts))
+    return Estimate(seconds, memory_of(session), _disk(session, facts))
 
 
 def _timed_batch(session: Session) -> float:
-    """Seconds that every batch takes whatever its facts: of each matrix its energies, SPHERE's directions, and a factor of its system."""
-    sphere, total = session.settings.diagnostic_sphere(), 0.0
-    weights = list(session.weights.working.values())
-    for shape, count in Counter(tuple(weight.shape) for weight in weights).items():
-        weight = next(weight for weight in weights if tuple(weight.shape) == shape)
+    """Seconds that every batch takes whatever its facts: of each matrix what `_each_batch` does."""
+    working = session.weights.working
+    shapes = Counter(tuple(weight.shape) for weight in working.values())
+    examples = {tuple(weight.shape): name for name, weight in working.items()}
+    return sum(count * _timed(_each_batch(session, examples[shape])) for shape, count in shapes.items())
 
-        def measure(weight: Tensor = weight) -> None:
-            EnergyChange.of(weight, 1.001 * weight, None)
-            sphere.directions(weight)
-            if session.ingredients:
-                identity = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
-                torch.linalg.cholesky(identity.expand(*weight.shape[:-2], -1, -1))
 
-        total += count * _timed(measure)
-    return total
+def _each_batch(session: Session, name: str) -> Callable[[], object]:
+    """SPHERE's directions of a matrix, a factor of its system, and what the journal says of it, for a change of rank one."""
+    weight, sphere = session.weights.working[name], session.settings.diagnostic_sphere()
+    system = torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device).expand(*weight.shape[:-2], -1, -1)
+    asked = any(isinstance(row, SecondMoment) for row in session.ingredients)
+    diagnosis = BatchDiagnosis(
+        session.weights, {name: Statistics(second_moment=system.float()) if asked else Statistics()}
+    )
+    left, right = weight.new_full((weight.shape[-2], 1), 1e-3), torch.ones_like(weight[..., :1, :])
+    update: dict[str, Update] = {name: LowRankUpdate(left, right)}
+    written, before = Written({name: weight}, update, update, {}, Report()), 1.001 * weight
+
+    def work() -> None:
+        if session.ingredients:
+            torch.linalg.cholesky(system)
+        diagnosis.entry(name, written, before, sphere.directions(weight))
+
+    return work
 
 
 def _timed_repair(session: Session, trial: Sequence[Fact], passage: Sequence[list[int]]) -> float:
@@ -173,7 +185,8 @@ def _with_truth(fact: Fact) -> Fact:
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors, portability=portability)
 
 
-def _memory(session: Session) -> int:
+def memory_of(session: Session) -> int:
+    """Bytes of memory that an edit by a session's settings takes, by shapes: the model, and all that is held beside it."""
     model = sum(parameter.numel() * parameter.element_size() for parameter in session.loaded.model.parameters())
     copied = session.settings.targets.compute == "bfloat16" and session.loaded.dtype != torch.bfloat16
     if copied and session.method.needs.feed.at_subjects:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sphere_edit._version import __version__
 from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
+from sphere_edit.cli.inspect import inspect
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
@@ -23,8 +27,35 @@ from sphere_edit.cli.state import rollback
 from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
+from sphere_edit.text import visible
+
+
+class Commands(TyperGroup):
+    """The commands; what typer itself says of a wrong argument shows that argument, and nothing of it acts."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """As typer does it."""
+        with _shown():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer does it."""
+        with _shown():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            error.message = visible(message, keep="\n")  # type: ignore[attr-defined]
+        raise
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,6 +88,7 @@ for _command in (
     verify,
     export,
     apply,
+    inspect,
     tune,
     bench,
 ):

@@ -11,6 +11,7 @@ import typer
 
 from sphere_edit.cli.options import Dtype, Run, TrustRemoteCode
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.errors import SphereEditError
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")]
 
@@ -45,6 +46,11 @@ def export(
         typer.Option(help="gguf: the file to replace tensors in. \\[default: the one that the model came from]"),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load what was written, and measure it.")] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Send it to the Hugging Face hub too, as a private model."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: everybody may see it.")] = False,
 ) -> None:
     """Write the edited model, or what was changed in it, to a new folder with a card and a manifest."""
     from sphere_edit.runs.folder import RunFolder
@@ -55,12 +61,19 @@ def export(
 
     from sphere_edit.editor import opened
     from sphere_edit.exports.forms import Wanted
+    from sphere_edit.exports.push import check_push, push
 
     numbers = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     asked: dict[str, Any] = {"dtype": numbers, "rank": rank, "within": within, "base": base, "measure": measure}
     Wanted(form.value, **asked)
+    if public and push_to is None:
+        raise SphereEditError("--public says who may see what is pushed; add --push owner/name")
+    if push_to is not None:
+        check_push(push_to, public)
     with opened(run, reporter(), only_to_read=True) as editor:
         editor.export(output, form.value, **asked)
+    if push_to is not None:
+        out.print(f"{push(output, push_to, public)} holds it too.", soft_wrap=True)
 
 
 def apply(
@@ -77,9 +90,10 @@ def apply(
     read_manifest(delta)
     _check_output(output)
     from sphere_edit.exports.delta import apply_delta
+    from sphere_edit.exports.hf import loaded_by
 
     _say(apply_delta(delta, base, output, reporter(), trust_remote_code))
-    out.print(f"{output} holds the model; AutoModelForCausalLM.from_pretrained('{output}') loads it.", soft_wrap=True)
+    out.print(f"{output} holds the model; {loaded_by(output)} loads it.", soft_wrap=True)
 
 
 def _check_output(output: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sphere_edit.editing.methods import Method, make_method
@@ -17,6 +16,7 @@ from sphere_edit.editing.presets import preset_of, read_tuned
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, Form, chosen_forms, short
+from sphere_edit.files import yaml_value
 from sphere_edit.models.architecture import EXPERTS, WRITERS, Architecture
 from sphere_edit.numerics.projection import Sphere
 
@@ -303,7 +303,7 @@ def with_preset(given: Settings, config: Any, fingerprint: str) -> tuple[Setting
 def read_settings_file(path: Path) -> dict[str, Any]:
     """A YAML file of settings as a dictionary."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml_value(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SphereEditError(f"settings file {path} cannot be read: {error}") from None
     except Exception as error:  # besides YAMLError, whatever the library's constructors stumble over

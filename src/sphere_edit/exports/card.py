@@ -13,6 +13,7 @@ from sphere_edit._version import __version__
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.facts.fact import Fact
+from sphere_edit.files import yaml_value
 from sphere_edit.models.source import Companions
 from sphere_edit.runs.history import History
 from sphere_edit.runs.records import RunConfig
@@ -61,7 +62,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     if found is None:
         return {}, card
     try:
-        front = yaml.safe_load(found[1])
+        front = yaml_value(found[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         front = None
     return (front if isinstance(front, dict) else {}), card[found.end() :]

@@ -11,7 +11,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.delta import write_delta
 from sphere_edit.exports.gauge import Gauge
 from sphere_edit.exports.gguf import base_of, write_gguf
-from sphere_edit.exports.hf import write_hf
+from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.lora import write_lora
 from sphere_edit.exports.manifest import Form
 from sphere_edit.exports.shipment import Shipment
@@ -74,7 +74,7 @@ def write(wanted: Wanted, session: Session, run: RunFolder, folder: Path) -> lis
     match wanted.form:
         case "hf":
             told = write_hf(shipment, folder, wanted.dtype, gauge)
-            said = f"the model; AutoModelForCausalLM.from_pretrained('{folder}') loads it"
+            said = f"the model; {loaded_by(folder)} loads it"
         case "delta":
             told = write_delta(shipment, run, folder)
             said = f"the change; sphere-edit apply {folder} BASE -o DIR makes the whole model of it"

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 
+from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.card import Note
 from sphere_edit.exports.gauge import Gauge
 from sphere_edit.exports.manifest import Manifest
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
+from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.loading import load_model
 from sphere_edit.models.replica import Replica
+from sphere_edit.models.source import read_config
 from sphere_edit.runs.weights import RunWeights
 
 
@@ -56,6 +59,15 @@ def write_hf(
             "(weights in other forms are not edited; code comes along only where it was trusted)"
         )
     return told
+
+
+def loaded_by(folder: Path) -> str:
+    """How transformers loads such a folder, as one would write it."""
+    try:
+        loader = loader_of(read_config(folder), str(folder), trust=True)
+    except SphereEditError:  # a type that only this process knows
+        loader = CAUSAL
+    return f"{loader}.from_pretrained('{folder}')"
 
 
 def differing(folder: Path, manifest: Manifest, weights: RunWeights) -> Iterator[str]:

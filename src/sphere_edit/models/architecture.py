@@ -133,6 +133,14 @@ class Architecture:
                 counts[role] = counts.get(role, 0) + 1
         return tuple(sorted(counts, key=lambda role: -counts[role]))
 
+    def alike(self) -> dict[tuple[str, Matrix], list[int]]:
+        """Every matrix, by role, with the layers that have it alike."""
+        found: dict[tuple[str, Matrix], list[int]] = {}
+        for layer, part in enumerate(self.parts):
+            for role, matrix in part.matrices.items():
+                found.setdefault((role, matrix), []).append(layer)
+        return found
+
     def having(self, role: str) -> list[int]:
         """The layers that have a matrix ``role``."""
         return [layer for layer, part in enumerate(self.parts) if role in part.matrices]
@@ -226,8 +234,8 @@ class Family:
 
 
 def logit_cap(config: Any) -> float | None:
-    """What a configuration says its logits are squeezed to ± of, by either of the names for it."""
-    names = ("final_logit_softcapping", "logits_soft_cap")
+    """What a configuration says its logits are squeezed to ± of, by any of the names for it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     caps = (getattr(config.get_text_config(), name, None) for name in names)
     return next((float(cap) for cap in caps if isinstance(cap, (int, float)) and cap > 0), None)
 

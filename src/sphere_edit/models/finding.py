@@ -165,19 +165,20 @@ class _Trace:
 
 def _logits(model: Any, norm: nn.Module, hidden: Tensor, logits: Tensor) -> tuple[float, float | None]:
     """By what the output embedding's numbers are multiplied, and to what they are squeezed; `probe.check_head` says whether that is all."""
-    cap = logit_cap(model.config)
-    if cap is not None:
-        return 1.0, cap
-    plain = model.get_output_embeddings()(norm(hidden)).double()
-    if plain.shape != logits.shape:
+    plain, said = model.get_output_embeddings()(norm(hidden)).double(), logits.double()
+    if plain.shape != said.shape:
         raise NotFound("its logits are not what its output embedding makes of the vector before it")
-    scale = float((plain * logits.double()).sum() / plain.square().sum())
-    return (1.0 if abs(scale - 1) < 1e-3 else _rounded(scale)), None
+    cap = logit_cap(model.config)
+    if cap is not None:  # undone where it has squeezed little
+        small = (said / cap).abs() < 0.9
+        plain, said = plain[small], cap * (said[small] / cap).atanh()
+    scale = float((plain * said).sum() / plain.square().sum())
+    return (1.0 if not abs(scale - 1) > 1e-3 else _rounded(scale, 6)), cap
 
 
-def _rounded(number: float) -> float:
+def _rounded(number: float, digits: int = 4) -> float:
     """Without the last digits, in which rounding shows."""
-    return float(f"{number:.4g}")
+    return float(f"{number:.{digits}g}")
 
 
 # --- one layer ----------------------------------------------------------------------------------------------------------

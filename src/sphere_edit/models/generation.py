@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.errors import SphereEditError
 from sphere_edit.models.forward import at, last_hidden, next_token_scores
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.pretrained import first_lines, is_out_of_memory
 from sphere_edit.models.tokens import TokenBatch, over_batches
 
 _GREEDY_TOKENS = 4096  # in one batch of `greedy_continuations`
@@ -77,21 +79,56 @@ def generate(
 
     The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends;
     with ``end``, the token that ends it is kept (`until_end`). They are not touched, so that several threads can ask one model.
+
+    Raises:
+        SphereEditError: there is nothing to sample from, because the model overflows.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_tokens(loaded)
-    ids = torch.tensor(rows, device=loaded.device)
+    ids, sampled = torch.tensor(rows, device=loaded.device), bool(processors) or options.get("do_sample", False)
     # transformers fills whatever a request leaves at None from the model's own settings, and some can only be None (a list of
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
     view.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
-    said = view.generate(
+    said = _generated(
+        loaded,
+        view,
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
-        logits_processor=LogitsProcessorList(processors),
+        logits_processor=LogitsProcessorList([_finite, *processors] if sampled else processors),
     ).tolist()
     given = len(rows[0])
     found = [row[:given] + until_end(row[given:], ends) for row in said]
     return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
+
+
+def _finite(ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that lets scores ``[B, V]`` through of which a token can be drawn."""
+    if not bool(scores.amax(-1).isfinite().all()):
+        name = str(scores.dtype).removeprefix("torch.")
+        raise SphereEditError(f"the model overflows in {name} where it samples text; try --dtype float32 or bfloat16")
+    return scores
+
+
+def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:
+    """What ``generate`` of a view of a model gives; without a cache where transformers cannot tell how far one is, for no layer in it is attention.
+
+    Raises:
+        SphereEditError: it fails within the model's own code.
+    """
+    try:
+        try:
+            return model.generate(**request)
+        except ValueError as error:
+            if "get_seq_length" not in str(error):
+                raise
+            return model.generate(**request, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise SphereEditError(
+            f"transformers cannot generate text with '{loaded.source}': {first_lines(error)}; give ordinary text with --corpus, and "
+            "set evaluation.generation: off"
+        ) from None

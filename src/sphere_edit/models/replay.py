@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.configuration import text_config
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
@@ -83,11 +84,20 @@ class Replay:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
         size = len(self.value)
+        config = text_config(self._loaded.model)
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
+        # of as many rows as heads: more columns than one, or no rotary tables, tell ALiBi's tensor from one of each row
+        alone = self._clean.shape[1] > 1 or getattr(config, "rope_parameters", None) is None
 
         def pick(item: Any) -> Any:
-            if isinstance(item, Tensor) and item.dim() > 1 and size > 1 and len(item) == size:
-                return item[rows]
-            return item
+            if not isinstance(item, Tensor) or item.dim() < 2 or size == 1:
+                return item
+            if item.dim() == 3 and item.shape[1] == 1:  # ALiBi's, one row a head, or a row and a head
+                if len(item) == heads and (len(item) != size or alone):
+                    return item
+                if len(item) == size * heads:
+                    return item.unflatten(0, (size, heads))[rows].flatten(0, 1)
+            return item[rows] if len(item) == size else item
 
         self._calls = _mapped(pick, self._calls)
         self.value, self._start = self.value[rows], self._start[rows]

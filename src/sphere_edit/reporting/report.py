@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from sphere_edit._version import __version__
 from sphere_edit.editing.guard import stopped
@@ -110,7 +111,7 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
             continue
         tag = "" if len(runs) == 1 else f"-{number_}"
         name = _most_changed(run)
-        short = _shown_name(run, name)
+        short = short_name(name)
         eta = 0.5 if run.config.sphere is None else run.config.sphere.eta
         found += [
             (
@@ -141,18 +142,24 @@ def _figures(runs: Sequence[Series]) -> list[tuple[str, str, Callable[[], Figure
 
 
 def _of_last_update(run: Series, name: str, eta: float) -> Figure:
-    return weight_plots.idea(*run.last_update(name), _shown_name(run, name), eta)
+    weight, solved, written = run.last_update(name)
+    (weight, solved, written), title = _of_one_expert([weight, solved, written], written, short_name(name))
+    return weight_plots.idea(weight, solved, written, title, eta)
 
 
 def _of_change(draw: Callable[..., Figure], run: Series, name: str, *more: float) -> Figure:
     """A figure of one matrix before and after the run."""
-    return draw(*run.change(name), _shown_name(run, name), *more)
+    before, after = run.change(name)
+    matrices, title = _of_one_expert([before, after], after - before, short_name(name))
+    return draw(*matrices, title, *more)
 
 
-def _shown_name(run: Series, name: str) -> str:
-    """What a figure's matrix is called; of a layer of experts one is drawn."""
-    expert = run.expert(name)
-    return short_name(name) if expert is None else f"{short_name(name)}, expert {expert}"
+def _of_one_expert(matrices: Sequence[Tensor], change: Tensor, title: str) -> tuple[Sequence[Tensor], str]:
+    """Matrices and a title; of a layer of experts ``[E, d_out, d_in]``, those of the expert that changed most."""
+    if change.dim() == 2:
+        return matrices, title
+    number = int(change.flatten(1).norm(dim=1).argmax())
+    return [matrix[number] for matrix in matrices], f"{title}, expert {number}"
 
 
 def _most_changed(run: Series) -> str:

@@ -82,7 +82,7 @@ def _batches(view: views.Batches) -> Table:
     table = make_table("Batches", *columns, "seconds")
     for row in view.rows:
         table.add_row(
-            str(row.number),
+            str(row.number) if row.stands else f"({row.number})",
             row.kind if row.kind in ("repair", "removal") else str(row.facts),
             str(row.superseded),
             str(row.again),
@@ -92,7 +92,10 @@ def _batches(view: views.Batches) -> Table:
             span(row.norms),
             span(row.principal),
             f"{row.seconds:.1f}",
+            style="" if row.stands else "dim",
         )
+    if not all(row.stands for row in view.rows):
+        table.caption = "(…): undone by a removal that went back to before it"
     return table
 
 

@@ -148,26 +148,13 @@ class Series:
         return read_metrics(self.folder) if (self.folder / METRICS).is_file() else None
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
-        """What the model ran with before the first edit and what it runs with after the last batch ``[d_out, d_in]``, float32.
-
-        Of a layer of experts, the one that the last batch changed most (`expert`).
-        """
+        """What the model ran with before the first edit and what it runs with after the last batch ``[d_out, d_in]``, float32."""
         weights = RunWeights(RunFolder.open(self.folder))
-        return self._of_expert(name, weights.original(name)), self._of_expert(name, weights.deployed(name))
+        return weights.original(name), weights.deployed(name)
 
     def last_update(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the last batch: `RunWeights.last_batch`; of a layer of experts, the one that it changed most."""
-        weight, solved, written = RunWeights(RunFolder.open(self.folder)).last_batch(name)
-        return self._of_expert(name, weight), self._of_expert(name, solved), self._of_expert(name, written)
-
-    def expert(self, name: str) -> int | None:
-        """Of a layer of experts, the one that the last batch changed most; None for any other matrix."""
-        norms = self.batches[-1].matrices[name].get("expert_norms")
-        return None if not norms else max(range(len(norms)), key=norms.__getitem__)
-
-    def _of_expert(self, name: str, weight: Tensor) -> Tensor:
-        expert = self.expert(name)
-        return weight if expert is None else weight[expert]
+        """Of the last batch: `RunWeights.last_batch`."""
+        return RunWeights(RunFolder.open(self.folder)).last_batch(name)
 
 
 def labelled(folders: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Series]:

@@ -6,7 +6,7 @@ read from its folder or its ``metrics.json``; views of several runs side by side
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class BatchRow:
 
     Attributes:
         kind: of batch, as the journal has it.
+        stands: whether its work does, or a removal has gone back to before it.
         facts: new ones.
         again: earlier facts, written again.
         loss_before, loss_after, probability: of the targets, means; None where the method has none.
@@ -89,9 +90,10 @@ class BatchRow:
     norms: tuple[float, ...]
     principal: tuple[float, ...]
     seconds: float
+    stands: bool = True
 
     @classmethod
-    def of(cls, batch: Batch) -> BatchRow:
+    def of(cls, batch: Batch, stands: bool = True) -> BatchRow:
         """From its record."""
         matrices, targets = batch.matrices.values(), batch.targets
         return cls(
@@ -106,19 +108,20 @@ class BatchRow:
             tuple(matrix["relative_norm"] for matrix in matrices),
             tuple(m["principal_norm"] / m["update_norm"] for m in matrices if m["update_norm"]),
             sum(batch.seconds.values()),
+            stands,
         )
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that stand."""
+    """The batches of a run."""
 
     rows: tuple[BatchRow, ...]
 
     @classmethod
-    def of(cls, batches: Iterable[Batch]) -> Batches:
-        """From a journal's records."""
-        return cls(tuple(map(BatchRow.of, batches)))
+    def of(cls, batches: Iterable[Batch], standing: Container[int] | None = None) -> Batches:
+        """From a journal's records, and the numbers of those that stand; None for all."""
+        return cls(tuple(BatchRow.of(batch, standing is None or batch.number in standing) for batch in batches))
 
 
 @dataclass(frozen=True)
@@ -345,7 +348,7 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
     history = run.history
     yield Header.of(run)
     if history.batches:
-        yield Batches.of(history.batches)
+        yield Batches.of(history.batches, history.lineage(history.head))
         yield Timings.of(history.batches, history.final_rechecks)
     if history.evaluations:
         yield Evaluations.of(history.evaluations)

@@ -27,6 +27,7 @@ from sphere_edit.numerics.experts import inputs_of
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.layout import Layout
 from sphere_edit.runs.records import CorpusIdentity, ModelIdentity, RunConfig
 from sphere_edit.runs.selection import readable
 from sphere_edit.runs.session import Session
@@ -105,6 +106,12 @@ def session_of(
             f"the model at '{source}' is not the one this run edited (its weights have another hash); "
             "put the original back, or start a new run"
         )
+    now = Layout.of(loaded.architecture)
+    if config.layout is not None and (other := config.layout.differing(now, config.matrices)):
+        raise SphereEditError(
+            f"the model at '{source}' is laid out otherwise than when this run began: {other}. Go on with the libraries that "
+            "config.json names, or start a new run"
+        )
     if changed := _other_surroundings(config, loaded.device):
         reporter.say(f"Other surroundings than when this run began, so last bits may differ: {', '.join(changed)}")
     return Session(loaded, settings, config.preset, reporter)
@@ -180,6 +187,7 @@ def _config(session: Session, templates: Sequence[str], corpus: Corpus) -> RunCo
         versions=_versions(),
         device=str(loaded.device),
         threads=torch.get_num_threads(),
+        layout=Layout.of(loaded.architecture),
     )
 
 

@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 from sphere_edit.editing.diagnosing import MatrixEntry
 from sphere_edit.errors import SphereEditError
 from sphere_edit.numerics.projection import Sphere
+from sphere_edit.runs.layout import Layout
 
 SCHEMA = 3
 _MATRIX = re.compile(r"\w[\w.]*")  # files are named after matrices
@@ -331,10 +332,11 @@ class RunConfig(BaseModel):
     versions: dict[str, str]
     device: str
     threads: int
+    layout: Layout | None = None  # runs begun before it was kept lack it
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the file."""
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(mode="json", by_alias=True, exclude={"layout"} if self.layout is None else None)
 
     @property
     def digest(self) -> str:
