@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from families import save_tiny
 from ggufs import save_gguf
 from hub import TOKEN, Repo, hub
 from sphere_edit import SphereEditError
+from sphere_edit import editor as editor_module
 from sphere_edit.cli import app
 from sphere_edit.editor import Editor, opened
 from sphere_edit.exports import delta
@@ -420,6 +422,46 @@ def test_a_push_that_fails_on_the_way_leaves_the_export_and_says_how_to_send_it(
         command("export", run_of(), "--as", "delta", "--push", "ada/edited", "-o", tmp_path / "other")
     with pytest.raises(SphereEditError, match="add --push owner/name"):
         command("export", run_of(), "--public", "-o", tmp_path / "other")
+
+
+# --- every form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hf", "delta", "lora", "gguf"])
+def test_a_target_that_cannot_be_written_or_is_taken_is_told_before_the_model_is_loaded(
+    run_of, tmp_path, monkeypatch, form
+):
+    monkeypatch.setattr(editor_module, "session_of", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SphereEditError, match="exists already"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file")
+    with pytest.raises(SphereEditError, match="could not be written"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "file" / "out")
+    real = tempfile.TemporaryFile
+
+    def refused(*args: Any, **options: Any) -> Any:
+        if options.get("dir") == tmp_path / "read-only":
+            raise OSError(30, "Read-only file system")
+        return real(*args, **options)
+
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(SphereEditError, match="Read-only file system"):
+        command("export", run_of(), "--as", form, "-o", tmp_path / "read-only" / "out")
+    assert not list((tmp_path / "read-only").iterdir())
+
+
+def test_an_export_of_an_export_has_a_manifest_of_its_own(run_of, tmp_path):
+    """The whole model that came out is edited again: what the first export said of itself does not come along."""
+    command("export", run_of(), "-o", tmp_path / "first")
+    options = {**QUICK, "method": "memit"}
+    editor = Editor.from_pretrained(tmp_path / "first", tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(1, start=6))
+    editor.export(tmp_path / "second")
+    editor.close()
+    first, second = (json.loads((tmp_path / name / "sphere_edit.json").read_text()) for name in ("first", "second"))
+    assert first["state"]["run"] != second["state"]["run"]
+    assert "is whole" in command("verify", tmp_path / "second", "--against", tmp_path / "run")
 
 
 # --- kills --------------------------------------------------------------------------------------------------------

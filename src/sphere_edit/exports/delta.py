@@ -30,8 +30,8 @@ FILE = "delta.safetensors"
 _MODEL_CARD = "MODEL_CARD.md"  # of the whole model, for whoever applies the delta
 _ROWS = 64  # of a matrix that are summed at one time; changes memory, not results
 _REVEALS = (
-    "A delta shows which subjects were edited: its factors are made of their keys, and whoever has the original "
-    "can look for the subjects that have these keys. Give it to nobody who may not know them."
+    "A delta shows which subjects were edited. Its card names the facts; and without the card, its factors are made of the subjects' keys, "
+    "so that whoever has the original can look for the subjects that have these keys. Give it to nobody who may not know them."
 )
 Parts = dict[
     str, Tensor
@@ -145,7 +145,12 @@ def _smallest(run: RunFolder, name: str, original: Tensor, wanted: Tensor, dtype
 
 
 def _factors(run: RunFolder, name: str, limit: int) -> Parts | None:
-    """The factors of every batch's update, one batch after another; None where one has none, or they take ``limit`` bytes."""
+    """The factors of every batch's update, one batch after another; None where one has none, or they take ``limit`` bytes.
+
+    None too where facts were removed: their factors would go out with the others', and be subtracted again.
+    """
+    if run.history.removed:
+        return None
     updates: list[Update] = []
     for _, found, _ in run.updates(0, run.history.head, name):
         updates.append(found[name])
