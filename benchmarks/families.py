@@ -37,6 +37,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 8, "n_embd": 128, "n_inner": 512, "n_head": 4, "n_positions": 128},
     "qwen2": {**SHAPE, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gemma2": {**SHAPE, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**SHAPE, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "olmo2": {**SHAPE, "num_key_value_heads": 2},
 }
 _EXPERTS = {
     **SHAPE,
@@ -233,14 +235,14 @@ def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[s
 def main() -> None:
     """One row a family and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="[default: gpt2, qwen2, gemma2]")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 passages")
     parser.add_argument("--models", type=Path, help="keep the trained models there, and take those that are there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = args.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        for family in args.family or FAMILIES:
+        for family in args.family or ("gpt2", "qwen2", "gemma2"):
             shown = [of_part(part, STRICT) for part in PARTS]
             heads = " | ".join([*(metric.words for metric in shown), PERPLEXITY.words, DIVERGENCE.column])
             print(f"\n| family | method | {heads} |\n|---|---|{'---|' * (len(shown) + 2)}")

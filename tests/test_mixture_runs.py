@@ -129,9 +129,8 @@ def test_the_journal_holds_plain_numbers_of_every_expert(tmp_path):
 
 
 def test_tune_tries_the_routed_experts_where_shared_ones_are_the_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("sphere_edit.tuning._ENDS", ())
-    monkeypatch.setattr("sphere_edit.tuning._WEIGHTS", ())
-    monkeypatch.setattr("sphere_edit.tuning._STEPS", ())
+    monkeypatch.setattr("sphere_edit.trials._ENDS", ())
+    monkeypatch.setattr("sphere_edit.tuning._tried_along", lambda *args: [])
     loaded = load_model(save_mixture("deepseek_v3", tmp_path / "source"), "cpu")
     plain = {name: value for name, value in FAST.items() if name != "layers"}
     facts = facts_from(fact_records(4)).facts
