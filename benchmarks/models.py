@@ -214,7 +214,7 @@ def layout(editor: Editor) -> dict[str, Any]:
         "layers": f"{len(architecture.having(architecture.writer))} of {len(architecture.parts)}",
         "one_layer": architecture.matrix(first, architecture.writer).alone,
         "whole_rows": architecture.whole_rows,
-        "tower": any("vision" in name or "image" in name for name in editor.model.state_dict()),
+        "tower": any("vis" in name or "image" in name for name in editor.model.state_dict()),
     }
 
 

@@ -194,3 +194,31 @@ def test_a_rewording_without_the_subject_is_refused():
     }
     with pytest.raises(SphereEditError, match="'France' does not occur in the prompt 'Its capital is'"):
         facts_from([record], False)
+
+
+class Heard(Quiet):
+    """What was said."""
+
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text, style=""):
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(("method", "told"), [("memit", True), ("alphaedit", True), ("frugal", False), ("ft", False)])
+def test_a_method_that_spares_no_siblings_says_so(method, told, tmp_path):
+    heard = Heard()
+    editor = Editor.from_pretrained(
+        save_tiny("gpt2", tmp_path / "model"), tmp_path / "run", reporter=heard, method=method
+    )
+    records = [
+        {"subject": fact.subject, "prompt": fact.prompt, "target_new": fact.target_new} for fact in (FIRST, FURTHER)
+    ]
+    facts, _ = editor.check(facts_from(records), skip_bad=False)
+    assert [begins_its_row(fact, Encoder(editor.tokenizer)) for fact in facts] == [True, False]
+    found = [text for text in heard.said if "is the first token of its prompt" in text]
+    assert bool(found) is told
+    if told:
+        assert found[0].startswith("1 of 2 facts have a subject")
+        assert "'A is the capital'" in found[0]

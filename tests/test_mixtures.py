@@ -103,6 +103,7 @@ def test_joint_keys_are_indexed_as_a_tensor_is():
     torch.testing.assert_close(keys[1, :3], whole[1, :3], atol=1e-6, rtol=1e-5)
     last = (torch.arange(len(batch.ids)), batch.mask.sum(1) - 1)
     torch.testing.assert_close(keys[last], whole[last], atol=1e-6, rtol=1e-5)
+    assert keys[1, 3:3].shape == whole[1, 3:3].shape  # nothing stands after a subject that ends its prompt
     for expert, chosen, part in keys.by_expert((1, slice(0, 3))):
         torch.testing.assert_close(part, whole[1, :3].unflatten(1, (4, -1))[chosen, expert], atol=1e-6, rtol=1e-5)
 

@@ -65,14 +65,14 @@ class JointKeys:
     @torch.no_grad()
     def __getitem__(self, where: Any) -> Tensor:
         places = self._places[where]
-        found: Tensor | None = None
+        nothing = self._inner(0, self._hidden.reshape(-1, self._hidden.shape[-1])[:0]).float()
+        found = nothing.new_zeros(places.numel(), self.count, nothing.shape[1])
+        routed = False
         for expert, rows, keys in self.by_expert(where):
-            if found is None:
-                found = keys.new_zeros(places.numel(), self.count, keys.shape[1])
-            found[rows, expert] = keys
-        if found is None:
+            found[rows, expert], routed = keys, True
+        if places.numel() and not routed:
             raise SphereEditError("no token of these is routed to any expert")
-        return found.flatten(1).view(*places.shape, -1)
+        return found.view(*places.shape, self.count * nothing.shape[1])
 
     @torch.no_grad()
     def by_expert(self, where: Any) -> Iterator[tuple[int, Tensor, Tensor]]:

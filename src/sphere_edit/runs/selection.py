@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sphere_edit.editing.ingredients import ContextTokens
 from sphere_edit.editing.methods import METHODS, Method
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact, Neighbor, Probe, short
+from sphere_edit.facts.forms import begins_its_row
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.models.configuration import positions
@@ -43,6 +45,7 @@ def admit(
     _say_left_out(session, left_out)
     if not plan.facts:
         raise SphereEditError(f"{given.source}: none of its facts can be used; the first: {left_out[0]}")
+    _say_first_tokens(session, plan.facts)
     return plan.facts, left_out
 
 
@@ -82,6 +85,20 @@ def _say_remarks(session: Session, facts: FactSet) -> None:
     """Tell how facts were understood."""
     for remark in facts.remarks():
         session.reporter.say(remark)
+
+
+def _say_first_tokens(session: Session, facts: Sequence[Fact]) -> None:
+    """Tell what becomes of facts whose subject is the first token of its row, where the method has nothing to leave others alone by."""
+    needs, encoder = session.method.needs, Encoder(session.loaded.tokenizer)
+    if not needs.feed.at_subjects or needs.get(ContextTokens) is not None:
+        return
+    first = [fact for fact in facts if any(begins_its_row(form, encoder) for form in fact.in_each_form())]
+    if first:
+        session.reporter.say(
+            f"{len(first)} of {len(facts)} facts have a subject that is the first token of its prompt, for example "
+            f"'{short(first[0].filled_prompt)}'. {session.method.name} changes what bare prompts like these say of other subjects too; "
+            "frugal, or words before the subject, leave them alone"
+        )
 
 
 def _say_left_out(session: Session, records: Sequence[str]) -> None:
