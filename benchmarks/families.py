@@ -56,7 +56,7 @@ MIXTURES: dict[str, dict[str, Any]] = {  # and a dense twin, of as many numbers 
     "qwen3_moe": {**_EXPERTS, "num_key_value_heads": 2, "head_dim": 32},
     "gpt_oss": {**_EXPERTS, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64},
     "deepseek_v3": {
-        **_EXPERTS, "moe_intermediate_size": 85, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        **_EXPERTS, "moe_intermediate_size": 88, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
         "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
     },
 }  # fmt: skip
