@@ -164,6 +164,9 @@ def test_updates_by_expert_are_those_of_the_wide_matrix():
     torch.testing.assert_close(both.wide().dense(), explicit)
     torch.testing.assert_close(wide(both.added_to(weight)), wide(weight) + explicit)
     assert both.norm() == pytest.approx(float(explicit.norm()))
+    shares = [both.share([0, 5]), both.share([1, 2, 3, 4])]
+    torch.testing.assert_close(wide(shares[0].dense() + shares[1].dense()), explicit)
+    assert float(shares[0].norm()) > 0
     assert DenseUpdate(both.dense()).wide().norm() == pytest.approx(float(explicit.norm()))
 
 

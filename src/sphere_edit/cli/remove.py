@@ -54,9 +54,19 @@ def _say_removed(editor: Editor) -> None:
 
     run = editor.run
     assert run is not None
-    last = max(batch.number for batch in run.history.batches if batch.removed)
-    view = Removed.of(run.history, run.facts())
-    out.print(draw(Removed(tuple(row for row in view.rows if row.batch == last))))
+    removal = next(batch for batch in reversed(run.history.batches) if batch.removed)
+    rows = tuple(row for row in Removed.of(run.history, run.facts()).rows if row.batch == removal.number)
+    out.print(draw(Removed(rows)))
+    missing = sum(row.returned is False for row in rows)
+    if missing and removal.restored is not None:
+        out.print(
+            f"{missing} of these prompts were moved by other facts: the run is as if it had never had the removed ones."
+        )
+    elif missing:
+        out.print(
+            f"{missing} of these prompts do not give the unedited model's answer again. To have the run as if it had never had the removed "
+            f"facts: rollback --to {removal.number - 1}, then remove with --exact."
+        )
 
 
 def history(

@@ -145,7 +145,12 @@ def _smallest(run: RunFolder, name: str, original: Tensor, wanted: Tensor, dtype
 
 
 def _factors(run: RunFolder, name: str, limit: int) -> Parts | None:
-    """The factors of every batch's update, one batch after another; None where one has none, or they take ``limit`` bytes."""
+    """The factors of every batch's update, one batch after another; None where one has none, or they take ``limit`` bytes.
+
+    None too where facts were removed: their factors would go out with the others', and be subtracted again.
+    """
+    if run.history.removed:
+        return None
     updates: list[Update] = []
     for _, found, _ in run.updates(0, run.history.head, name):
         updates.append(found[name])

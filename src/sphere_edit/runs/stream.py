@@ -157,6 +157,7 @@ class Stream:
         except BaseException:
             with suppress(SphereEditError):
                 self.committer.settle()
+                self.run.thin(self.run.history.head)  # what comes next need not be this removal
             raise
         self.go_on()
 
