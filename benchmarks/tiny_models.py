@@ -193,7 +193,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "emu3": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301}},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [48, 48],
+        "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+    },
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 64},
     "gemma3n_text": {
         "num_hidden_layers": 6,

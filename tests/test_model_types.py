@@ -101,7 +101,7 @@ def test_a_type_that_is_refused_says_why(kind, when, why, bench):
 
 def test_the_page_counts_what_was_passed(bench):
     found = {"type": "a", "class": "A", "row": False, "path": "mlp.down", "layers": "4 of 4", "one_layer": False}
-    found |= {"whole_rows": True, "writer": "down", "method": "frugal"}
+    found |= {"tower": True, "whole_rows": True, "writer": "down", "method": "frugal"}
     rows = {
         "qwen3": {**found, "passed": list(bench.STEPS)},
         "opt": {
@@ -117,9 +117,10 @@ def test_the_page_counts_what_was_passed(bench):
     page = bench.page(rows)
     assert "| 53 families that users bring | 2 | 1 | 1 | 1 | 1 |" in page
     assert "| 1 configurations of the second set | 1 | 1 | 1 | 1 | 1 |" in page
-    assert "| 2 model types that can be made tiny | 2 | 1 | 1 | 1 | 1 |" in page
-    assert "| opt | when it was edited | no. |" in page
-    assert "| bert | by its config.json | it is an encoder |" in page
+    assert "| 4 model types in transformers' lists of causal and of image-text models | 2 | 1 | 1 | 1 | 1 |" in page
+    assert "Of the types that are edited, 1 see images" in page
+    assert "| opt | refused when it was edited | no. |" in page
+    assert "| bert | refused by its `config.json` | it is an encoder |" in page
     assert "| git | no tiny model could be made | ValueError: a / b |" in page
 
 
