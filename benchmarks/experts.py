@@ -27,7 +27,15 @@ from sphere_edit.editing.settings import make_settings
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.editor import Editor
-from sphere_edit.evaluation.catalogue import DIVERGENCE, PARTS, PERPLEXITY, STRICT, of_part
+from sphere_edit.evaluation.catalogue import (
+    DIVERGENCE,
+    EFFICACY,
+    GENERALIZATION,
+    PERPLEXITY,
+    SPECIFICITY,
+    STRICT,
+    of_part,
+)
 from sphere_edit.models.experts import JointKeys
 from sphere_edit.models.forward import activations
 from sphere_edit.models.loading import LoadedModel, load_model
@@ -37,7 +45,7 @@ from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.experts import wide
 from sphere_edit.progress import Quiet
 
-SPANS = ([1, 2, 3], [2, 3, 4])
+SPANS = (slice(1), slice(3), slice(1, 4))  # of the layers that have such matrices
 LAYER = 3  # of the second question
 MISS = 0.1  # of the residual, in it
 TEXTS = (500, 2_000, 8_000, 60_000)  # tokens that C0 is measured on
@@ -49,9 +57,10 @@ def runs_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, str, d
     """What was edited of a family and how, the unedited scores, and the edited ones."""
     model, corpus, _, facts = prepared(family, folder, steps)
     given = make_settings({"batch_size": 7, "moments": {"corpus": str(corpus)}, "evaluation": {"generation": "off"}})
-    roles = [role for role in ("down", "experts") if role in load_model(model).architecture.roles]
-    for role in roles:
-        for method, layers in (("frugal", SPANS[0]), ("frugal", SPANS[1]), ("memit_seq", SPANS[1])):
+    architecture = load_model(model).architecture
+    for role in (role for role in ("down", "experts") if role in architecture.roles):
+        for method, span in (*(("frugal", span) for span in SPANS), ("memit_seq", SPANS[1])):
+            layers = architecture.having(role)[span]
             options = {"method": method, "layers": {role: layers}}
             with tempfile.TemporaryDirectory() as run:
                 editor = Editor.from_pretrained(
@@ -59,12 +68,12 @@ def runs_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, str, d
                 )
                 metrics = editor.edit(facts)
                 editor.close()
-            yield role, f"{method}, layers {layers[0]}–{layers[-1]}", metrics["unedited"], metrics["edited"]
+            yield role, f"{method}, layers {', '.join(map(str, layers))}", metrics["unedited"], metrics["edited"]
 
 
 def show_runs(folder: Path, steps: int, families: Sequence[str]) -> None:
     """One row a family, kind of matrix and method."""
-    shown = [of_part(part, STRICT) for part in PARTS]
+    shown = [of_part(part, STRICT) for part in (EFFICACY, GENERALIZATION, SPECIFICITY)]
     heads = " | ".join([*(metric.words for metric in shown), PERPLEXITY.words, DIVERGENCE.column])
     print(
         f"\n| family | edited | method | {heads} | routes changed: text | facts |\n|---|---|---|{'---|' * (len(shown) + 4)}"

@@ -37,6 +37,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 8, "n_embd": 128, "n_inner": 512, "n_head": 4, "n_positions": 128},
     "qwen2": {**SHAPE, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gemma2": {**SHAPE, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**SHAPE, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "olmo2": {**SHAPE, "num_key_value_heads": 2},
 }
 _EXPERTS = {
     **SHAPE,
@@ -54,7 +56,7 @@ MIXTURES: dict[str, dict[str, Any]] = {  # and a dense twin, of as many numbers 
     "qwen3_moe": {**_EXPERTS, "num_key_value_heads": 2, "head_dim": 32},
     "gpt_oss": {**_EXPERTS, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64},
     "deepseek_v3": {
-        **_EXPERTS, "moe_intermediate_size": 85, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        **_EXPERTS, "moe_intermediate_size": 88, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
         "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
     },
 }  # fmt: skip
@@ -233,14 +235,14 @@ def rows_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, dict[s
 def main() -> None:
     """One row a family and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="[default: gpt2, qwen2, gemma2]")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 passages")
     parser.add_argument("--models", type=Path, help="keep the trained models there, and take those that are there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = args.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        for family in args.family or FAMILIES:
+        for family in args.family or ("gpt2", "qwen2", "gemma2"):
             shown = [of_part(part, STRICT) for part in PARTS]
             heads = " | ".join([*(metric.words for metric in shown), PERPLEXITY.words, DIVERGENCE.column])
             print(f"\n| family | method | {heads} |\n|---|---|{'---|' * (len(shown) + 2)}")

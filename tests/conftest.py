@@ -63,6 +63,7 @@ TOGETHER = {
     "test_ability": "ability",
     "test_benchmarks": "benchmarks",
     "test_bench": "bench",
+    "test_exports": "exports",
     "test_report": "report",
     "test_reference": "smollm2",
     "test_smollm2_slow": "smollm2",

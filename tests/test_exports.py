@@ -23,6 +23,7 @@ from conftest import fact_records
 from families import save_tiny
 from ggufs import save_gguf
 from hub import TOKEN, Repo, hub
+from mixtures import save_mixture
 from sphere_edit import SphereEditError
 from sphere_edit import editor as editor_module
 from sphere_edit.cli import app
@@ -462,6 +463,30 @@ def test_an_export_of_an_export_has_a_manifest_of_its_own(run_of, tmp_path):
     first, second = (json.loads((tmp_path / name / "sphere_edit.json").read_text()) for name in ("first", "second"))
     assert first["state"]["run"] != second["state"]["run"]
     assert "is whole" in command("verify", tmp_path / "second", "--against", tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_experts_leave_whole_and_as_a_delta_and_are_proven(tmp_path, family):
+    save_mixture(family, tmp_path / "model")
+    options = {
+        **QUICK,
+        "layers": {"experts": [1]},
+        "method": "memit",
+        "templates": 0,
+        "moments": {"sampled_tokens": 600},
+    }
+    editor = Editor.from_pretrained(tmp_path / "model", tmp_path / "run", reporter=Quiet(), **options)
+    editor.edit(fact_records(2))
+    editor.close()
+    assert "1 of 1 batches rebuilt" in command("verify", tmp_path / "run")
+    command("export", tmp_path / "run", "-o", tmp_path / "whole")
+    command("export", tmp_path / "run", "--as", "delta", "-o", tmp_path / "delta")
+    command("apply", tmp_path / "delta", tmp_path / "model", "-o", tmp_path / "applied")
+    assert contents(tmp_path / "whole") == {**contents(tmp_path / "applied")}
+    for name in ("whole", "delta"):
+        assert "its weights are those of" in command("verify", tmp_path / name, "--against", tmp_path / "run")
+    with pytest.raises(SphereEditError, match="an adapter of experts is not written yet"):
+        command("export", tmp_path / "run", "--as", "lora", "--rank", 4, "-o", tmp_path / "lora")
 
 
 # --- kills --------------------------------------------------------------------------------------------------------

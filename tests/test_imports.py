@@ -21,6 +21,7 @@ FLOORS = [
     "diagnosis",
     "exports",
     "editor",
+    "trials",
     "tuning",
     "bench",
     "planning",

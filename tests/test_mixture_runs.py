@@ -129,9 +129,8 @@ def test_the_journal_holds_plain_numbers_of_every_expert(tmp_path):
 
 
 def test_tune_tries_the_routed_experts_where_shared_ones_are_the_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("sphere_edit.tuning._ENDS", ())
-    monkeypatch.setattr("sphere_edit.tuning._WEIGHTS", ())
-    monkeypatch.setattr("sphere_edit.tuning._STEPS", ())
+    monkeypatch.setattr("sphere_edit.trials._ENDS", ())
+    monkeypatch.setattr("sphere_edit.tuning._tried_along", lambda *args: [])
     loaded = load_model(save_mixture("deepseek_v3", tmp_path / "source"), "cpu")
     plain = {name: value for name, value in FAST.items() if name != "layers"}
     facts = facts_from(fact_records(4)).facts
@@ -141,3 +140,25 @@ def test_tune_tries_the_routed_experts_where_shared_ones_are_the_default(tmp_pat
     assert [trial.settings for trial in tune(loaded, asked, Quiet(), facts)] == [{"layers": [1, 2]}]
     tuned = {"matrices": "experts", "layers": [1]}
     assert make_settings(tuned, {"layers": {"down": [2]}}).matrices is None, "layers of a role say which matrices"
+
+
+@pytest.mark.parametrize("method", ["frugal", "alphaedit"])
+def test_facts_are_taken_back_from_experts(method, tmp_path):
+    editor = begun("qwen3_moe", tmp_path, method)
+    editor.edit(fact_records(8))
+    before = {name: editor.weights.digest(name) for name in editor.weights.names}
+    metrics = editor.remove(1)
+    assert metrics["facts"] == 7
+    assert before != {name: editor.weights.digest(name) for name in editor.weights.names}
+    editor.close()
+
+
+@pytest.mark.slow
+def test_the_page_draws_the_expert_that_changed_most(tmp_path):
+    editor = begun("qwen3_moe", tmp_path, "memit")
+    editor.edit(fact_records(4))
+    editor.close()
+    page = write_report([tmp_path / "run-memit"], tmp_path / "page.html").read_text()
+    _, entry = max(editor.run.history.batches[-1].matrices.items(), key=lambda item: item[1]["relative_drift"])
+    norms = entry["expert_norms"]
+    assert f"expert {norms.index(max(norms))}" in page

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from families import save_tiny
+from ggufs import save_gguf
 from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.hf import write_hf
 from sphere_edit.exports.shipment import Shipment
@@ -345,3 +347,25 @@ def test_a_hub_model_is_checked_by_its_files_before_it_is_built(folder, tmp_path
         load_model("maker/model", "cpu")
     configure(home / "snapshots" / commit, num_hidden_layers=4)
     assert load_model("maker/model", "cpu").source == "maker/model"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("llama.block_count", 4_000_000_000, r"says llama.block_count: 4000000000, where 1,024 is the most"),
+        ("llama.block_count", 500, "lacks weights that its header describes"),
+        ("llama.feed_forward_length", 1_000_000_000, "lacks weights that its header describes"),
+        ("llama.feed_forward_length", None, None),
+    ],
+)
+def test_a_gguf_header_that_describes_what_is_not_there_is_refused(folder, tmp_path, field, value, message):
+    file = save_gguf(folder, tmp_path / "model.gguf", "F32")
+    if value is None:
+        assert load_model(str(file), "cpu").source == str(file)
+        return
+    opened = GGUFReader(file, "r+")
+    header = opened.fields[field]
+    header.parts[header.data[0]][0] = value
+    opened.data.flush()
+    with pytest.raises(SphereEditError, match=message):
+        load_model(str(file), "cpu")

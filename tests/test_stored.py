@@ -16,6 +16,7 @@ from images import IMAGE_TEXT_MODELS, LAYERS, save_image_text
 from mixtures import save_mixture
 from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.shipment import Shipment
+from sphere_edit.models import checkpoint
 from sphere_edit.models.architecture import EXPERTS
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.configuration import CAUSAL, IMAGE_TEXT, loader_of
@@ -26,6 +27,7 @@ from sphere_edit.models.pretrained import from_pretrained, skeleton
 from sphere_edit.models.source import read_config, stored_tensors
 from sphere_edit.models.stored import StoredParameters
 from sphere_edit.models.weights import EditedWeights
+from sphere_edit.runs.layout import Layout
 
 # family: what its MLPs' output matrix of layer 1 is called in the model, and in the files
 NAMES = {
@@ -94,7 +96,8 @@ def test_an_export_has_the_edited_matrix_in_the_source_s_own_files_and_nothing_e
     role = EXPERTS if "experts" in NAMES[family][0] else "down"
     edited = loaded.architecture.module_name(1, role)
     weights = EditedWeights(loaded.model, loaded.architecture, [edited])
-    assert torch.equal(Checkpoint(str(source)).weight(edited), weights.original(edited))
+    known = Layout.of(loaded.architecture).architecture()
+    assert torch.equal(Checkpoint(str(source), known).weight(edited), weights.original(edited))
     weights.set(edited, weights.original(edited) + 0.1)
     assert write_hf(Shipment(loaded, weights, lambda note: "# Card"), out) == []
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
@@ -109,6 +112,19 @@ def test_an_export_has_the_edited_matrix_in_the_source_s_own_files_and_nothing_e
     assert type(again) is type(loaded.model)
     for name, parameter in again.state_dict().items():
         assert torch.equal(parameter, loaded.model.state_dict()[name]), name
+
+
+def test_files_of_a_model_whose_layout_is_known_are_read_without_loading_it(tmp_path, monkeypatch):
+    source = save_mixture("qwen3_moe", tmp_path / "model")
+    loaded = load_model(source, "cpu")
+    name = loaded.architecture.module_name(1, EXPERTS)
+    weight = EditedWeights(loaded.model, loaded.architecture, [name]).original(name)
+    known = Layout.of(loaded.architecture).architecture()
+    assert Layout.of(known) == Layout.of(loaded.architecture)
+    assert torch.equal(Checkpoint(str(source)).weight(name), weight)  # found by running it
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    assert torch.equal(Checkpoint(str(source), known).weight(name), weight)
+    assert Checkpoint(str(source), known).names([1]) == [name]
 
 
 # --- quantised ----------------------------------------------------------------------------------------------------
@@ -176,3 +192,27 @@ def test_experts_in_mxfp4(tmp_path):
     quantised(folder, MXFP4, tensors)
     assert len(plain) == 8
     compare(folder, MXFP4, plain)
+
+
+# --- every configuration that was tried (`../shared/families`) ---------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_parameters_of_every_family_are_read_as_the_model_has_them(shared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(shared / "families")
+    import zoo
+
+    read = 0
+    for family in zoo.Z:
+        if family == "gemma3n":  # needs timm
+            continue
+        model = zoo.build(family)
+        folder = tmp_path / family
+        model.save_pretrained(folder)
+        stored = StoredParameters(skeleton(str(folder), loader_of(read_config(folder), family)), stored_tensors(folder))
+        for name, parameter in model.state_dict().items():
+            if name not in model.all_tied_weights_keys:
+                assert torch.equal(stored.read(name), parameter), (family, name)
+                assert all(piece.tensor.content() == tensor_bytes(piece.of(parameter)) for piece in stored.pieces(name))
+        read += 1
+    assert read > 120

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from statistics import harmonic_mean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +16,19 @@ from filelock import FileLock
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
+from sphere_edit import trials as trials_module
 from sphere_edit import tuning as tuning_module
 from sphere_edit.bench import Bench, BenchConfig
+from sphere_edit.editing import sources
 from sphere_edit.editing.presets import read_tuned, tuned_file
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
 from sphere_edit.facts.readers import facts_from, read_facts
 from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
-from sphere_edit.tuning import STREAM, Trial, _Bench, calibrate, tune
+from sphere_edit.trials import STREAM, Trial
+from sphere_edit.trials import Bench as Trials
+from sphere_edit.tuning import _best_span, _tried_along, calibrate, tune
 from test_cli import run
 from test_runs import Listening
 
@@ -129,11 +134,112 @@ def test_a_score_is_over_what_there_is_to_measure():
 def test_spans_follow_the_depth(model, tmp_path):
     """The default five layers first; then ends from a tenth to under half of the depth, so that shallow models have some of their own."""
     loaded = load_model(str(model))
-    spans = _Bench(loaded, make_settings(QUICK), facts_from(fact_records(2)).facts, Quiet()).spans()
+    spans = Trials(loaded, make_settings(QUICK), facts_from(fact_records(2)).facts, Quiet()).spans()
     depth = len(loaded.architecture.decoder_layers(loaded.model))
     assert spans[0] == make_settings(QUICK).make_method().default_layers(depth)
     assert len(set(spans)) == len(spans) > 1
     assert all(span == tuple(range(span[0], span[-1] + 1)) and 0 <= span[0] <= span[-1] < depth for span in spans)
+
+
+class Pretended:
+    """A bench on which a trial is what a table says: the parts of fifteen facts, or of sixty, and the damage."""
+
+    def __init__(self, outcomes: dict[str, tuple[float, float, float, float]], looks: list[str] = ()):
+        self.outcomes, self.names = outcomes, looks
+        self.tried: list[str] = []
+        self.reporter = Listening()
+        self.part, self.whole = SimpleNamespace(facts=[0] * 15), SimpleNamespace(facts=[0] * 60)
+
+    def made(self, settings: dict, count: int) -> Trial:
+        *shares, damage = self.outcomes[repr(settings)]
+        parts = torch.stack([(torch.arange(count) < share * count).double() for share in shares], 1)
+        return Trial(settings, damage * count / STREAM, parts)
+
+    def looks(self) -> list[Trial]:
+        return [self.made({"layers": [layer]}, 15) for layer in self.names]
+
+    def trial(self, settings: dict) -> Trial:
+        self.tried.append(repr(settings))
+        return self.made(settings, 60)
+
+
+def layer(number: int) -> str:
+    return repr({"layers": [number]})
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "tried", "chosen"),
+    [
+        # one span is far better than the default and the rest: it alone is tried on all facts
+        ({6: (0.9, 0.1, 0.9, 0), 3: (1.0, 0.8, 0.9, 0), 2: (0.3, 0.1, 0.9, 0)}, [3], 3),
+        # one that may be better than the default is held against it, and the default stays where the difference is noise
+        ({6: (1.0, 0.67, 0.9, 0), 3: (1.0, 0.7, 0.9, 0), 2: (0.3, 0.1, 0.9, 0)}, [6, 3], 6),
+        # the default is the best at once
+        ({6: (1.0, 0.8, 0.9, 0), 3: (0.4, 0.1, 0.9, 0)}, [6], 6),
+        # neither of two that are far better than the default is clearly so
+        ({6: (0.5, 0.1, 0.9, 0), 3: (1.0, 0.8, 0.9, 0), 2: (1.0, 0.74, 0.9, 0)}, [3, 2], 3),
+    ],
+)
+def test_only_spans_that_may_be_the_best_are_tried_on_all_facts(outcomes, tried, chosen):
+    bench = Pretended({layer(number): parts for number, parts in outcomes.items()}, list(outcomes))
+    assert _best_span(bench).settings == {"layers": [chosen]}
+    assert bench.tried == [layer(number) for number in tried]
+    assert bench.reporter.said[0].startswith("Guessed from 15 of 60 facts: layer ")
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried"),
+    [
+        # too little is written: less weight of ordinary keys, as long as that helps, and never more
+        ({0: (0.9, 0.2, 0.9, 0), 1: (1.0, 0.5, 0.9, 0), 2: (1.0, 0.4, 0.9, 0)}, [1, 2]),
+        ({0: (0.9, 0.2, 0.9, 0), 1: (0.9, 0.1, 0.9, 0)}, [1]),
+        # too little is kept: more
+        ({0: (1.0, 0.9, 0.3, 0.1), -1: (1.0, 0.8, 0.8, 0), -2: (1.0, 0.2, 0.9, 0)}, [-1, -2]),
+        # neither is the weaker one: both ways, unless the first helps
+        ({0: (1.0, 0.9, 1.0, 0), 1: (1.0, 0.8, 0.9, 0), -1: (0.9, 0.8, 1.0, 0)}, [1, -1]),
+    ],
+)
+def test_a_setting_is_moved_to_where_the_weaker_part_gains_and_no_further_than_that_helps(scores, tried):
+    bench = Pretended({repr({"power": power} if power else {}): parts for power, parts in scores.items()})
+    chosen = bench.made({}, 60)
+    found = _tried_along(bench, chosen, "it", lambda power: {"power": power})
+    assert [trial.settings["power"] for trial in found] == tried
+
+
+def test_a_first_look_is_at_a_part_of_the_facts_and_its_targets_are_not_sought_again(model, monkeypatch):
+    loaded, facts = load_model(str(model)), facts_from(fact_records(5)).facts
+    monkeypatch.setattr(trials_module, "_SCREENED", 2)
+    sought = []
+    real = sources.optimise_targets
+    monkeypatch.setattr(
+        sources,
+        "optimise_targets",
+        lambda loaded, forms, *args: sought.append(len(forms)) or real(loaded, forms, *args),
+    )
+    bench = Trials(loaded, make_settings(QUICK), facts, Quiet())
+    assert (len(bench.part.facts), len(bench.whole.facts)) == (3, 5)
+    assert bench.part.heldout == bench.whole.heldout[::2]
+    settings = {"layers": [1]}
+    assert 0 < bench.reach(settings) < 1
+    look = bench.trial(settings, bench.part)
+    whole = bench.trial(settings)
+    assert sought == [3, 2], "once for each fact"
+    assert (len(look.parts), len(whole.parts)) == (3, 5)
+    assert bench.trial(settings) is whole, "nor is anything tried twice"
+    assert bench.trials == [whole]
+    monkeypatch.setattr(trials_module, "_SCREENED", 15)
+    alone = Trials(loaded, make_settings(QUICK), facts, Quiet()).trial(settings)
+    assert whole.divergence == pytest.approx(alone.divergence, rel=1e-3), "found in two parts, and as one"
+
+
+def test_where_one_layer_is_the_default_and_several_can_be_edited_both_are_looked_at(tmp_path):
+    loaded = load_model(str(save_tiny("gemma2", tmp_path / "model")))
+    bench = Trials(loaded, make_settings(QUICK), facts_from(fact_records(2)).facts, Quiet())
+    monkeypatch_score = [trial.settings["layers"] for trial in bench.looks()]
+    single, (several,) = monkeypatch_score[:-1], monkeypatch_score[-1:]
+    assert all(len(layers) == 1 for layers in single)
+    assert single[0] == list(bench.session({}).layers)
+    assert several[-1:] in single or several == [0]
 
 
 def test_the_command_and_its_mistakes(model, tmp_path, monkeypatch):

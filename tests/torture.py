@@ -45,7 +45,7 @@ from sphere_edit.cli import app
 from sphere_edit.editor import Editor, opened
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
-from sphere_edit.tuning import Trial
+from sphere_edit.trials import Trial
 
 _MEMORY = 24 << 30  # bytes of address space: what would take more ends in an error that is seen
 _TIMES = frozenset({"seconds", "time", "peak_memory", "created", "inputs"})  # of runs that are otherwise equal

@@ -41,11 +41,11 @@ def diagnose(
         if against is not None:
             raise SphereEditError(f"{model} is a run, which is compared with its own original; leave out --against")
         model, against = RunFolder.open(model).config.model.source, model
-    before = Checkpoint(model)
+    run = RunFolder.open(against) if against is not None and RunFolder.exists(against) else None
+    before = Checkpoint(model, None if run is None else run.config.architecture)
     after: Checkpoint | RunWeights | None = None
-    if against is not None and RunFolder.exists(against):
-        after = RunWeights(RunFolder.open(against), before.weight)
-        base = after.run.config.model.source
+    if run is not None:
+        after, base = RunWeights(run, before.weight), run.config.model.source
         if full_name(model) != base:
             raise SphereEditError(f"{against} edits '{base}', not '{model}'")
     elif against is not None:

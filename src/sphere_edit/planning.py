@@ -30,7 +30,8 @@ from sphere_edit.numerics.update import LowRankUpdate, Update
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.session import Session
-from sphere_edit.tuning import HELDOUT, TRIALS
+from sphere_edit.trials import HELDOUT
+from sphere_edit.tuning import TRIALS
 
 _TRIAL_FACTS = 8
 _PASSAGE_TOKENS = 150.0  # of a passage of ordinary text, about

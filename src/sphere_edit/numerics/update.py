@@ -50,7 +50,7 @@ class LowRankUpdate:
     def share(self, columns: Sequence[int]) -> LowRankUpdate:
         """The part of ``ΔW = Σ left_j right_j`` that some of the columns j make; the shares of all columns add up to ΔW."""
         chosen = list(columns)
-        return LowRankUpdate(self.left[:, chosen], self.right[chosen])
+        return LowRankUpdate(self.left[:, chosen], self.right[..., chosen, :])
 
     def negative(self) -> LowRankUpdate:
         """−ΔW."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from sphere_edit.models.architecture import Architecture, Matrix
+from sphere_edit.models.architecture import Architecture, LayerParts, Matrix
 
 _CLOSE = 1e-2  # relative: factors are measured, and other devices and dtypes round otherwise
 
@@ -39,6 +39,10 @@ class LayoutMatrix(BaseModel):
             factor=matrix.factor,
             after=matrix.after,
         )
+
+    def matrix(self) -> Matrix:
+        """As the model has it."""
+        return Matrix(self.path, self.transposed, self.experts, self.inside, self.factor, self.after)
 
     def told(self) -> str:
         """In words."""
@@ -78,6 +82,23 @@ class Layout(BaseModel):
             whole_rows=architecture.whole_rows,
             silent=sorted(architecture.silent),
             matrices=[LayoutMatrix.of(layers, role, matrix) for (role, matrix), layers in architecture.alike().items()],
+        )
+
+    def architecture(self) -> Architecture:
+        """The model, as far as the last layer that has a matrix."""
+        parts: list[dict[str, Matrix]] = [{} for _ in range(1 + max(max(one.layers) for one in self.matrices))]
+        for one in self.matrices:
+            for layer in one.layers:
+                parts[layer][one.role] = one.matrix()
+        return Architecture(
+            layers=self.layers,
+            final_norm=self.final_norm,
+            parts=tuple(map(LayerParts, parts)),
+            logit_scale=self.logit_scale,
+            logit_cap=self.logit_cap,
+            whole_rows=self.whole_rows,
+            silent=frozenset(self.silent),
+            found=self.found,
         )
 
     def differing(self, now: Layout, names: Sequence[str]) -> str | None:

@@ -84,7 +84,7 @@ def original_weights(
     """
     dtype = getattr(torch, run.config.model.dtype)
     with suppress(SphereEditError):
-        checkpoint = Checkpoint(model or run.config.model.source)
+        checkpoint = Checkpoint(model or run.config.model.source, run.config.architecture)
         for name in run.config.matrices:
             checkpoint.weight(name)
         return lambda name: checkpoint.weight(name).to(dtype).float()

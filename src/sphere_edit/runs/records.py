@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from sphere_edit.editing.diagnosing import MatrixEntry
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.architecture import Architecture
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.runs.layout import Layout
 
@@ -333,6 +334,11 @@ class RunConfig(BaseModel):
     device: str
     threads: int
     layout: Layout | None = None  # runs begun before it was kept lack it
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The layout of the model, where the run keeps it."""
+        return None if self.layout is None else self.layout.architecture()
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the file."""
