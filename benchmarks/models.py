@@ -117,6 +117,7 @@ def tried(make: Callable[[], Made]) -> dict[str, Any]:
                 model, tokenizer = make()
                 model.save_pretrained(Path(folder) / "model")
                 tokenizer.save_pretrained(Path(folder) / "model")
+                loader_of(model.config.to_dict(), "it")
             except SphereEditError as error:
                 return {**row, "refused": "by config.json", "why": str(error)}
             except TimeoutError:

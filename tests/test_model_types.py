@@ -84,6 +84,11 @@ def test_a_rollback_that_leaves_something_is_noticed(bench, monkeypatch):
     [
         ("bert", "by config.json", "an encoder, which reads text"),
         ("whisper", "by config.json", "an encoder–decoder"),
+        ("deepseek_v4", "by config.json", "its layers hand on 4 vectors a token (hc_mult)"),
+        ("qwen4_exp", "by config.json", "its layers hand on 4 vectors a token (hc_count)"),
+        ("gemma3n", "by config.json", "its layers hand on 4 vectors a token (altup_num_inputs)"),
+        ("blip-2", "by config.json", "its forward pass needs pixel_values"),
+        ("kosmos-2", "loaded", "a text alone does not run through it"),
         ("openai-gpt", "loaded", "where a norm is expected"),
         ("xlnet", "loaded", "where one vector a token is expected"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from sphere_edit.errors import SphereEditError
 CAUSAL, IMAGE_TEXT = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 # heads that give no words: a class, a score, a span
 _HEADS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$|Reward|ForScore")
+# fields that say how many vectors a token has between layers
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
 _ENCODER = "an encoder, which reads text and does not go on with it"
 # what a type of model is that can be no language model, by the first list of transformers' auto classes that has it
 _KINDS = (
@@ -99,12 +102,45 @@ def loader_of(config: Mapping[str, Any], source: str, trust: bool = False) -> st
         raise _no_decoder("it is an encoder–decoder", kind, source)
     if _classes("MASKED_LM", kind) and not _value("is_decoder", config, values):
         raise _no_decoder(f"it is {_ENCODER}", kind, source)
+    _refuse_streams(config, values, kind, source)
     if values in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and architecture not in causal - whole:
+        _refuse_without_text(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[values], kind, source)
         return IMAGE_TEXT
     if values in MODEL_FOR_CAUSAL_LM_MAPPING:
         return CAUSAL
     found = next((words for words, lists in _KINDS if any(_classes(name, kind) for name in lists)), None)
     raise _no_decoder(f"it is {found}" if found else "transformers has no language model of this type", kind, source)
+
+
+def _refuse_streams(config: Mapping[str, Any], values: Any, kind: str, source: str) -> None:
+    """Refuse a decoder whose layers hand on several vectors a token (hyper-connections, AltUp)."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    part = config.get("text_config")
+    inner = values.sub_configs.get("text_config")
+    if isinstance(part, Mapping) and (inner is None or inner is AutoConfig):
+        inner = CONFIG_MAPPING[part["model_type"]] if part.get("model_type") in CONFIG_MAPPING else None
+    own = part if isinstance(part, Mapping) else config
+    for name in _STREAMS:
+        count = own.get(name, getattr(inner or values, name, 1))
+        if isinstance(count, int) and count > 1:
+            raise SphereEditError(
+                f"'{source}' (model type '{kind}') cannot be edited: its layers hand on {count} vectors a token ({name}) where one is "
+                "expected, so that there is no place to set a target"
+            )
+
+
+def _refuse_without_text(built: Any, kind: str, source: str) -> None:
+    """Refuse an image-text model whose forward pass does not run on a text alone."""
+    first = built[0] if isinstance(built, tuple) else built
+    asked = list(inspect.signature(first.forward).parameters.values())[1:]
+    open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [one.name for one in asked if one.default is inspect.Parameter.empty and one.kind not in open_ended]
+    if needed := [name for name in needed if name != "input_ids"]:
+        raise SphereEditError(
+            f"'{source}' (model type '{kind}') cannot be edited: a text alone does not run through it, for its forward pass needs "
+            f"{' and '.join(needed)}"
+        )
 
 
 def _classes(task: str, kind: str) -> set[str]:

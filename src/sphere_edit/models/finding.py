@@ -48,7 +48,10 @@ def found_layout(model: Any, ids: Sequence[int]) -> Architecture:
 
 
 def _found(model: Any, ids: Sequence[int]) -> Architecture:
-    trace = _Trace.of(model, ids)
+    try:
+        trace = _Trace.of(model, ids)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise NotFound(f"a text alone does not run through it: {' '.join(str(error).split())[:300]}") from None
     path, layers = trace.decoder_layers()
     running = [layer for layer in layers if layer in trace.order]
     silent = frozenset(number for number, layer in enumerate(layers) if layer not in trace.order)
