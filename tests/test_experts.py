@@ -121,10 +121,11 @@ def test_methods_are_their_formulas_on_the_wide_matrix_over_three_batches_and_a_
         torch.testing.assert_close(wide(in_metric(gradient, metrics[0])), in_metric(wide(gradient), metrics[1]))
 
 
-def test_a_memory_of_experts_never_holds_a_matrix_of_all_their_inputs(pair):
+def test_a_memory_of_experts_holds_of_each_key_the_experts_it_is_routed_to(pair):
     method = make_method("memit_seq", {})
     state = method.after_batch({}, {"keys": joint_keys(FACTS, 1)}, pair.blocks)
-    assert max(part.numel() for part in state.values()) < (EXPERTS * D_IN) ** 2
+    assert state["values"].shape == (2 * FACTS, D_IN)
+    assert max(part.numel() for part in state.values()) == EXPERTS * D_IN**2
 
 
 def test_a_key_that_was_never_remembered_cannot_be_forgotten(pair):

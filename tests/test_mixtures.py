@@ -11,7 +11,7 @@ from conftest import fact_records
 from mixtures import FEW, MIXTURES, TRANSPOSED, save_mixture, tiny_mixture
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.methods.memit import Memit
-from sphere_edit.editing.moments import second_moments
+from sphere_edit.editing.moments import _Sums, second_moments
 from sphere_edit.editing.problem import LayerProblem, Statistics
 from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients
 from sphere_edit.editing.targets import TargetSettings
@@ -200,6 +200,20 @@ def test_second_moments_are_those_of_the_joint_keys_by_expert(family):
     few_tokens = int((reached < width).sum())
     assert any("fewer tokens" in line for line in said) == (few_tokens > 0)
     assert bool((torch.linalg.eigvalsh(found) > -1e-6).all())
+
+
+def test_sums_under_way_are_stored_with_the_tokens_that_reached_each_expert(tmp_path):
+    loaded = tiny_mixture("qwen3_moe")
+    name, sums = name_of(loaded), _Sums()
+    batch = TokenBatch.of(rows(loaded), loaded.device)
+    ((keys,), _) = activations(loaded, batch, [module_of(loaded.model, loaded.architecture, name)])
+    sums.add({name: keys}, batch.mask.bool())
+    sums.windows += 1
+    sums.write(tmp_path / "partial.safetensors")
+    again = _Sums.read(tmp_path / "partial.safetensors", loaded.device)
+    assert torch.equal(again.moment(name), sums.moment(name))
+    assert int(again.routed[name].sum()) == 2 * int(batch.mask.sum())
+    assert not torch.equal(again.moment(name), again.mean(name))
 
 
 def test_the_bfloat16_copy_computes_with_the_edited_experts():

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.memory import Metric
+from sphere_edit.editing.memory import Metric, single
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
 from sphere_edit.editing.repair import Descent, Repair
@@ -122,7 +122,7 @@ class Solver:
         metrics: dict[str, Metric | None] = {}
         for name in self.weights.names:  # one at a time: in float64 they are large
             metric = self.method.metric(states[name], self.statistics[name])
-            metrics[name] = None if metric is None else metric.float()
+            metrics[name] = single(metric)
         source = self.source
         repair = Repair(
             source.computing(), self.weights, passages, facts, source.templates, metrics, source.max_tokens, seed

@@ -212,7 +212,7 @@ class OptimisedTargets(Source):
         """Set ``targets`` for the facts taken up."""
         computing, layer, settings = self.computing(), self._target_layer, self.settings
         if self._back is not None:
-            settings = settings.model_copy(update={"most_probable": 1})
+            settings = settings.carefully()
         self.targets: Targets = optimise_targets(
             computing, self._forms, self.templates, layer, settings, self._inside, advance, self._role, self._back
         )

@@ -50,10 +50,11 @@ class TakingBack:
     def look(self, facts: Sequence[Fact], removal: Batch) -> None:
         """See which prompts do not give the unedited model's answer yet, and write it there; then ask which others were lost meanwhile."""
         history = self.run.history
-        for way in _WAYS:
+        for step, way in enumerate(_WAYS):
             checks = [check for check in history.removal_checks if check.after >= removal.number]
-            known = checks[_WAYS.index(way) :][:1]
-            check = known[0] if known else self.check(facts, removal)
+            check = checks[step] if step < len(checks) else self.check(facts, removal)
+            if not check.missing:
+                break
             while waiting := _not_written_since(history.batches[check.after :], check.missing):
                 batch = self._together(facts, waiting)
                 self.reporter.say(
