@@ -234,6 +234,8 @@ def test_an_adapter_keeps_the_rules_of_vllm(run_of, tmp_path):
     assert not any(config[name] for name in ("modules_to_save", "use_dora", "use_rslora", "lora_bias", "rank_pattern"))
     matrices = json.loads((run_of() / "config.json").read_text())["matrices"]
     assert config["target_modules"] == matrices
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, "a server of another user reads the tensors too"
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert tensors.keys() == {f"base_model.model.{name}.lora_{part}.weight" for name in matrices for part in "AB"}
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()

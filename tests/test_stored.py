@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from families import save_tiny
 from images import IMAGE_TEXT_MODELS, LAYERS, save_image_text
 from mixtures import save_mixture
+from sphere_edit import SphereEditError
 from sphere_edit.exports.hf import loaded_by, write_hf
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models import checkpoint
@@ -174,6 +175,20 @@ def test_experts_in_fp8_one_to_a_tensor(tmp_path):
         stacked[f"{experts}.down_proj"] = of["down"]
         stacked[f"{experts}.gate_up_proj"] = torch.cat([of["gate"], of["up"]], 1)
     compare(folder, FP8, stacked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_experts_that_are_no_plain_floats_and_of_which_the_configuration_says_nothing(dtype, tmp_path):
+    folder = save_mixture("gpt_oss", tmp_path / "model", torch.bfloat16)
+    loaded, file = load_model(folder, "cpu"), folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.down_proj"
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, {"format": "pt"})
+    known = Layout.of(loaded.architecture).architecture()
+    with pytest.raises(SphereEditError, match="is quantised"):
+        Checkpoint(str(folder), known).weight(name)
+    with pytest.raises(SphereEditError, match=f"{name} is stored as (F8_E4M3|I8)"):
+        load_model(folder, "cpu")
 
 
 def test_experts_in_mxfp4(tmp_path):

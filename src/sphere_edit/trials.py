@@ -240,7 +240,8 @@ class Bench:
     def looks(self) -> list[Trial]:
         """A trial of each span on a part of the facts, the default one first, but for those where no target can be reached.
 
-        Where one layer is the default though several can be edited, so many below the best one are looked at too.
+        Where one layer is the default though several can be edited, spans are looked at too that end at the best one, by score or else by
+        reach, and at the next.
         """
         spans = self.spans()
         self._measure(sorted({layer for span in spans for layer in span}))
@@ -253,14 +254,12 @@ class Bench:
             )
         looks = [self.trial({"layers": list(span)}, self.part) for span in spans]
         if len(spans[0]) == 1 and not self._lone:
-            having, (end,) = (
-                self.loaded.architecture.having(self.writer),
-                max(looks, key=lambda trial: trial.score).settings["layers"],
-            )
-            below = [layer for layer in having if layer <= end][-_LAYERS:]
-            if len(below) > 1:
-                self._measure(below)
-                looks.append(self.trial({"layers": below}, self.part))
+            *_, (end,) = max((look.score, reached[span], span) for look, span in zip(looks, spans, strict=True))
+            for last in [end, *sorted(span[0] for span in reached if span[0] > end)[:1]]:
+                below = [layer for layer in self.loaded.architecture.having(self.writer) if layer <= last][-_LAYERS:]
+                if len(below) > 1:
+                    self._measure(below)
+                    looks.append(self.trial({"layers": below}, self.part))
         return looks
 
     def reach(self, differs: dict[str, Any]) -> float:

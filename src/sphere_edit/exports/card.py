@@ -146,6 +146,7 @@ def _measured_in_form(measured: Mapping[str, Mapping[str, float | None]]) -> lis
     rows = [
         f"| {metric.label} | " + " | ".join(metric.said(column.get(metric.name)) for column in measured.values()) + " |"
         for metric in catalogue.told_of_exports()
+        if any(column.get(metric.name) is not None for column in measured.values())
     ]
     head = f"| | {' | '.join(measured)} |"
     return ["## Measured in this form", "", head, "|---" * (1 + len(measured)) + "|", *rows, ""]

@@ -21,6 +21,7 @@ from sphere_edit.facts.forms import contexts, written_forms
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import read_tensors, write_json, write_tensors
 from sphere_edit.models.forward import activations, at
+from sphere_edit.models.quiet import quiet
 from sphere_edit.models.tokens import TokenBatch, over_batches
 from sphere_edit.numerics.lowrank import output_directions, truncated
 from sphere_edit.runs.folder import RunFolder
@@ -203,7 +204,8 @@ def _merged(shipment: Shipment, factors: Callable[[str], tuple[Tensor, Tensor]])
 def _loaded_with(peft: Any, shipment: Shipment, folder: Path) -> Iterator[None]:
     """Inside, the model runs with its original weights and the adapter, as PEFT loads it."""
     with shipment.weights.unedited():
-        model = peft.PeftModel.from_pretrained(shipment.loaded.model, str(folder)).eval()
+        with quiet():
+            model = peft.PeftModel.from_pretrained(shipment.loaded.model, str(folder)).eval()
         try:
             yield
         finally:
@@ -239,7 +241,7 @@ def _about(adapter: Adapter, rank: int) -> str:
         )
         for name, directions in adapter.directions.items()
     }
-    shares = ", ".join(f"{share:.0%}" for share in kept.values())
+    shares = ", ".join(f"{share:.1%}" for share in kept.values())
     return (
         f"This is a LoRA adapter of rank {rank}. The change itself has no low rank; what is kept is the part of it that counts most for "
         f"ordinary inputs and for the edited facts' keys. By norm that is {shares} of each matrix's change. Ranks are measured with the "

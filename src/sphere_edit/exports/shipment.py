@@ -78,6 +78,10 @@ class Shipment:
             found = self._companions() if beside is None else beside
             write_text(temporary / "README.md", whole_card(self.card(note(temporary)), self._hub_name(found), found))
             manifest.write(temporary)
+            mode = (temporary / "README.md").stat().st_mode  # safetensors lets none but the owner read what it writes
+            for written in temporary.rglob("*"):
+                if written.is_file():
+                    written.chmod(mode)
 
     def base_name(self) -> str:
         """What the original is called where others have to find it: its name on the hub; of a local one, the last part of its path."""

@@ -117,7 +117,7 @@ class Checkpoint:
             refuse_unreadable(files, self._config, self.source)
         with self._telling():
             weight = self._stored.read(parameter)
-        if weight.element_size() < 2:
+        if weight.element_size() < 2 or not weight.is_floating_point():
             raise quantised(self.source, self._config, f"and no scales say how to read {name}")
         return (weight.mT if self.architecture.named(name).transposed else weight).to(torch.float32).contiguous()
 

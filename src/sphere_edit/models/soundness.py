@@ -21,6 +21,12 @@ from sphere_edit.models.source import (
 )
 
 _FLOATS = ("F32", "F16", "BF16")
+_SMALL = (
+    "F8",
+    "F6",
+    "F4",
+    "I8",
+)  # how the names of what only quantisation uses begin; experts need not be called "weight"
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _UNDONE = ("fp8", "mxfp8", "mxfp4")  # what models are published in, and transformers turns back on any machine
@@ -238,7 +244,8 @@ def refuse_unreadable(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
         SphereEditError: naming the first.
     """
     for name, tensor in tensors.items():
-        if name.endswith("weight") and tensor.dtype not in _FLOATS:
+        plain = tensor.dtype in _FLOATS or (tensor.dtype[:2] not in _SMALL and not name.endswith("weight"))
+        if not plain:
             raise quantised(source, config, f"or at least no floats: {name} is stored as {tensor.dtype}")
 
 
