@@ -45,7 +45,7 @@ from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.experts import wide
 from sphere_edit.progress import Quiet
 
-SPANS = (slice(1), slice(3), slice(1, 4))  # of the layers that have such matrices
+SPANS = (slice(1), slice(3), slice(1, 4))  # of the layers that have all matrices that are compared
 LAYER = 3  # of the second question
 MISS = 0.1  # of the residual, in it
 TEXTS = (500, 2_000, 8_000, 60_000)  # tokens that C0 is measured on
@@ -58,9 +58,14 @@ def runs_of(family: str, folder: Path, steps: int) -> Iterator[tuple[str, str, d
     model, corpus, _, facts = prepared(family, folder, steps)
     given = make_settings({"batch_size": 7, "moments": {"corpus": str(corpus)}, "evaluation": {"generation": "off"}})
     architecture = load_model(model).architecture
-    for role in (role for role in ("down", "experts") if role in architecture.roles):
-        for method, span in (*(("frugal", span) for span in SPANS), ("memit_seq", SPANS[1])):
-            layers = architecture.having(role)[span]
+    roles = [role for role in ("down", "experts") if role in architecture.roles]
+    for role in roles:
+        common = [layer for layer in architecture.having(role) if all(layer in architecture.having(r) for r in roles)]
+        dense = [[layer] for layer in architecture.having(role)[:1] if layer not in common]
+        for method, layers in (
+            *(("frugal", layers) for layers in [*dense, *(common[span] for span in SPANS)]),
+            ("memit_seq", common[SPANS[1]]),
+        ):
             options = {"method": method, "layers": {role: layers}}
             with tempfile.TemporaryDirectory() as run:
                 editor = Editor.from_pretrained(

@@ -15,6 +15,7 @@ from sphere_edit.editing.moments import _Sums, second_moments
 from sphere_edit.editing.problem import LayerProblem, Statistics
 from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients
 from sphere_edit.editing.targets import TargetSettings
+from sphere_edit.errors import SphereEditError
 from sphere_edit.exports import delta
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
@@ -233,6 +234,8 @@ def test_experts_that_cannot_be_edited_say_why():
     assert why_not(module) is None
     module.has_post_expert_norm = True
     assert "normalised" in why_not(module)
+    with pytest.raises(SphereEditError, match="cannot be edited: each expert's output is normalised"):
+        weights_of(loaded)
     assert "gate_up_proj" in why_not(torch.nn.Linear(2, 2))
 
 

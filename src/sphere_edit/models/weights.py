@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
+from sphere_edit.models.experts import why_not
 from sphere_edit.models.identity import tensor_bytes
-from sphere_edit.models.sites import parameter_name, parameter_of
+from sphere_edit.models.sites import module_of, parameter_name, parameter_of
 from sphere_edit.numerics.update import Update
 
 
@@ -38,6 +39,10 @@ class EditedWeights:
         self.stored_as = {name: parameter_name(architecture, name) for name in self.names}
         self._parameters = {name: parameter_of(model, architecture, name) for name in self.names}
         for name, parameter in self._parameters.items():
+            if self._matrices[name].experts and (why := why_not(module_of(model, architecture, name))):
+                raise SphereEditError(
+                    f"the experts of {name} cannot be edited: {why}; edit other matrices (--matrices down)"
+                )
             if not parameter.is_floating_point():
                 raise SphereEditError(f"{name} is stored as {parameter.dtype}; editing needs float weights")
         self._stored = {
