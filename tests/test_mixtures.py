@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from conftest import fact_records
 from mixtures import FEW, MIXTURES, TRANSPOSED, save_mixture, tiny_mixture
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
+from sphere_edit.editing.losses import FromGradients, TargetGradients
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.moments import _Sums, second_moments
 from sphere_edit.editing.problem import LayerProblem, Statistics
-from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients
+from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.exports import delta

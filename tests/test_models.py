@@ -17,12 +17,13 @@ from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_tokeni
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, context_token_keys
+from sphere_edit.editing.losses import FromGradients, TargetGradients, TargetLoss
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
 from sphere_edit.editing.methods.base import LayerProblem, Statistics
 from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.moments import sample_text
-from sphere_edit.editing.sources import FromGradients, FromTargets, OptimisedTargets, TargetGradients, TargetLoss
+from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates

@@ -257,9 +257,9 @@ def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, content, message):
 
 def test_an_unfinished_class_and_one_whose_feed_has_no_problems_are_refused():
     from sphere_edit.editing.ingredients import EarlierKeys, Needs
+    from sphere_edit.editing.losses import FromGradients, FromLoss
     from sphere_edit.editing.methods.base import LayerwiseMethod
     from sphere_edit.editing.methods.memit import Memit
-    from sphere_edit.editing.sources import FromGradients, FromLoss
 
     with pytest.raises(SphereEditError, match="LayerwiseMethod cannot be registered .* it leaves out needs, solve"):
         register_method(LayerwiseMethod)

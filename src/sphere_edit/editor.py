@@ -52,8 +52,6 @@ class Editor:
         self.session = session
         self._evaluator = Evaluator(session.loaded, session.weights, session.settings, session.reporter)
 
-    # --- opening --------------------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(
         cls,
@@ -69,8 +67,7 @@ class Editor:
         Args:
             model: a hub id, a local folder, a ``.gguf`` file, or ``smollm2``.
             run: the run folder, which must not hold a run yet; by default ``runs/<model>-<method>-<time>``.
-            settings: all settings; or give single ones by name in ``options``, e.g. ``method="memit"``,
-                ``batch_size=50``, ``targets={"steps": 25}``.
+            settings: all settings; or give single ones by name in ``options``, e.g. ``method="memit"``, ``targets={"steps": 25}``.
             reporter: where progress goes: bars on standard error by default, `Quiet` for silence.
             trust_remote_code: run code that comes with the model.
 
@@ -116,8 +113,6 @@ class Editor:
             raise
         return editor
 
-    # --- what it works with ---------------------------------------------------------------------------------------
-
     @property
     def loaded(self) -> LoadedModel:
         """The model as it was loaded, and what is known of it."""
@@ -153,20 +148,16 @@ class Editor:
         if self._stream is not None:
             self._stream.run.unlock()
 
-    # --- editing --------------------------------------------------------------------------------------------------
-
     def edit(self, facts: Facts, skip_bad: bool = False, skip_known: bool = False) -> MetricsContent:
         """Edit facts in batches of ``batch_size``, then evaluate all facts edited so far.
 
-        Called again, it goes on from where it stands, with the state of the method and the original weights.
+        Called again, it goes on from where it stands, with the state of the method and the original weights. Returns the content of
+        ``metrics.json``.
 
         Args:
             facts: a file or data set, or facts (dictionaries with subject, prompt, target_new, …).
             skip_bad: leave out facts that cannot be used, instead of refusing all.
             skip_known: leave out facts whose new answer the unedited model gives already (the strict verdict).
-
-        Returns:
-            the content of ``metrics.json``.
 
         Raises:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
@@ -189,10 +180,7 @@ class Editor:
         return self.metrics()
 
     def rollback(self, to: int) -> None:
-        """Put the weights back to exactly what they were after batch ``to``; 0 is the original model, bit for bit.
-
-        Later batches, and facts that were still waiting, are withdrawn.
-        """
+        """Put the weights back to exactly what they were after batch ``to`` (0: the original); later batches and waiting facts are withdrawn."""
         self._at_work().roll_back(to)
 
     def remove(
@@ -201,14 +189,11 @@ class Editor:
         """Take single facts back, so that their prompts give the unedited model's answers again; the other facts stay.
 
         What was written for them is subtracted, where the method writes a share for each fact; what does not come back so is written from
-        the unedited model. Others that are lost by it are written again.
+        the unedited model. Others that are lost by it are written again. Returns the content of ``metrics.json``.
 
         Args:
             facts: numbers of facts, subjects or prompts, or records as for `edit`; a path is a file of them.
             exact: go back to the batch before the first of them, and edit all others since then again.
-
-        Returns:
-            the content of ``metrics.json``.
 
         Raises:
             SphereEditError: a fact is not in the run, does not stand, or several could be meant.
@@ -222,10 +207,7 @@ class Editor:
         return self._evaluator.before_and_after(given, self.run is not None and self.run.history.head > 0, heldout)
 
     def ability(self, tasks: AbilityTasks) -> dict[str, dict[str, Any]]:
-        """General ability of the unedited model and, in a run, of the edited one: scores by task, by ``unedited`` and ``edited``.
-
-        Of a run, the scores go into its journal and ``metrics.json``, and what the journal has is not measured again.
-        """
+        """General ability, by task, ``unedited`` and (in a run, whose journal keeps it and is not measured again) ``edited``."""
         if self._stream is not None:
             self._stream.committer.settle()
         return self._evaluator.ability_of(self.run, tasks)
@@ -241,7 +223,7 @@ class Editor:
         return self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Export the edited model: the source's own files but for the edited tensors, and a model card."""
+        """As `export` in the form ``hf``: the source's own files but for the edited tensors, and a model card."""
         self.export(folder)
 
     def export(self, folder: str | Path, form: Form = "hf", **asked: Any) -> None:

@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import Coded, coded_own, coded_targets, in_each_form, own_answers, target_rows
+from sphere_edit.editing.answers import coded_targets, own_answers
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
-    GRADIENT_SCALE,
     FactPrompts,
     Targets,
     TargetSettings,
@@ -25,14 +24,11 @@ from sphere_edit.editing.targets import (
     optimise_targets,
     typical_length,
 )
-from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.forms import others_in_place, written_forms
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel, cast_copy
-from sphere_edit.models.sites import module_of, parameter_of
-from sphere_edit.models.tokens import in_order
+from sphere_edit.models.sites import parameter_of
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Advance
 
@@ -408,130 +404,3 @@ class FromTargets(Feed):
         """One for each form, or one for each form and context: the bare prompt, and each template."""
         each = 1 + 5 * openers if self.contexts == "each" else 1
         return each * len(written_forms([fact], encoder))
-
-
-class TargetGradients(Source):
-    """Keys and value gradients where the target's tokens are predicted, all matrices from one backward pass.
-
-    A column a target token: what enters the matrix, and −∂loss/∂output, the loss being the sum over facts of the mean
-    over target tokens of −log p. No subject and no template is asked for. Source: UltraEdit (arXiv:2505.14679).
-    """
-
-    stage = "gradients"
-
-    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
-        """One forward and one backward pass."""
-        self._descend(coded_targets(self.encoder, in_each_form(facts)), len(facts), advance)
-
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
-        """The same towards the unedited model's own answers."""
-        with self.weights.unedited():
-            own = coded_own(self.loaded, self.encoder, in_each_form(facts))
-        self._descend(own, len(facts), advance)
-
-    def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
-        model, architecture = self.loaded.model, self.loaded.architecture
-        modules = [module_of(model, architecture, name) for name in self.weights.names]
-        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
-        told: list[tuple[list[int], list[float]]] = []
-        with deterministic(self.loaded.device):
-            for chunk, rows in target_rows(self.loaded, coded, self.max_tokens):
-                graph = Graph(self.loaded, rows.batch, outputs_of=modules)
-                losses = rows.losses(self.loaded, graph.hidden)
-                gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
-                where = (rows.predictions.rows, rows.predictions.columns)
-                for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
-                    keys.append(inputs[where].float())
-                    residuals.append(-gradient[where].float() / GRADIENT_SCALE)
-                told.append((chunk, losses.tolist()))
-                advance(len(chunk) * facts / len(coded))
-        self._losses = in_order(told)
-        self._problems = [
-            (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
-        ]
-        if not all(loss < float("inf") for loss in self._losses):
-            raise SphereEditError("the model overflows on some of the facts; try --dtype float32 or bfloat16")
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """``K [d_in, m]`` and ``R [d_out, m]`` for the edited matrix number ``index``, m target tokens."""
-        return self._problems[index]
-
-    def report(self) -> Report:
-        """Losses before; there is no descent that would tell of an after."""
-        return Report(loss_before=self._losses)
-
-
-@dataclass(frozen=True)
-class FromGradients(Feed):
-    """Keys and value gradients where target tokens are predicted."""
-
-    source: ClassVar[type[Source]] = TargetGradients
-
-    @property
-    def words(self) -> str:
-        """One pass for all matrices."""
-        return "one backward pass"
-
-    def columns(self, fact: Fact, encoder: Encoder, openers: int) -> int:
-        """One a target token, in each form."""
-        prompt, answer, separator = fact.filled_prompt, fact.target_new, fact.separator
-        coded = [encoder.answered(prompt, answer, separator, form.chat, form.system) for form in fact.in_each_form()]
-        return sum(len(tokens.ids) - start for tokens, start in coded)
-
-
-class TargetLoss(Source):
-    """The mean over facts of the mean over target tokens of −log p, as a function of the edited matrices.
-
-    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone.
-    """
-
-    stage = "fine-tuning"
-
-    def begin(self, facts: Sequence[Fact], advance: Advance = lambda facts: None) -> None:
-        """Tokenise some facts."""
-        self._take_up(coded_targets(self.encoder, in_each_form(facts)))
-
-    def begin_back(self, facts: Sequence[Fact], advance: Advance = lambda facts: None, answers: bool = False) -> None:
-        """The unedited model's own answers in place of the facts'."""
-        with self.weights.unedited():
-            self._take_up(coded_own(self.loaded, self.encoder, in_each_form(facts)))
-
-    def _take_up(self, coded: Sequence[Coded]) -> None:
-        self._chunks = list(target_rows(self.loaded, coded, self.max_tokens))
-        self._count = len(coded)
-        self._seen: list[float] = []
-
-    def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """The loss at some values of the edited matrices, and its gradient, added up over chunks of facts."""
-        leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-        total = 0.0
-        with deterministic(self.loaded.device):
-            for _, rows in self._chunks:
-                graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
-                loss = rows.losses(self.loaded, graph.hidden).sum() / self._count
-                (loss * GRADIENT_SCALE).backward()
-                total += float(loss.detach())
-        if not total < float("inf"):
-            raise SphereEditError(f"fine-tuning diverged: the loss is {total}; use a smaller learning rate (lr)")
-        self._seen.append(total)
-        gradients = {}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            gradients[name] = leaf.grad / GRADIENT_SCALE
-        return total, gradients
-
-    def report(self) -> Report:
-        """The loss of the first and of the last evaluation."""
-        return Report(loss_before=self._seen[:1], loss_after=self._seen[-1:], evaluations=[len(self._seen)])
-
-
-@dataclass(frozen=True)
-class FromLoss(Feed):
-    """The loss of a batch as a function of its matrices, for a method that moves them all at once."""
-
-    source: ClassVar[type[Source]] = TargetLoss
-
-    @property
-    def words(self) -> str:
-        """As it is."""
-        return "the loss"

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sphere_edit.editing.ingredients import Needs
+from sphere_edit.editing.losses import FromLoss
 from sphere_edit.editing.methods.base import JointMethod, Objective, layers_from
-from sphere_edit.editing.sources import FromLoss
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import DenseUpdate, Update
 

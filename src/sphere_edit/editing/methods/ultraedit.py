@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sphere_edit.editing.ingredients import Needs, SolvedProblems
+from sphere_edit.editing.losses import FromGradients
 from sphere_edit.editing.methods.base import (
     LayerProblem,
     LayerwiseMethod,
@@ -17,7 +18,6 @@ from sphere_edit.editing.methods.base import (
     Statistics,
     layers_from,
 )
-from sphere_edit.editing.sources import FromGradients
 from sphere_edit.numerics.linalg import spd_solve
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
