@@ -362,9 +362,12 @@ def _totals(families: dict[str, Any], others: dict[str, Any], own: dict[str, Any
         lines.append(f"| {len(group)} {name} | {' | '.join(counts)} |")
     why = Counter(row["refused"] for row in own.values() if not whole(row))
     towers = sum(whole(row) and row["tower"] for row in own.values())
-    parts = [f"{count} {_WHEN[reason]}" for reason, count in why.most_common()]
+    wrong = f" {why['TRACEBACK'] + why['slow']} failed otherwise." if why["TRACEBACK"] + why["slow"] else ""
     lines.append(f"\nOf the types that are edited, {towers} see images, and keep their vision tower as it was.")
-    lines.append(f"The others: {', '.join(parts)}.\n")
+    lines.append(
+        f"Of the others {why['by config.json']} are refused by their `config.json`, {why['loaded']} when they are loaded, and "
+        f"{why['edited']} when they are edited; of {why['not built']} no tiny model could be made.{wrong}\n"
+    )
     lacking = [f"`{name}`" for name, row in families.items() if not whole(row)]
     lines.append(f"The families are {', '.join(f'`{name}`' for name in families)}. Not edited: {', '.join(lacking)}.\n")
     lines.append(
