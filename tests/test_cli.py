@@ -341,7 +341,7 @@ def test_layers_by_role(model, tmp_path, facts):
     for text, message in [
         ("1,up:2", "name the role of the first layers too"),
         ("gate:x", "--layers takes numbers such as 4-8, 4,6,8 or gate:11-15,up:18-24, not 'gate:x'"),
-        ("side:1", "this family has no 'side' matrix; it has "),
+        ("side:1", "this model has no 'side' matrix; it has "),
     ]:
         with pytest.raises(SphereEditError, match=message):
             run("edit", *common, "--layers", text)

@@ -318,12 +318,12 @@ def test_a_key_for_each_context_is_that_of_its_row_and_the_hit_holds_in_every_co
     alone = SubjectPrompts(rows.rows, len(rows.rows), 1)  # every row as if it were a fact of its own
     torch.testing.assert_close(keys, subject_keys(loaded, alone, [name], 256)[name] * shares, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(residual, source.targets.deltas.repeat_interleave(3, 1) * shares, atol=1e-4, rtol=1e-4)
-    before = clean_values(loaded, alone, LAYER, 256)
+    before = clean_values(loaded, alone, LAYER, 256, loaded.architecture.inside(LAYER))
     moment = Statistics(second_moment=torch.eye(INNER))
     weights.add(
         name, Memit(second_moment_weight=1e-9).solve(LayerProblem(weights.working[name], keys, residual, moment), {})
     )
-    arrived = clean_values(loaded, alone, LAYER, 256) - before
+    arrived = clean_values(loaded, alone, LAYER, 256, loaded.architecture.inside(LAYER)) - before
     wanted = source.targets.deltas.repeat_interleave(3, 1)
     assert float((arrived - wanted).norm() / wanted.norm()) < 1e-2
     again = source.all_keys(chosen)[name]

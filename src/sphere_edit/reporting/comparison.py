@@ -231,7 +231,7 @@ def _over_the_best(rows: Sequence[Row]) -> str:
         others = [row for row in members if row.variant not in ("plain", "") and row.method != UNEDITED]
         gains: dict[str, float] = {}
         for metric in map(of_part, catalogue.PARTS if plain and others else ()):
-            base, best = (max(row.values[metric.name] or 0.0 for row in side) for side in (plain, others))
+            base, best = (max(row.values.get(metric.name) or 0.0 for row in side) for side in (plain, others))
             if base > 0:
                 gains[metric.words] = 100 * (best - base) / base
         if gains:
