@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.readers import FactSet, read_facts
-from sphere_edit.files import plain_errors, write_json
+from sphere_edit.files import plain_errors, remove_dead_temporaries, write_json
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.selection import plan_batches, readable
@@ -88,8 +89,14 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
             "bold red",
         )
     else:
-        write_json(tuned_file(loaded.fingerprint, given.method), {"settings": chosen.settings})
+        _keep(tuned_file(loaded.fingerprint, given.method), chosen)
     return trials
+
+
+def _keep(file: Path, chosen: Trial) -> None:
+    """Keep what was chosen for later runs, and clear away what a calibration that was killed left there."""
+    remove_dead_temporaries(file.parent)
+    write_json(file, {"settings": chosen.settings})
 
 
 def _best_span(bench: Bench) -> Trial:
@@ -172,6 +179,6 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
             )
             chosen = tune(editor.loaded, editor.session.given, editor.session.reporter)[0]
             if chosen.score == 0:  # a second calibration would find no more
-                write_json(kept, {"settings": chosen.settings})
+                _keep(kept, chosen)
             editor.session.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
             editor.adopt_tuned()
