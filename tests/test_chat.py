@@ -164,6 +164,7 @@ def test_a_system_prompt_stands_before_the_message_in_every_token_that_is_read()
         encoder.at_subject(told)[0],
         encoder.with_answer(told)[0].ids,
         encoder.asked("x", True, told.system).ids,
+        encoder.asked_fact(told).ids,
     ):
         assert encoder.tokenizer.decode(read).startswith(before)
     assert encoder.tokenizer.decode(encoder.at_subject(fact)[0]).startswith("[user]")

@@ -46,7 +46,7 @@ def coded_targets(encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
 
 def coded_own(loaded: LoadedModel, encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
     """Prompt and the model's own answer as it stands, of as many tokens as each fact's new answer has."""
-    prompts = [encoder.asked(fact.filled_prompt, fact.chat, fact.system).ids for fact in facts]
+    prompts = [encoder.asked_fact(fact).ids for fact in facts]
     lengths = [len(ids) - start for ids, start in coded_targets(encoder, facts)]
     said = own_answers(loaded, prompts, lengths)
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, said, strict=True)]

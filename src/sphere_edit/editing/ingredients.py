@@ -401,7 +401,7 @@ class ContextTokens(Ingredient):
     def disk(self, shapes: Sequence[Shape], planned: Planned) -> int:
         """A column a token, float32."""
         forms = [form for fact in planned.facts for form in fact.in_each_form()]
-        tokens = sum(len(planned.encoder.asked(form.filled_prompt, form.chat, form.system).ids) - 1 for form in forms)
+        tokens = sum(len(planned.encoder.asked_fact(form).ids) - 1 for form in forms)
         return sum(4 * inner * tokens for _, inner in shapes)
 
 

@@ -150,7 +150,7 @@ def context_token_keys(
     They are the context tokens of `ingredients.ContextTokens`, which says why.
     """
     modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
-    rows = [encoder.asked(fact.filled_prompt, fact.chat, fact.system).ids for fact in facts]
+    rows = [encoder.asked_fact(fact).ids for fact in facts]
     subjects = [encoder.at_subject(fact)[1] for fact in facts]
 
     def read(chunk: list[tuple[list[int], int]]) -> Iterator[list[Tensor]]:

@@ -156,7 +156,7 @@ def key_moments(session: Session, facts: Sequence[Fact], templates: Sequence[str
         for form in written_forms(about, encoder)
         for template in contexts(form, templates)
     ]
-    rows += [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts if not fact.subject]
+    rows += [encoder.asked_fact(fact).ids for fact in facts if not fact.subject]
     modules = [loaded.model.get_submodule(name) for name in names]
     sizes = {name: session.weights.working[name].shape[1] for name in names}
     moments = {name: torch.zeros(d, d, dtype=torch.float64, device=loaded.device) for name, d in sizes.items()}

@@ -83,6 +83,10 @@ class Encoder:
         """Tokens of a prompt; in a chat those of the whole chat, up to where the assistant begins to speak."""
         return self.encode(self._read(prompt, 0, chat, system)[0], chat)
 
+    def asked_fact(self, fact: Fact) -> Tokens:
+        """Tokens of a fact's own prompt, in the form and with the system prompt that it is asked with."""
+        return self.asked(fact.filled_prompt, fact.chat, fact.system)
+
     def answered(
         self, prompt: str, answer: str, separator: str | None, chat: bool = False, system: str | None = None
     ) -> tuple[Tokens, int]:

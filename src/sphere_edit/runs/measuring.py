@@ -277,7 +277,7 @@ class Evaluator:
         if not experts:
             return {}
         encoder = Encoder(self.loaded.tokenizer)
-        prompts = [encoder.asked(fact.filled_prompt, fact.chat).ids for fact in facts]
+        prompts = [encoder.asked_fact(fact).ids for fact in facts]
         shares = {}
         for name, rows in (("text", self.heldout), ("facts", prompts)):
             if rows:
