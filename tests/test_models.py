@@ -629,7 +629,7 @@ def test_keys_read_back_from_disk_give_the_same_state_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_keys_and_values_read_layer_by_layer_are_those_of_whole_forward_passes(family, inside):
     loaded = tiny(family)
-    layers = [LAYER] if inside or loaded.architecture.one_layer else [0, 1, LAYER]
+    layers = [LAYER] if inside or loaded.architecture.alone(LAYER) else [0, 1, LAYER]
     weights = edited(loaded.model, layers)
     prompts = SubjectPrompts.of(facts(6), TEMPLATES, Encoder(loaded.tokenizer))
     reader = SubjectReader(loaded, prompts, weights.names, layers, inside, 64, averaged=inside)

@@ -86,29 +86,31 @@ class Trial:
 
         The last is what such damage leaves of the model if a stream of 1,000 facts does as much for each.
         """
-        return float(self._scores(torch.ones(1, len(self.parts), dtype=torch.float64)))
+        return float(self._scores(self._once))
 
     @property
     def kept(self) -> float:
         """Harmonic mean of specificity and of what damage leaves of the model."""
-        return float(self._means([2, 3]))
+        return float(self._scores(self._once, [2, 3]))
 
     @property
     def written(self) -> float:
         """Harmonic mean of strict efficacy and strict generalization."""
-        return float(self._means([0, 1]))
+        return float(self._scores(self._once, [0, 1]))
 
-    def _means(self, parts: list[int]) -> Tensor:
-        return 1 / (1 / self._shares(torch.ones(1, len(self.parts), dtype=torch.float64))[:, parts]).nanmean(1)
+    @property
+    def _once(self) -> Tensor:
+        """One draw, in which each fact is once."""
+        return torch.ones(1, len(self.parts), dtype=torch.float64)
 
     def beats(self, other: Trial, sure: float = 0.975) -> bool:
         """Whether it scores higher beyond noise: in so many of 1,000 resamplings of the facts, the same for both."""
         weights = resampled(range(len(self.parts)), seed=0)
         return float((self._scores(weights) > other._scores(weights)).double().mean()) >= sure
 
-    def _scores(self, weights: Tensor) -> Tensor:
-        """The score of each draw, given how often each fact is in it ``[draws, facts]``."""
-        return 1 / (1 / self._shares(weights)).nanmean(1)
+    def _scores(self, weights: Tensor, shares: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
+        """The score of each draw, given how often each fact is in it ``[draws, facts]``; or the harmonic mean of some of its shares."""
+        return 1 / (1 / self._shares(weights)[:, list(shares)]).nanmean(1)
 
     def _shares(self, weights: Tensor) -> Tensor:
         """The three parts and what damage leaves, ``[draws, 4]``."""

@@ -151,11 +151,6 @@ class Architecture:
         either = [part for part in self.parts if part.writer is not None]
         return "down" if 2 * len(self.having("down")) >= len(either) else EXPERTS
 
-    @property
-    def one_layer(self) -> bool:
-        """Whether one layer only can be edited for a target (`Matrix.alone`), in any of those that are edited by default."""
-        return any(self.alone(layer) for layer in self.having(self.writer))
-
     def inside(self, layer: int, role: str | None = None) -> bool:
         """Whether a target of this layer is met exactly at its MLP's output only (`Matrix.inside`); ``role``: as it is edited by default."""
         return self._writing(layer, role).inside
@@ -277,8 +272,3 @@ def described(model: nn.Module) -> str:
     name, layers = max(lists, key=lambda item: len(item[1]))
     matrices = [path for path, m in layers[0].named_modules() if getattr(m, "weight", None) is not None]
     return f"Its longest list of layers is '{name}' ({len(layers)} layers), each with: {', '.join(matrices)}."
-
-
-def with_whole_rows(architecture: Architecture) -> Architecture:
-    """The same, whose targets run whole rows."""
-    return replace(architecture, whole_rows=True)

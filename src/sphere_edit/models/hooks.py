@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sphere_edit.models.sites import Keys, entering
+from sphere_edit.models.sites import Keys, entering, folded
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a decoder layer was called with, hidden states first
 
@@ -26,11 +26,6 @@ class Stop(Exception):
 
 def first_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def folded(rows: Tensor, batch: int) -> Tensor:
-    """A module's rows as ``[B, S, d]``: some are given, and give, all tokens in one ``[B · S, d]`` (OPT, shared experts)."""
-    return rows.unflatten(0, (batch, -1)) if rows.dim() == 2 else rows
 
 
 @contextmanager

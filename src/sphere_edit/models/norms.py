@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sphere_edit.models.configuration import text_config
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.sites import parameter_of
 from sphere_edit.numerics.normalised import nearest_normalised
@@ -79,6 +80,6 @@ def norm_after(loaded: LoadedModel, name: str) -> Norm | None:
     if module is None:
         return None
     like = parameter_of(loaded.model, loaded.architecture, name)
-    found = Norm.of(module, loaded.model.config.get_text_config().hidden_size, like)
+    found = Norm.of(module, text_config(loaded.model).hidden_size, like)
     assert found is not None, f"what stands behind {name} is no norm"
     return found

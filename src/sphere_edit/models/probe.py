@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.models.architecture import Architecture, described, row_of, with_whole_rows
+from sphere_edit.models.architecture import Architecture, described, row_of
 from sphere_edit.models.finding import NotFound, found_layout
 from sphere_edit.models.hooks import first_output
 from sphere_edit.models.loaded import LoadedModel
@@ -55,7 +55,7 @@ def with_replay(loaded: LoadedModel, ids: Sequence[int]) -> LoadedModel:
     rows = [_some(ids), _some(ids)[:-3]]
     if fits(UpperLayers, loaded, rows, layer):
         return loaded
-    whole = replace(loaded, architecture=with_whole_rows(architecture))
+    whole = replace(loaded, architecture=replace(architecture, whole_rows=True))
     if fits(WholeRows, whole, rows, layer):
         return whole
     raise SphereEditError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.configuration import text_config
+from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
@@ -285,32 +286,13 @@ def fits(kind: type[Replay], loaded: LoadedModel, rows: Sequence[Sequence[int]],
         delta = noise * size / run.value.shape[1] ** 0.5
         found = run.hidden(delta)
         whole = WholeRows(loaded, rows, pivots, layer, inside)
-        expected = whole._from_pivots(_with_delta(loaded, whole, rows, delta))
+        with whole._added_at_site(delta):
+            expected = whole._from_pivots(last_hidden(loaded, TokenBatch.of(rows, loaded.device)))
         width = min(found.shape[1], expected.shape[1])
         run._real = run._real[:, :width]
         return run.difference(found[:, :width], expected[:, :width]) <= _TOLERANCES.get(found.dtype, 5e-2)
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
         return False  # what this kind of replay gives the layers is not what they ask for
-
-
-def _with_delta(loaded: LoadedModel, whole: WholeRows, rows: Sequence[Sequence[int]], delta: Tensor) -> Tensor:
-    """The last layer's output ``[B, S, d]`` of the model's own pass with δ at the pivots."""
-    batch = TokenBatch.of(rows, loaded.device)
-    seen: list[Tensor] = []
-
-    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = first_output(output)
-        changed = whole._added(folded(first, len(rows)), delta).view_as(first)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    last = loaded.architecture.last_layer(loaded.model)
-    with ExitStack() as hooks:
-        hooks.callback(whole._site.register_forward_hook(add).remove)
-        hooks.callback(
-            last.register_forward_hook(lambda module, args, output: seen.append(first_output(output))).remove
-        )
-        loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return seen[0]
 
 
 def _aligned(rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> tuple[Tensor, Tensor]:

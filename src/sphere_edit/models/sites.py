@@ -32,11 +32,13 @@ def parameter_of(model: nn.Module, architecture: Architecture, name: str) -> Ten
 
 
 def entering(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, int]) -> Keys:
-    """What enters the edited matrix of a module that is called with ``args``, on a batch of ``shape`` rows and columns.
-
-    Some modules see a batch flattened, ``[B · S, d]``; it is folded back.
-    """
+    """What enters the edited matrix of a module that is called with ``args``, on a batch of ``shape`` rows and columns."""
     if is_experts(module):
         return JointKeys(module, [*args, *kwargs.values()], shape)
     hidden = (args[0] if args else next(iter(kwargs.values()))).detach()
-    return hidden if hidden.dim() > 2 else hidden.unflatten(0, shape)
+    return folded(hidden, shape[0])
+
+
+def folded(rows: Tensor, batch: int) -> Tensor:
+    """A module's rows as ``[B, S, d]``: some are given, and give, all tokens in one ``[B · S, d]`` (OPT, shared experts)."""
+    return rows.unflatten(0, (batch, -1)) if rows.dim() == 2 else rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,20 +30,11 @@ class LayoutMatrix(BaseModel):
     @classmethod
     def of(cls, layers: Sequence[int], role: str, matrix: Matrix) -> LayoutMatrix:
         """Of the matrix ``role`` of these layers."""
-        return cls(
-            layers=list(layers),
-            role=role,
-            path=matrix.path,
-            transposed=matrix.transposed,
-            experts=matrix.experts,
-            inside=matrix.inside,
-            factor=matrix.factor,
-            after=matrix.after,
-        )
+        return cls(layers=list(layers), role=role, **asdict(matrix))
 
     def matrix(self) -> Matrix:
         """As the model has it."""
-        return Matrix(self.path, self.transposed, self.experts, self.inside, self.factor, self.after)
+        return Matrix(**{field.name: getattr(self, field.name) for field in fields(Matrix)})
 
     def told(self) -> str:
         """In words."""
@@ -51,8 +43,7 @@ class LayoutMatrix(BaseModel):
 
     def is_as(self, other: LayoutMatrix) -> bool:
         """Whether the two lie and act alike, whatever their layers."""
-        exact = ("role", "path", "transposed", "experts", "inside", "after")
-        same = all(getattr(self, name) == getattr(other, name) for name in exact)
+        same = self.role == other.role and self.matrix() == replace(other.matrix(), factor=self.factor)
         return same and math.isclose(self.factor, other.factor, rel_tol=_CLOSE)
 
 
