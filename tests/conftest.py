@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,23 @@ def fact_records(count: int = 12, start: int = 0) -> list[dict]:
             }
         )
     return records
+
+
+class Crash(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+def dying(step: int | None) -> tuple[list[int], Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """How often wrapped functions were called, together, and what wraps them: the call number ``step`` crashes instead."""
+    count = [0]
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == step:
+                raise Crash
+            return real(*args, **kwargs)
+
+        return call
+
+    return count, counted

@@ -24,6 +24,16 @@ _LLAMA: dict[str, Any] = {
 _GPT2: dict[str, Any] = {"n_embd": WIDTH, "n_inner": INNER, "n_layer": DEPTH, "n_head": HEADS, "n_positions": 256}
 _GEMMA: dict[str, Any] = {**_LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8}
 
+# of hybrids whose every other layer is of linear attention
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
 # family: its configuration, and what its tokenizer is like
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (_LLAMA, {"bos": True, "padding_side": "left"}),

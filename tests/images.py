@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from families import _LLAMA, tiny_tokenizer
+from families import _LLAMA, LINEAR, tiny_tokenizer
 
 LAYERS = "model.language_model.layers"  # of all of them
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -23,14 +23,6 @@ _VISION: dict[str, Any] = {
 }
 _QWEN_VISION = {"depth": 2, "num_heads": 4, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "patch_size": 4}
 _TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 IMAGE_TEXT_MODELS: dict[str, dict[str, Any]] = {
@@ -65,7 +57,7 @@ IMAGE_TEXT_MODELS: dict[str, dict[str, Any]] = {
         **_TOKENS,
     },
     "qwen3_5": {
-        "text_config": {**TEXT, **_LINEAR},
+        "text_config": {**TEXT, **LINEAR},
         "vision_config": {**_QWEN_VISION, "intermediate_size": 64, "num_position_embeddings": 16},
         **_TOKENS,
     },

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from families import tiny_tokenizer
+from families import LINEAR, tiny_tokenizer
 from sphere_edit.models.loading import LoadedModel, prepare
 
 WIDTH, DEPTH = 32, 4
@@ -41,14 +41,6 @@ _LATENT = {
     "moe_layer_freq": 1,
 }
 _SHARED = {**_HEADS, "shared_expert_intermediate_size": 40}
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
 
 # family: its configuration, the path of its experts within a layer, and that of a shared expert where it has one
 MIXTURES: dict[str, tuple[dict[str, Any], str, str | None]] = {
@@ -73,7 +65,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "qwen2_moe": (_SHARED, "mlp", "mlp.shared_expert"),
     "phimoe": (_HEADS, "mlp", None),
     "minimax_m2": ({**_HEADS, "rotary_dim": 8}, "mlp", None),
-    "qwen3_next": ({**_SHARED, **_LINEAR}, "mlp", "mlp.shared_expert"),
+    "qwen3_next": ({**_SHARED, **LINEAR}, "mlp", "mlp.shared_expert"),
     "granitemoe": ({**_HEADS, "residual_multiplier": 0.22}, "block_sparse_moe", None),
     "lfm2_moe": (
         {**_HEADS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},

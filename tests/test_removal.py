@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import fact_records
+from conftest import Crash, dying, fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, files
 from sphere_edit.editing.methods import METHODS
@@ -35,6 +35,7 @@ from sphere_edit.runs.removal import chosen, shares_of, with_superseded
 from sphere_edit.runs.weights import RunWeights
 from test_every_method import COMMON, OPTIONS
 from test_records import accepted, batch
+from test_runs import same, without_times
 
 QUICK: dict[str, Any] = {**COMMON, "batch_size": 2, "layers": [1, 2], "targets": {"steps": 3, "lr": 0.3}}
 SUBTRACTED = sorted(set(METHODS) - {"rect", "lyaplock", "ft", "ultraedit"})
@@ -53,10 +54,6 @@ def start(model: Path, run: Path, **options: Any) -> Editor:
 
 def weights_of(editor: Editor) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in editor.weights.working.items()}
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def states_of(editor: Editor) -> dict[str, torch.Tensor]:
@@ -405,29 +402,10 @@ def test_a_fact_in_two_forms_is_taken_back_in_both(tmp_path):
 # --- dying --------------------------------------------------------------------------------------------------------
 
 
-class _Crash(BaseException):
-    """Stands for a process that dies: nothing catches it."""
-
-
-def without_times(entries: list[dict]) -> list[dict]:
-    gone = ("seconds", "time", "peak_memory")
-    return [{name: value for name, value in entry.items() if name not in gone} for entry in entries]
-
-
 @pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dying_at_any_write_of_a_removal_ends_as_if_it_had_not(model, tmp_path, monkeypatch, exact):
     def crash_at(step: int | None) -> list[int]:
-        count = [0]
-
-        def counted(real):
-            def call(*args, **kwargs):
-                count[0] += 1
-                if count[0] == step:
-                    raise _Crash
-                return real(*args, **kwargs)
-
-            return call
-
+        count, counted = dying(step)
         monkeypatch.setattr(files, "_sync_folder", counted(originals["_sync_folder"]))
         monkeypatch.setattr(RunFolder, "append", counted(originals["append"]))
         monkeypatch.setattr(RunFolder, "thin", counted(originals["thin"]))
@@ -457,7 +435,7 @@ def test_dying_at_any_write_of_a_removal_ends_as_if_it_had_not(model, tmp_path, 
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(tmp_path / "base", run)
         crash_at(step)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             removed(run)
         crash_at(None)
         again = removed(run)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import fact_records
+from conftest import Crash, dying, fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError, files, hyperspherical_energy
 from sphere_edit.editing import batch as solving_module
@@ -244,23 +244,9 @@ def test_statistics_are_cached_and_never_taken_from_another_model(model, tmp_pat
 # --- crashes ------------------------------------------------------------------------------------------------------
 
 
-class _Crash(BaseException):
-    """Stands for a process that dies: nothing catches it."""
-
-
 def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_path, monkeypatch):
     def crash_at(step: int | None) -> list[int]:
-        count = [0]
-
-        def counted(real):
-            def call(*args, **kwargs):
-                count[0] += 1
-                if count[0] == step:
-                    raise _Crash
-                return real(*args, **kwargs)
-
-            return call
-
+        count, counted = dying(step)
         for module, name in [(files, "_sync_folder"), (files, "copied"), (folder_module, "write_text")]:
             monkeypatch.setattr(module, name, counted(originals[name]))
         monkeypatch.setattr(RunFolder, "append", counted(originals["append"]))
@@ -287,7 +273,7 @@ def test_dying_at_any_write_and_resuming_equals_never_having_died(model, tmp_pat
         editor = start(model, run, **options)
         try:
             editor.edit(fact_records(4))
-        except _Crash:
+        except Crash:
             if editor.run is not None:
                 editor.close()
         del editor
