@@ -1,7 +1,7 @@
 """What editing a mixture's experts comes to: routed and shared ones beside a dense twin, and what C0 by blocks and its shrinking cost.
 
-python benchmarks/experts.py --models /tmp/mixtures            # trains them first, some minutes each
-python benchmarks/experts.py --models /tmp/mixtures --moments  # the second question alone
+python benchmarks/experts.py --models runs/mixtures            # trains them first, some minutes each
+python benchmarks/experts.py --models runs/mixtures --moments  # the second question alone
 
 The models are tiny and trained on the invented world of benchmarks/families.py. The second question is asked of one layer of a
 trained mixture: with C0 in each form, λ is set so that the facts' keys miss a tenth of their residual, and what then happens to the

@@ -1,7 +1,7 @@
 """The defaults on small models of other families, trained here for some minutes on an invented world. Prints a table for each.
 
 python benchmarks/families.py                      # GPT-2, Qwen2, Gemma 2
-python benchmarks/families.py --family gpt2 --models /tmp/families
+python benchmarks/families.py --family gpt2 --models runs/families
 
 Forty people, each with a home, a trade, a pet and a colour. Their names are four to six words out of eight, so that a model has to
 put a name together where it ends, as real ones do; half of the sentences list all that somebody has right after the name, the

@@ -1,6 +1,6 @@
 """One layer against several, on small models that normalise each MLP's output, trained here as in `families`.
 
-python benchmarks/post_norm.py --models /tmp/families            # Gemma 3, OLMo 2
+python benchmarks/post_norm.py --models runs/families            # Gemma 3, OLMo 2
 python benchmarks/post_norm.py --family gemma3_text --layers 0 0-1 0-4
 
 Each row is one setting: facts about 26 of the world's people edited in one batch and taken back. One layer has its target before the

@@ -28,12 +28,12 @@ class Note:
     """What a form has to say on its card.
 
     Attributes:
-        library: what loads it, as the hub calls that.
+        loads_with: what loads it, as the hub calls that.
         text: paragraphs of our own, ready as Markdown.
         measured: means of metrics in this form, by what was measured; the first column is what the others are compared with.
     """
 
-    library: str = "transformers"
+    loads_with: str = "transformers"
     text: str = ""
     measured: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def model_card(
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     lines = [
         "---",
-        f"library_name: {note.library}",
+        f"library_name: {note.loads_with}",
         "tags: [model-editing, sphere-edit]",
         "---",
         "",
