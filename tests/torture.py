@@ -224,8 +224,12 @@ class World:
                 command("edit", run, *(["--resume"] if waits else [self.more]))
             case "rollback":
                 command("rollback", run, "--to", 1)
-            case "export" if not (at / "out").exists():
-                command("export", run, "-o", at / "out")
+            case "remove":
+                begun = bool(RunFolder.open(run).history.removed)
+                command(*(("edit", run, "--resume") if begun else ("remove", run, "--fact", 2)))
+            case "export" | "delta" | "lora" if not (at / "out").exists():
+                form = {"export": "hf"}.get(name, name)
+                command("export", run, "-o", at / "out", "--as", form, *(["--rank", 2] if form == "lora" else []))
             case "tune":
                 Trial.score = property(lambda self: 0.5)  # type: ignore[method-assign,assignment]
                 facts = self.facts
@@ -247,9 +251,9 @@ class World:
     def prepared(self, name: str, at: Path, warm: bool) -> Path:
         """A folder in which a command can be done."""
         at.mkdir(exist_ok=True)
-        if name in ("more", "rollback", "export"):
+        if name in ON_A_RUN:
             shutil.copytree(self.finished, at / "run")
-        if warm or name in ("more", "rollback", "export"):
+        if warm or name in ON_A_RUN:
             shutil.copytree(self.cache, at / "cache")
         return at
 
@@ -264,7 +268,8 @@ class World:
         return remains(at)
 
 
-NAMES = ("edit", "more", "rollback", "export", "tune", "bench")
+ON_A_RUN = ("more", "rollback", "remove", "export", "delta", "lora")
+NAMES = ("edit", *ON_A_RUN, "tune", "bench")
 
 
 class Disturbed:
@@ -328,7 +333,7 @@ class Disturbed:
     def _full(self, name: str, at: Path, rng: random.Random) -> None:
         """On a disk that is full after some bytes, or where that cannot be mounted, at some write; then with room again."""
         size = int(2 ** rng.uniform(14, 20)) if name != "bench" else int(2 ** rng.uniform(14, 21))
-        if name in ("more", "rollback", "export"):
+        if name in ON_A_RUN:
             size += sum(
                 p.stat().st_size + 4096 for p in (*self.world.finished.rglob("*"), *self.world.cache.rglob("*"))
             )
