@@ -91,6 +91,11 @@ class Settings(BaseModel):
     forms: tuple[Form, ...] | None = Field(
         None, description="both at once, [plain, chat], or one of them; the first is the one that facts are asked in"
     )
+    rewordings: Literal["given", "auto"] = Field(
+        "given",
+        description="other prompts that a fact's target is optimised in: those in its record, or also those that the facts lend each other "
+        "and a chat model writes, kept where the unedited model reads them alike",
+    )
     recheck: int | None = Field(
         None,
         ge=0,
