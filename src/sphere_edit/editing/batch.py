@@ -171,7 +171,7 @@ class Solver:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
         begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
-        report, groups = Report(), []
+        report, groups = Report(), list[_Group]()
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
                 begin(facts[first : first + size], advance)
