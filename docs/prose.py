@@ -90,7 +90,7 @@ def read(page: Path) -> Prose:
 
 def pages() -> list[Path]:
     """Every page that a reader meets: the README, the changelog and the site; experiments are logged as they came."""
-    top = [path for path in sorted(ROOT.glob("*.md"))]
+    top = sorted(ROOT.glob("*.md"))
     return top + [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "LOG.md"]
 
 
