@@ -26,8 +26,8 @@ class SharedPrefix:
     def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[int]], most: int):
         """Find at most so many tokens that all ``rows`` of ids begin with, and run them; each row must have one more."""
         self._loaded, self.length = loaded, 0
-        length = min(most, common_length(rows))
-        if len(rows) < 2 or length < _LEAST or loaded.architecture.whole_rows:
+        length = min(most, common_length(rows)) if len(rows) > 1 else 0
+        if length < _LEAST or loaded.architecture.whole_rows:
             return
         try:
             self._layers = self._run(rows[0][:length])
