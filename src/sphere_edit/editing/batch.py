@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.editing.compensation import Compensation, lacking, with_back
 from sphere_edit.editing.memory import Metric, single
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
@@ -57,13 +58,17 @@ class _Group:
 
 @dataclass(frozen=True)
 class Written:
-    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved."""
+    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved.
+
+    ``taken`` is what the projection took away from it, where that is carried into the next batch (`Compensation`).
+    """
 
     before: dict[str, Tensor]
     solved: dict[str, Update]
     updates: dict[str, Update]
     problems: dict[str, Seen]
     report: Report
+    taken: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Solver:
@@ -78,8 +83,10 @@ class Solver:
         diagnostic: Sphere,
         statistics: Mapping[str, Statistics],
         reporter: Reporter,
+        compensated: float = 0.0,
     ):
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
+        self.compensation = Compensation(compensated)
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
@@ -103,7 +110,9 @@ class Solver:
         for name, seen in problems.items():
             for part in groups[0].seen.get(name, {}):
                 seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
-        return Written(before, solved, updates, problems, report)
+        whole = {name: joined([group.solved[name] for group in groups]) for name in self.weights.names}
+        taken = self.compensation.left_of(whole, updates)
+        return Written(before, solved, updates, problems, report, taken)
 
     def repair(
         self,
@@ -163,13 +172,14 @@ class Solver:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
         begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
-        report, groups = Report(), []
+        report, groups = Report(), list[_Group]()
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
                 begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)
                 if isinstance(self.method, LayerwiseMethod):
-                    groups.append(self._solve_layers(self.method, states, clock))
+                    owed = {} if groups else self.compensation.given_back()
+                    groups.append(self._solve_layers(self.method, states, clock, owed))
                 else:
                     assert isinstance(self.method, JointMethod)
                     groups.append(self._solve_jointly(self.method, clock))
@@ -177,8 +187,10 @@ class Solver:
                 report.add(self.source.report())
         return groups, report
 
-    def _solve_layers(self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock) -> _Group:
-        """Solve matrix by matrix, each seeing the weights of those below as already edited; matrices are dealt to the ranks."""
+    def _solve_layers(
+        self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock, owed: Mapping[str, Tensor]
+    ) -> _Group:
+        """Solve matrix by matrix, each seeing the weights of those below as already edited; what is ``owed`` is given back."""
         group = _Group()
         rows = method.needs.ingredients
         of_batch = [row.of_batch(self.source, self.weights.names) for row in rows]
@@ -191,7 +203,7 @@ class Solver:
                 given |= found.get(name, {})
             weight = self.weights.working[name]
             problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
-            solve = partial(self._solved, method, name, problem, states[name])
+            solve = partial(self._solved, method, name, problem, states[name], owed.get(name))
             group.solved[name], group.written[name] = ranks.once(solve, by=index)
             clock.lap("solve")
             self.weights.add(name, group.written[name])
@@ -208,10 +220,13 @@ class Solver:
     def _kept_directions(self, name: str) -> None:
         self.directions(name, self.weights.working[name])
 
-    def _solved(self, method: LayerwiseMethod, name: str, problem: LayerProblem, state: State) -> tuple[Update, Update]:
+    def _solved(
+        self, method: LayerwiseMethod, name: str, problem: LayerProblem, state: State, owed: Tensor | None
+    ) -> tuple[Update, Update]:
         """ΔW of a matrix as it is solved, and as it is written: through SPHERE if that acts inside the layer loop."""
         weight = self.weights.working[name]
-        update = method.solve(problem, state).by_expert(experts_of(weight)).to(torch.float32)
+        solved = method.solve(lacking(problem, owed), state).by_expert(experts_of(weight))
+        update = with_back(solved, owed, weight).to(torch.float32)
         return update, self._suppressed(name, update)
 
     @property
@@ -248,18 +263,21 @@ class Solver:
     ) -> tuple[dict[str, Update], dict[str, Update]]:
         """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
 
-        def finished(name: str) -> tuple[Update, Update]:
+        def finished(name: str) -> tuple[Update, Update | None]:
             written = joined([group.written[name] for group in groups])
             whole = self.method.finish(written.wide(), wide(before[name]).clone())
             update = whole.by_expert(experts_of(before[name])).to(torch.float32)
             if self.sphere is None or self.sphere.project != "after_all":
-                return update, joined([group.solved[name] for group in groups])
+                return update, None
             return self.sphere.suppress(update, self.directions(name, before[name])), update
 
-        pairs = dict(zip(self.weights.names, ranks.dealt(self.weights.names, finished), strict=True))
-        return {name: update for name, (update, _) in pairs.items()}, {
-            name: solved for name, (_, solved) in pairs.items()
-        }
+        updates: dict[str, Update] = {}
+        solved: dict[str, Update] = {}
+        for name, (update, unprojected) in zip(
+            self.weights.names, ranks.dealt(self.weights.names, finished), strict=True
+        ):
+            updates[name], solved[name] = update, unprojected or joined([group.solved[name] for group in groups])
+        return updates, solved
 
 
 def deployed_weight(
