@@ -12,6 +12,7 @@ from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.scores import FactScores, PromptScore, Question, answer_ends, grouped, questions
 from sphere_edit.facts.chat import chat_frame, has_chat_template
@@ -26,7 +27,7 @@ _ANSWER_TOKENS = (
     12  # that the model may take to give an answer, at least; in a chat, where it says whole sentences, it does
 )
 _SHOWN_TOKENS = 6  # after which it is not asked further where that can change no verdict
-_STEP_LOGITS = 2**25  # numbers of one step of generation: so many rows times the vocabulary
+_ROWS = 64  # of one batch of answers: enough to keep a processor busy, and few enough for several ranks to have some
 _TEXT_TOKENS = 100
 
 
@@ -170,13 +171,12 @@ def continuations(
     """
     asked = list(zip(prompts, lengths, strict=True))
     apart = options.get("do_sample", False) or not pads_on_the_left(loaded, prompts, max(lengths, default=0))
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    cut = same_length_batches if apart else partial(batches_by_length, rows=max(1, _STEP_LOGITS // vocabulary))
-    with reporter.bar(title, len(prompts), "prompts") as advance:
+    cut = same_length_batches if apart else partial(batches_by_length, rows=_ROWS)
+    with reporter.bar(title, len(prompts), "prompts") as advance, ranks.told(advance) as tell:
 
         def go_on(chunk: list[tuple[list[int], int]]) -> Iterator[list[int]]:
             rows = generate(loaded, [prompt for prompt, _ in chunk], max(length for _, length in chunk), **options)
-            advance(len(chunk))
+            tell(len(chunk))
             return (row[len(prompt) :][:length] for row, (prompt, length) in zip(rows, chunk, strict=True))
 
         return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), cut)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
 from sphere_edit.models.configuration import loader_of
@@ -47,6 +48,10 @@ def converted(folder: str, name: str) -> str:
 
     Reading GGUF takes transformers many times as long as reading the safetensors it makes of it.
     """
+    return ranks.once(functools.partial(_converted, folder, name))
+
+
+def _converted(folder: str, name: str) -> str:
     from transformers import __version__ as version
 
     with (Path(folder) / name).open("rb") as file:
