@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sphere_edit.editing.settings import Settings, make_settings
@@ -46,6 +47,7 @@ class Editor:
     def __init__(self, session: Session, folder: Path):
         self.folder = folder
         self._stream: Stream | None = None
+        self._stopping = Event()
         self._work_by(session)
 
     def _work_by(self, session: Session) -> None:
@@ -162,12 +164,13 @@ class Editor:
         Raises:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
+        self._stopping.clear()
         given = facts_from(facts, skip_bad)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
             self._attach(create_run(self.session, self.folder))
         self._at_work().accept(planned, given, left_out)
-        return self.resume()
+        return self._gone_on()
 
     def check(self, given: FactSet, skip_bad: bool, skip_known: bool = False) -> tuple[list[Fact], list[str]]:
         """The facts to edit and the records left out (`admit`)."""
@@ -176,8 +179,16 @@ class Editor:
 
     def resume(self) -> MetricsContent:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
+        self._stopping.clear()
+        return self._gone_on()
+
+    def _gone_on(self) -> MetricsContent:
         self._at_work().go_on()
         return self.metrics()
+
+    def stop(self) -> None:
+        """From another thread: let what is at work end after its batch, with `runs.stream.Stopped`; what is left waits for `resume`."""
+        self._stopping.set()
 
     def rollback(self, to: int) -> None:
         """Put the weights back to exactly what they were after batch ``to`` (0: the original); later batches and waiting facts are withdrawn."""
@@ -198,6 +209,7 @@ class Editor:
         Raises:
             SphereEditError: a fact is not in the run, does not stand, or several could be meant.
         """
+        self._stopping.clear()
         self._at_work().remove(wanted_from(facts), exact)
         return self.metrics()
 
@@ -240,7 +252,7 @@ class Editor:
     def _attach(self, run: RunFolder, trust_run: bool = False) -> None:
         """Work in this run from here on."""
         try:
-            self._stream = Stream(self.session, self._evaluator, run, trust_run)
+            self._stream = Stream(self.session, self._evaluator, run, trust_run, self._stopping)
         except BaseException:
             run.unlock()
             raise
