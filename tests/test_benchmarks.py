@@ -148,16 +148,22 @@ def test_gemma_is_put_together_from_its_pieces_and_checked(tmp_path, monkeypatch
     assert not any((tmp_path / name).exists() for name in ("short", "wrong", "order"))
 
 
-def test_rewordings_are_given_and_the_other_paraphrases_asked(tmp_path, script):
+def test_leads_are_rows_of_one_table_with_settings_and_rewordings(tmp_path, script):
     model = save_tiny("llama", tmp_path / "model")
     records = fact_records(3)
     for record in records:
         record["paraphrases"].append(f"They say that {record['prompt'].replace('{}', record['subject'])}")
     (tmp_path / "facts.json").write_text(json.dumps(records))
     (tmp_path / "text.txt").write_text("The river there is the Tiber.\n\n" * 40)
-    for given in (0, 1):
-        out = script("rewordings.py", model, "out", "--given", given, "--facts", "facts.json", "--corpus", "text.txt")
-    assert [line[:4] for line in out.splitlines()[2:]] == ["| 0 ", "| 1 "]
-    run = RunFolder.open(tmp_path / "out" / "run-1")
+    more = ("--most", 1, "--facts", "facts.json", "--corpus", "text.txt")
+    script("leads.py", model, "out", "as it is", *more)
+    script("leads.py", model, "out", "carried, λ 2", "options.carried=true", "options.second_moment_weight=2", *more)
+    out = script("leads.py", model, "out", "one of them", *more, "--given", 1)
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [
+        "| unedited", "| as it is", "| carried, λ 2", "| one of them"
+    ]  # fmt: skip
+    assert script("leads.py", model, "out") == out
+    assert RunFolder.open(tmp_path / "out" / "run-carried-λ-2").config.method_options["carried"] is True
+    run = RunFolder.open(tmp_path / "out" / "run-one-of-them")
     assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
     assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())

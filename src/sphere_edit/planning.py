@@ -211,8 +211,12 @@ def _disk(session: Session, facts: Sequence[Fact]) -> int:
     method, shapes, encoder = session.method, _shapes(session), Encoder(session.loaded.tokenizer)
     batches = -(-len(facts) // session.settings.batch_size)
     columns = sum(method.needs.feed.columns(fact, encoder, session.settings.templates) for fact in facts)
-    updates = sum(4 * (batches * out * inner if method.dense else columns * (out + inner)) for out, inner in shapes)
+    compensated = session.settings.compensated > 0
+    dense = method.dense or compensated
+    updates = sum(4 * (batches * out * inner if dense else columns * (out + inner)) for out, inner in shapes)
     weights = sum(4 * out * inner for out, inner in shapes)
+    if compensated:
+        updates += batches * weights
     if session.settings.repair:
         updates += weights
     planned = Planned(facts, columns, encoder)

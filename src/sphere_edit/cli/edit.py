@@ -20,6 +20,7 @@ from sphere_edit.cli.options import (
     Matrices,
     ModelDtype,
     Project,
+    Rewordings,
     SkipBad,
     System,
     Target,
@@ -62,6 +63,12 @@ def edit(
     chat: Chat = None,
     forms: Forms = None,
     system: System = None,
+    rewordings: Annotated[
+        Rewordings | None,
+        typer.Option(
+            help="auto: facts also lend one another wordings, and a chat model writes some. \\[default: given]"
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
     ] = None,
@@ -115,6 +122,7 @@ def edit(
         "chat": chat,
         "forms": forms and [form.strip() for form in forms.split(",")],
         "system": system,
+        "rewordings": rewordings and rewordings.value,
         "layers": None if layers is None else read_layers(layers),
         "matrices": matrices and matrices.value,
         "moments": {"corpus": corpus},

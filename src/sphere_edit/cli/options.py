@@ -16,6 +16,13 @@ class Matrices(str, Enum):
     experts = "experts"
 
 
+class Rewordings(str, Enum):
+    """Settings.rewordings as the command line shows it."""
+
+    given = "given"
+    auto = "auto"
+
+
 class Basis(str, Enum):
     """Which weights SPHERE takes its directions from."""
 

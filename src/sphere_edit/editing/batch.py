@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.compensation import Compensation, lacking, with_back
 from sphere_edit.editing.memory import Metric, single
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
@@ -56,13 +57,17 @@ class _Group:
 
 @dataclass(frozen=True)
 class Written:
-    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved."""
+    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved.
+
+    ``taken`` is what the projection took away from it, where that is carried into the next batch (`Compensation`).
+    """
 
     before: dict[str, Tensor]
     solved: dict[str, Update]
     updates: dict[str, Update]
     problems: dict[str, Seen]
     report: Report
+    taken: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Solver:
@@ -77,8 +82,10 @@ class Solver:
         diagnostic: Sphere,
         statistics: Mapping[str, Statistics],
         reporter: Reporter,
+        compensated: float = 0.0,
     ):
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
+        self.compensation = Compensation(compensated)
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
@@ -102,7 +109,9 @@ class Solver:
         for name, seen in problems.items():
             for part in groups[0].seen.get(name, {}):
                 seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
-        return Written(before, solved, updates, problems, report)
+        whole = {name: joined([group.solved[name] for group in groups]) for name in self.weights.names}
+        taken = self.compensation.left_of(whole, updates)
+        return Written(before, solved, updates, problems, report, taken)
 
     def repair(
         self,
@@ -162,13 +171,14 @@ class Solver:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
         begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
-        report, groups = Report(), []
+        report, groups = Report(), list[_Group]()
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
                 begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)
                 if isinstance(self.method, LayerwiseMethod):
-                    groups.append(self._solve_layers(self.method, states, clock))
+                    owed = {} if groups else self.compensation.given_back()
+                    groups.append(self._solve_layers(self.method, states, clock, owed))
                 else:
                     assert isinstance(self.method, JointMethod)
                     groups.append(self._solve_jointly(self.method, clock))
@@ -176,8 +186,10 @@ class Solver:
                 report.add(self.source.report())
         return groups, report
 
-    def _solve_layers(self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock) -> _Group:
-        """Solve matrix by matrix, each seeing the weights of those below as already edited."""
+    def _solve_layers(
+        self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock, owed: Mapping[str, Tensor]
+    ) -> _Group:
+        """Solve matrix by matrix, each seeing the weights of those below as already edited; what is ``owed`` is given back."""
         group = _Group()
         rows = method.needs.ingredients
         of_batch = [row.of_batch(self.source, self.weights.names) for row in rows]
@@ -189,7 +201,8 @@ class Solver:
                 given |= found.get(name, {})
             weight = self.weights.working[name]
             problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
-            update = method.solve(problem, states[name]).by_expert(experts_of(weight)).to(torch.float32)
+            solved = method.solve(lacking(problem, owed.get(name)), states[name]).by_expert(experts_of(weight))
+            update = with_back(solved, owed.get(name), weight).to(torch.float32)
             clock.lap("solve")
             self._write(group, name, update)
             group.seen[name] = {part: value for row in rows for part, value in row.of_problem(problem).items()}

@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sphere_edit.editing.shipped import first_token, shipped_text
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.corpus import read_passages
-from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
 from sphere_edit.models.configuration import positions
 from sphere_edit.models.experts import JointKeys
@@ -78,7 +78,7 @@ class Corpus:
 def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, reporter: Reporter) -> Corpus:
     """The corpus of ``settings``, tokenised; sampled from the model where none is named."""
     if settings.corpus is None:
-        sampled = _sampled_once(loaded, settings.sampled_tokens, seed, reporter)
+        sampled = own_text(loaded, settings.sampled_tokens, seed, reporter)
         cut = len(sampled) - max(1, len(sampled) // 8)
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
@@ -103,8 +103,15 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
     return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
 
 
-def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
-    """Sampled text, from the cache where this very model sampled it before, on a device and with libraries as these (`cache_key`)."""
+def own_text(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
+    """Text that a model samples of itself: what ships with this package (`shipped_text`), or what was sampled before.
+
+    The latter is in the cache where this very model sampled it, on a device and with libraries as these (`cache_key`).
+    """
+    shipped = shipped_text(loaded, tokens, _sample_length(loaded), seed)
+    if shipped is not None:
+        reporter.say("  text that this model has sampled of itself comes with the package")
+        return shipped
     parts = (
         _SAMPLER,
         loaded.fingerprint,
@@ -126,9 +133,7 @@ def sample_text(
     loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter, length: int = _SAMPLE_LENGTH
 ) -> list[list[int]]:
     """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
-    encoder = Encoder(loaded.tokenizer)
-    first = (encoder.document_start() or encoder.encode("The").ids)[0]
-    length = min(length, positions(loaded.model) - 1)
+    first, length = first_token(loaded), _sample_length(loaded, length)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
     with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
@@ -137,6 +142,11 @@ def sample_text(
             rows += generate(loaded, part, length, [draw], min_new_tokens=length)
             advance(len(part) * length)
     return rows
+
+
+def _sample_length(loaded: LoadedModel, length: int = _SAMPLE_LENGTH) -> int:
+    """Tokens of one row after its first."""
+    return min(length, positions(loaded.model) - 1)
 
 
 def draw(ids: Tensor, scores: Tensor) -> Tensor:

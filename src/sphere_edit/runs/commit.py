@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.editing.batch import Back, Clock, Solver, Written
+from sphere_edit.editing.compensation import TAKEN
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
@@ -148,6 +149,9 @@ class Committer:
         self._check_finite(batch)
         seen = self._seen(written.problems, facts)
         self._remember(seen)
+        for name, taken in written.taken.items():
+            seen[name][TAKEN] = taken
+        self._owe(written.taken)
         clock.lap("keys after the batch")
         about["columns"] = self.source.columns(facts)
         return self._commit(batch, written, seen, deployed, about, clock)
@@ -215,7 +219,7 @@ class Committer:
 
     def _checkpoint(self, batch: int) -> None:
         began = time.monotonic()
-        self.run.write_checkpoint(batch, self.weights.working, self.states)
+        self.run.write_checkpoint(batch, self.weights.working, self._states_and_owed())
         self._checkpointed = time.monotonic()
         self._checkpoint_cost = self._checkpointed - began
 
@@ -239,7 +243,7 @@ class Committer:
         if isinstance(last, Rollback) and last.to == batch:
             return
         if batch > 0:
-            self.run.write_checkpoint(batch, self.weights.working, self.states)
+            self.run.write_checkpoint(batch, self.weights.working, self._states_and_owed())
         self.run.append(Rollback(to=batch))
 
     def go_to(self, batch: int) -> None:
@@ -258,6 +262,7 @@ class Committer:
                 self._forget({*record.superseded, *record.rewritten, *record.removed, *record.written_back}, number)
                 for name in self.weights.names:
                     self.weights.add(name, updates[name])
+                self._owe({name: parts.pop(TAKEN) for name, parts in seen.items() if TAKEN in parts})
                 self._remember(seen, wrote=bool(record.members))
         if batch > 0:
             self._check_digests(batch)
@@ -268,6 +273,8 @@ class Committer:
         """Take up weights and states of the last checkpoint up to ``batch``. Returns its number, 0 for the unedited model."""
         start, weights, states = self.run.last_checkpoint(batch)
         self.states = {name: {} for name in self.weights.names}
+        self.solver.compensation.taken = {}
+        self._owe({name: state.pop(TAKEN) for name, state in states.items() if TAKEN in state})
         if start == 0:
             self.weights.reset()
             return 0
@@ -341,6 +348,16 @@ class Committer:
                 self.states[name] = self.method.forget(
                     self.states[name], torch.cat(parts, dim=1), self.statistics[name]
                 )
+
+    def _owe(self, taken: Mapping[str, Tensor]) -> None:
+        """What the last batch lost to the projection, which the next one is given back; nothing changes where it lost nothing."""
+        owed = self.solver.compensation.taken
+        owed |= {name: value.to(self.weights.working[name].device) for name, value in taken.items()}
+
+    def _states_and_owed(self) -> dict[str, State]:
+        """What a checkpoint keeps beside the weights: the method's state, and what the next batch is given back."""
+        owed = self.solver.compensation.taken
+        return {name: {**state, **({TAKEN: owed[name]} if name in owed else {})} for name, state in self.states.items()}
 
     def _check_finite(self, batch: int) -> None:
         for name in self.weights.names:
