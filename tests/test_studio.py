@@ -21,7 +21,6 @@ from sphere_edit.preview import preview
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting.ledger import WHICH, ledger, sought
 from sphere_edit.runs.folder import RunFolder
-from sphere_edit.runs.stream import Stopped
 from sphere_edit.studio import look
 from sphere_edit.studio.desk import Desk
 from sphere_edit.studio.places import Places
@@ -133,12 +132,18 @@ def test_stop_ends_after_the_batch_and_going_on_ends_at_the_same_bits(desk, root
     done(whole.worker.submit("closing", whole.close))
 
 
-def test_a_stop_before_the_work_does_not_stop_it(desk):
+def test_a_stop_in_a_preview_takes_it_back_and_one_without_work_does_nothing(desk, monkeypatch):
     desk.stop()
-    desk.editor.edit(fact_records(1))
-    desk.stop()
-    assert desk.editor.resume()["after"] == 1
-    assert issubclass(Stopped, SphereEditError)
+    done(desk.add(facts_from(fact_records(6))))
+    before = weights(desk)
+    monkeypatch.setattr(desk.live, "say", lambda text, style="": desk.stop() if text.startswith("Batch 2") else None)
+    with pytest.raises(SphereEditError, match="the preview was stopped, and what it had done is taken back"):
+        done(desk.preview())
+    assert all(torch.equal(before[name], weight) for name, weight in weights(desk).items())
+    assert desk.known_run().history.pending == []
+    monkeypatch.undo()
+    done(desk.edit())
+    assert len(desk.known_run().history.retained) == 6
 
 
 def test_rollback_and_removal_say_first_what_they_withdraw(desk):

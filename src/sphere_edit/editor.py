@@ -164,13 +164,12 @@ class Editor:
         Raises:
             SphereEditError: before any work starts, for anything that would stop it; nothing is lost by one later.
         """
-        self._stopping.clear()
         given = facts_from(facts, skip_bad)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
             self._attach(create_run(self.session, self.folder))
         self._at_work().accept(planned, given, left_out)
-        return self._gone_on()
+        return self.resume()
 
     def check(self, given: FactSet, skip_bad: bool, skip_known: bool = False) -> tuple[list[Fact], list[str]]:
         """The facts to edit and the records left out (`admit`)."""
@@ -179,16 +178,15 @@ class Editor:
 
     def resume(self) -> MetricsContent:
         """Do whatever the journal says is still to be done: batches, evaluations. Returns the final metrics."""
-        self._stopping.clear()
-        return self._gone_on()
-
-    def _gone_on(self) -> MetricsContent:
         self._at_work().go_on()
         return self.metrics()
 
-    def stop(self) -> None:
-        """From another thread: let what is at work end after its batch, with `runs.stream.Stopped`; what is left waits for `resume`."""
-        self._stopping.set()
+    def stop(self, wanted: bool = True) -> None:
+        """From another thread: let what is at work, or comes next, end after its batch with `runs.stream.Stopped`; the rest waits for `resume`.
+
+        Not ``wanted``: what was asked so before is taken back.
+        """
+        (self._stopping.set if wanted else self._stopping.clear)()
 
     def rollback(self, to: int) -> None:
         """Put the weights back to exactly what they were after batch ``to`` (0: the original); later batches and waiting facts are withdrawn."""
@@ -209,7 +207,6 @@ class Editor:
         Raises:
             SphereEditError: a fact is not in the run, does not stand, or several could be meant.
         """
-        self._stopping.clear()
         self._at_work().remove(wanted_from(facts), exact)
         return self.metrics()
 

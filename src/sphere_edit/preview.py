@@ -12,6 +12,7 @@ from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.scores import FactScores, PromptScore, questions
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.readers import FactSet
+from sphere_edit.runs.stream import Stopped
 from sphere_edit.runs.summary import MetricsContent
 
 
@@ -69,6 +70,8 @@ def preview(editor: Editor, given: FactSet, skip_bad: bool = False) -> Preview:
     try:
         metrics = editor.edit(given, skip_bad)
         digests = {name: editor.weights.digest(name) for name in editor.weights.names}
+    except Stopped:
+        raise Stopped("the preview was stopped, and what it had done is taken back") from None
     finally:
         if editor.run is not None and editor.run.history.total > known:
             editor.rollback(head)

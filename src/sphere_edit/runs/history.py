@@ -228,8 +228,7 @@ class History:
 
     def back_to(self, batch: int) -> GoneBack:
         """What a rollback to after a batch would do to the facts; nothing is changed here."""
-        then = History.of([])
-        then.__dict__.update({name: copy(value) for name, value in self.__dict__.items()})
+        then = copy(self)
         then.take(Rollback(to=batch))
         now, later = {*self.retained, *self.pending}, set(then.retained)
         return GoneBack(tuple(range(batch + 1, self.head + 1)), tuple(sorted(now - later)), tuple(sorted(later - now)))

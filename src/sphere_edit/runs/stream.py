@@ -211,6 +211,7 @@ class Stream:
             Stopped: saying what is kept and what waits.
         """
         if self.stopping.is_set():
+            self.stopping.clear()
             history = self.run.history
             raise Stopped(
                 f"stopped after batch {history.head}, as asked; {len(history.pending)} facts wait. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from sphere_edit.studio.worker import Job, Live, Worker
 from sphere_edit.tuning import calibrate
 
 T = TypeVar("T")
+_SELDOM = 4.0  # seconds between two looks at all that a run at work has to show
 
 
 class Desk:
@@ -44,6 +46,7 @@ class Desk:
         self.previewed: Preview | None = None
         self._editor: Editor | None = None
         self._kept: dict[str, tuple[Any, Any]] = {}
+        self._looked, self._seen = 0.0, ""  # when the run's files were last looked at, and what they were
         self._run: tuple[tuple[int, ...], RunFolder] | None = None  # as last read, and of which files
 
     # --- open -----------------------------------------------------------------------------------------------------
@@ -122,9 +125,12 @@ class Desk:
         return found
 
     def stamp(self) -> str:
-        """Another text whenever there is something new to see."""
+        """Another text whenever there is something new to see; of a run at work not more often than every few seconds."""
         self.run()
-        return f"{self.folder} {self._run and self._run[0]} {self.worker.done} {self.draft.version}"
+        now = time.monotonic()
+        if not self.worker.writing or now > self._looked + _SELDOM:
+            self._looked, self._seen = now, f"{self.folder} {self._run and self._run[0]}"
+        return f"{self._seen} {self.worker.writing} {self.worker.done} {self.draft.version}"
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
@@ -191,6 +197,7 @@ class Desk:
             )
 
         def whole() -> None:
+            editor.stop(False)
             self.previewed = None
             calibrate(editor, given, False)
             known = 0 if editor.run is None else editor.run.history.total
@@ -204,11 +211,17 @@ class Desk:
 
     def go_on(self) -> Job:
         """Do what was left of an interrupted run."""
-        return self.worker.submit("going on", self.editor.resume, writes=True)
+        editor = self.editor
+
+        def work() -> None:
+            editor.stop(False)
+            editor.resume()
+
+        return self.worker.submit("going on", work, writes=True)
 
     def stop(self) -> None:
         """End the work after its batch."""
-        if self._editor is not None:
+        if self._editor is not None and self.worker.writing:
             self._editor.stop()
 
     def roll_back(self, to: int) -> Job:

@@ -91,12 +91,14 @@ def _need_gradio() -> None:
 
 
 def _until_ended(page: Any, room: Any, say: Callable[[str], None]) -> None:
-    with suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
-    page.close(verbose=False)
-    if room.ready and room.desk.worker.writing:
+    try:
+        with suppress(KeyboardInterrupt):
+            desk = room.desk  # or a mistake in what the command was given, which ends it
+            while True:
+                time.sleep(3600)
+    finally:
+        page.close(verbose=False)
+    if room.ready and (job := desk.worker.current) is not None and job.writes:
         say("Ending after this batch; Ctrl-C again ends at once. Either way the run can be gone on with.")
-        room.desk.stop()
-        if (job := room.desk.worker.current) is not None:
-            job.over.wait()
+        desk.stop()
+        job.over.wait()
