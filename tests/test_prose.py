@@ -14,13 +14,8 @@ import prose
 BEFORE = {
     "CHANGELOG.md",
     "README.md",
-    "docs/evaluation.md",
-    "docs/facts.md",
-    "docs/guide.md",
     "docs/models.md",
-    "docs/performance.md",
     "docs/quality.md",
-    "docs/reliability.md",
     "docs/results.md",
 }
 PAGES = {path.relative_to(prose.ROOT).as_posix(): path for path in prose.pages()}

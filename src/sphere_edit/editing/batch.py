@@ -70,6 +70,22 @@ class Written:
     taken: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of the facts that a source has taken up."""
+
+    source: Source
+
+    @property
+    def rounds(self) -> int:
+        """Evaluations that take each fact once."""
+        return self.source.rounds
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and its gradient by each matrix."""
+        return self.source.objective(weights)
+
+
 class Solver:
     """Writes batches into the working weights, through SPHERE where it is on."""
 
@@ -218,7 +234,7 @@ class Solver:
 
     def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
         group = _Group()
-        updates = method.descend(self.source.objective, {name: w.clone() for name, w in self.weights.working.items()})
+        updates = method.descend(_Loss(self.source), {name: w.clone() for name, w in self.weights.working.items()})
         clock.lap(self.source.stage)
         for name in self.weights.names:
             self._write(group, name, updates[name].to(torch.float32))

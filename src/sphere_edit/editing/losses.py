@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import torch
@@ -93,7 +95,8 @@ class FromGradients(Feed):
 class TargetLoss(Source):
     """The mean over facts of the mean over target tokens of −log p, as a function of the edited matrices.
 
-    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone.
+    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone. With minibatches, each
+    evaluation is about the next facts of an epoch, in an order that is another one in each.
     """
 
     stage = "fine-tuning"
@@ -108,18 +111,29 @@ class TargetLoss(Source):
             self._take_up(coded_own(self.loaded, self.encoder, in_each_form(facts)))
 
     def _take_up(self, coded: Sequence[Coded]) -> None:
-        self._chunks = list(target_rows(self.loaded, coded, self.max_tokens))
-        self._count = len(coded)
+        self._coded = list(coded)
+        size = (self.feed.minibatch if isinstance(self.feed, FromLoss) else None) or len(self._coded)
+        self.rounds = -(-len(self._coded) // size)
+        self._parts = self._minibatches(size)
         self._seen: list[float] = []
+
+    def _minibatches(self, size: int) -> Iterator[list[Coded]]:
+        """All facts at one time; or epoch after epoch so many, those of an epoch in an order of its own."""
+        for epoch in count():
+            order = list(range(len(self._coded)))
+            if self.rounds > 1:
+                random.Random(epoch).shuffle(order)
+            for first in range(0, len(order), size):
+                yield [self._coded[index] for index in order[first : first + size]]
 
     def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The loss at some values of the edited matrices, and its gradient, added up over chunks of facts."""
         leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-        total = 0.0
+        part, total = next(self._parts), 0.0
         with deterministic(self.loaded.device):
-            for _, rows in self._chunks:
+            for _, rows in target_rows(self.loaded, part, self.max_tokens):
                 graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
-                loss = rows.losses(self.loaded, graph.hidden).sum() / self._count
+                loss = rows.losses(self.loaded, graph.hidden).sum() / len(part)
                 (loss * GRADIENT_SCALE).backward()
                 total += float(loss.detach())
         if not total < float("inf"):
@@ -132,17 +146,24 @@ class TargetLoss(Source):
         return total, gradients
 
     def report(self) -> Report:
-        """The loss of the first and of the last evaluation."""
-        return Report(loss_before=self._seen[:1], loss_after=self._seen[-1:], evaluations=[len(self._seen)])
+        """The loss of the first and of the last evaluation, or the mean of an epoch's."""
+        ends = (self._seen[: self.rounds], self._seen[-self.rounds :])
+        before, after = ([sum(losses) / len(losses)] if losses else [] for losses in ends)
+        return Report(loss_before=before, loss_after=after, evaluations=[len(self._seen)])
 
 
 @dataclass(frozen=True)
 class FromLoss(Feed):
-    """The loss of a batch as a function of its matrices, for a method that moves them all at once."""
+    """The loss of a batch as a function of its matrices, for a method that moves them all at once.
 
+    Attributes:
+        minibatch: facts that one evaluation is about; all if None.
+    """
+
+    minibatch: int | None = None
     source: ClassVar[type[Source]] = TargetLoss
 
     @property
     def words(self) -> str:
-        """As it is."""
-        return "the loss"
+        """As it is, or in minibatches."""
+        return "the loss" if self.minibatch is None else f"the loss, {self.minibatch} facts at a time"

@@ -57,6 +57,11 @@ class EvaluationSettings(BaseModel):
     generation: Literal["plain", "chat", "off"] = Field(
         "plain", description="at the end, what the model says after each prompt: as it is, or as a message in a chat"
     )
+    retrieval: int = Field(
+        0,
+        ge=0,
+        description="put so many facts, found by BM25, before each prompt: for a row without editing (method none)",
+    )
     texts: int = Field(0, ge=0, description="at the end, let it write about so many facts (fluency, consistency)")
     references: str | None = Field(None, description="texts (.txt, .jsonl) that say what is said of the new answers")
     tasks: tuple[str, ...] = Field((), description="general ability: tasks of lm-evaluation-harness")

@@ -88,6 +88,7 @@ class Source:
 
     stage: ClassVar[str]  # what its work is called where progress is shown
     asked_again = False  # whether keys are measured again once a batch is written
+    rounds = 1  # evaluations of the loss that take each fact once
 
     def __init__(
         self,

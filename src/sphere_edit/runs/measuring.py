@@ -19,6 +19,7 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.retrieval import with_retrieved
 from sphere_edit.evaluation.routing import changed_share, mixed_above, routes_of
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
 from sphere_edit.facts.chat import chat_frame, has_chat_template
@@ -206,7 +207,8 @@ class Evaluator:
             return known
         complete, _, _ = read_unedited(run)
         facts = [complete[index] for index in asked]
-        scores = self.score(facts, f"evaluation after {head}", say=final)
+        prompts = self._as_asked(complete, run.history.retained, asked)
+        scores = self.score(prompts, f"evaluation after {head}", say=final)
         content = {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]}
         sha256 = write_json(path, content)
         if known is not None and known.sha256 in (None, sha256):
@@ -216,6 +218,15 @@ class Evaluator:
         found = Evaluation(after=head, facts=len(asked), final=final, summary=summary, sha256=sha256, **whole)
         run.append(found)
         return found
+
+    def _as_asked(self, facts: Sequence[Fact], retained: Sequence[int], asked: Sequence[int]) -> list[Fact]:
+        """The facts asked, with what is found among all that stand before their prompts, if the settings want that."""
+        if not self.settings.retrieval:
+            return [facts[index] for index in asked]
+        self.reporter.say(f"Each prompt is asked behind {self.settings.retrieval} of the facts, found by BM25")
+        found = with_retrieved([facts[index] for index in retained], self.settings.retrieval)
+        known = dict(zip(retained, found, strict=True))
+        return [known[index] for index in asked]
 
     def _ability(self, run: RunFolder, after: int) -> None:
         if self._tasks is not None:
