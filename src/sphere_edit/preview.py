@@ -21,7 +21,7 @@ class PreviewRow:
     """One prompt before and after.
 
     Attributes:
-        kind: the ``fact`` itself, a ``paraphrase``, a ``neighbour``, or ``portability``.
+        kind: the ``fact`` itself, a ``paraphrase``, a ``neighbour``, or a ``consequence`` (portability).
         right: what it should say: the new answer, or the neighbour's own.
         said_before, said_after: what the model says; None where the settings do not ask.
         before, after: probability of the right answer, a token (geometric mean).
@@ -89,7 +89,7 @@ def _rows(fact: Fact, before: FactScores, after: FactScores) -> list[PreviewRow]
     """Every prompt of a complete fact, in the order of `questions`."""
     kinds = ["fact", *["paraphrase"] * len(fact.paraphrases), *["neighbour"] * len(fact.neighbors)]
     asked = questions(fact)
-    kinds += ["portability"] * (len(asked) - len(kinds))
+    kinds += ["consequence"] * (len(asked) - len(kinds))
     return [
         PreviewRow(
             kind,

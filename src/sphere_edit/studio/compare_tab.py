@@ -14,10 +14,10 @@ _COLOURS = {"differs": "#e69f00"}
 
 def compare_tab(room: Room, notice: Any) -> None:
     """Build it."""
-    prompt = gr.Textbox(label="Prompt", lines=2, max_length=10_000, elem_id="compare-prompt")
+    prompt = gr.Textbox("", label="Prompt", lines=2, max_length=10_000, elem_id="compare-prompt")
     with gr.Row():
-        old = gr.Textbox(label="Old answer (optional)", min_width=140, elem_id="old-answer")
-        new = gr.Textbox(label="New answer (optional)", min_width=140, elem_id="new-answer")
+        old = gr.Textbox("", label="Old answer (optional)", min_width=140, elem_id="old-answer")
+        new = gr.Textbox("", label="New answer (optional)", min_width=140, elem_id="new-answer")
     with gr.Row():
         chat = gr.Checkbox(label="As a message in the model's chat", min_width=160)
         sampled = gr.Checkbox(label="Sampled, not greedy", min_width=140)

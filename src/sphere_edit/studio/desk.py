@@ -166,11 +166,13 @@ class Desk:
 
     def compare(self, prompt: str, answers: Sequence[str] = (), **how: Any) -> Job:
         """Ask the unedited and the edited model: a `Compared`."""
-        editor = self.editor
         if not prompt.strip():
             raise SphereEditError("which prompt? Write one")
+        if not self.worker.writing:
+            _ = self.editor
 
         def work() -> Compared:
+            editor = self.editor
             return compare(editor.loaded, editor.weights, prompt, answers, **how)
 
         return self.worker.submit(f"asking '{prompt[:40]}'", work)

@@ -29,22 +29,26 @@ def _form(room: Room, notice: Any) -> None:
     """One fact, typed."""
     gr.Markdown("### A fact")
     with gr.Row():
-        subject = gr.Textbox(label="Subject", placeholder="Big Ben", min_width=160, elem_id="subject")
+        subject = gr.Textbox("", label="Subject", placeholder="Big Ben", min_width=160, elem_id="subject")
         prompt = gr.Textbox(
-            label="Prompt, {} for the subject", placeholder="{} stands in the city of", min_width=220, elem_id="prompt"
+            "",
+            label="Prompt, {} for the subject",
+            placeholder="{} stands in the city of",
+            min_width=220,
+            elem_id="prompt",
         )
-        answer = gr.Textbox(label="New answer", placeholder="Vienna", min_width=120, elem_id="answer")
-    now = gr.Textbox(label="What the model says now", interactive=False, lines=2, elem_id="says-now")
+        answer = gr.Textbox("", label="New answer", placeholder="Vienna", min_width=120, elem_id="answer")
+    now = gr.Textbox("", label="What the model says now", interactive=False, lines=2, elem_id="says-now")
     with gr.Accordion("Paraphrases and neighbours: prompts to measure by, a line each", open=False):
-        paraphrases = gr.Textbox(label="Paraphrases: the same in other words", lines=3, elem_id="paraphrases")
+        paraphrases = gr.Textbox("", label="Paraphrases: the same in other words", lines=3, elem_id="paraphrases")
         neighbours = gr.Textbox(
-            label="Neighbours: about other things, which must not change", lines=3, elem_id="neighbours"
+            "", label="Neighbours: about other things, which must not change", lines=3, elem_id="neighbours"
         )
         suggest = gr.Button("Let the model suggest some", elem_id="suggest")
     add = gr.Button("Add this fact", elem_id="add")
 
     def peek(subject: str, prompt: str, answer: str) -> Any:
-        if not (subject.strip() and prompt.strip()) or not room.desk.loaded:
+        if not (subject.strip() and prompt.strip()):
             return None
         return room.desk.compare(_filled(subject, prompt), [answer] if answer.strip() else [], new_tokens=12)
 
@@ -103,6 +107,7 @@ def _several(room: Room, notice: Any) -> None:
     """Several facts, pasted or from a file."""
     with gr.Accordion("Several facts: paste them, or give a file", open=False):
         text = gr.Textbox(
+            "",
             label="JSON, JSONL or CSV, as in a file", lines=4, max_length=_PASTED, elem_id="pasted",
             placeholder=json.dumps({"subject": "Big Ben", "prompt": "{} stands in the city of", "target_new": "Vienna"}),
         )  # fmt: skip
@@ -140,7 +145,7 @@ def _draft(room: Room, notice: Any, refreshed: Refreshed) -> None:
     table = gr.Dataframe(interactive=False, wrap=True, datatype="str", elem_id="draft", headers=_ROWS, max_height=420)
     with gr.Row():
         page = gr.Number(label="Page", value=1, precision=0, minimum=1, min_width=80)
-        out = gr.Textbox(label="Rows to take out: 2, 5-7", min_width=140, elem_id="rows-out")
+        out = gr.Textbox("", label="Rows to take out: 2, 5-7", min_width=140, elem_id="rows-out")
         take = gr.Button("Take out", min_width=100, elem_id="take-out")
         clear = gr.Button("Take out all", min_width=100)
 

@@ -34,13 +34,13 @@ def look_tab(room: Room, notice: Any, refreshed: Refreshed) -> None:
 def _facts(room: Room, notice: Any, refreshed: Refreshed) -> None:
     words = gr.Markdown("### Facts")
     with gr.Row():
-        text = gr.Textbox(label="Search", min_width=140, elem_id="search")
+        text = gr.Textbox("", label="Search", min_width=140, elem_id="search")
         which = gr.Dropdown(_WHICH, value=_WHICH[0], label="Which", min_width=120, elem_id="which")
-        batch = gr.Textbox(label="Of batch", max_length=9, min_width=80)
+        batch = gr.Textbox("", label="Of batch", max_length=9, min_width=80)
         page = gr.Number(label="Page", value=1, precision=0, minimum=1, min_width=80, elem_id="facts-page")
     table = gr.Dataframe(interactive=False, wrap=True, datatype="str", elem_id="facts", headers=_FACTS, max_height=420)
     with gr.Row():
-        fact = gr.Textbox(label="Fact number", max_length=9, min_width=100, elem_id="fact")
+        fact = gr.Textbox("", label="Fact number", max_length=9, min_width=100, elem_id="fact")
         show = gr.Button("Show this fact", min_width=120, elem_id="show-fact")
         remove = gr.Button("Remove this fact", variant="stop", min_width=120, elem_id="remove")
     stories = [gr.Dataframe(interactive=False, wrap=True, datatype="str", visible=False) for _ in range(3)]
@@ -83,7 +83,7 @@ def _timeline(room: Room, notice: Any, refreshed: Refreshed) -> None:
         interactive=False, wrap=True, datatype="str", elem_id="timeline", headers=_EVENTS, max_height=320
     )
     with gr.Row():
-        batch = gr.Textbox(label="Batch (0: the unedited model)", max_length=9, min_width=140, elem_id="batch")
+        batch = gr.Textbox("", label="Batch (0: the unedited model)", max_length=9, min_width=140, elem_id="batch")
         back = gr.Button("Roll back to here", variant="stop", min_width=140, elem_id="roll-back")
     asking, sure = _confirm("roll back")
     refreshed.add(lambda: [grid(room.look.timeline(room.desk))], [], [table])
@@ -99,7 +99,7 @@ def _confirm(what: str) -> tuple[Any, list[Any]]:
     """A question that is asked first: its group, and the text, the number it is about, yes and no in it."""
     name = what.replace(" ", "-")
     with gr.Group(visible=False) as asking:
-        text = gr.Textbox(label="First", interactive=False, lines=4, elem_id=f"{name}-asks")
+        text = gr.Textbox("", label="First", interactive=False, lines=4, elem_id=f"{name}-asks")
         about = gr.State(None)
         with gr.Row():
             yes = gr.Button(f"Yes, {what}", variant="stop", elem_id=f"{name}-yes")

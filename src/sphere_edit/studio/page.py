@@ -42,7 +42,7 @@ def build(room: Room) -> gr.Blocks:
         gr.Markdown("# sphere-edit studio")
         status = gr.HTML("<p>Starting.</p>", elem_id="status")
         notice = gr.HTML("", elem_id="notice")
-        stamp = gr.State("")
+        seen = gr.State("")  # the stamp of what this tab shows
         refreshed = Refreshed()
         with gr.Tabs():
             with gr.Tab("Start", id="start"):
@@ -56,23 +56,19 @@ def build(room: Room) -> gr.Blocks:
             with gr.Tab("Ship", id="ship"):
                 ship_tab(room, notice, refreshed)
 
-        def tick() -> tuple[str, str]:
+        def tick(seen: str, *values: Any) -> list[Any]:
             if not room.ready:
-                return "<p>Starting: the libraries are loaded.</p>", ""
-            return room.look.status(room.desk), room.desk.stamp()
-
-        def refresh(now: str, *values: Any) -> list[Any]:
-            return refreshed.values(values) if now else refreshed.skipped()
+                return ["<p>Starting: the libraries are loaded.</p>", "", *refreshed.skipped()]
+            now = room.desk.stamp()
+            drawn = refreshed.skipped() if now == seen else refreshed.values(values)
+            return [room.look.status(room.desk), now, *drawn]
 
         gr.Timer(_EVERY).tick(
-            tick, None, [status, stamp], queue=False, show_progress="hidden", api_visibility="private"
-        )
-        stamp.change(
-            refresh,
-            [stamp, *refreshed.inputs],
-            refreshed.outputs,
+            tick,
+            [seen, *refreshed.inputs],
+            [status, seen, *refreshed.outputs],
+            queue=False,
             show_progress="hidden",
-            concurrency_limit=8,
             api_visibility="private",
         )
     return page

@@ -22,10 +22,10 @@ def ship_tab(room: Room, notice: Any, refreshed: Refreshed) -> None:
     """Build it."""
     gr.Markdown("### Export")
     form = gr.Dropdown(_FORMS, value="hf", label="Form", elem_id="form")
-    name = gr.Textbox(label="Name of the new folder", max_length=100, elem_id="export-name")
+    name = gr.Textbox("", label="Name of the new folder", max_length=100, elem_id="export-name")
     with gr.Row():
-        rank = gr.Textbox(label="lora: rank (optional)", max_length=9, min_width=120)
-        base = gr.Textbox(label="gguf: the file to replace tensors in (optional)", min_width=200)
+        rank = gr.Textbox("", label="lora: rank (optional)", max_length=9, min_width=120)
+        base = gr.Textbox("", label="gguf: the file to replace tensors in (optional)", min_width=200)
         measure = gr.Checkbox(label="Load what was written, and measure it", min_width=160)
     export = gr.Button("Export", variant="primary", elem_id="export")
     gr.Markdown("### Prove")
@@ -33,7 +33,7 @@ def ship_tab(room: Room, notice: Any, refreshed: Refreshed) -> None:
     with gr.Row():
         verify = gr.Button("Verify", elem_id="verify")
         report = gr.Button("Write the report", elem_id="report")
-    said = gr.Textbox(label="What came of it", interactive=False, lines=2, elem_id="shipped")
+    said = gr.Textbox("", label="What came of it", interactive=False, lines=2, elem_id="shipped")
 
     def exported(form: str, name: str, rank: Any, base: str, measure: bool) -> Any:
         return room.desk.export(form, name, whole(rank, "a rank"), base, bool(measure))

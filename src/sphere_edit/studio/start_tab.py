@@ -25,10 +25,10 @@ def start_tab(room: Room, notice: Any, refreshed: Refreshed) -> None:
             model = gr.Dropdown(
                 [], label="Model: hub id, folder, .gguf file or smollm2", allow_custom_value=True, elem_id="model"
             )
-            name = gr.Textbox(label="Name of the new run (optional)", max_length=100, elem_id="run-name")
+            name = gr.Textbox("", label="Name of the new run (optional)", max_length=100, elem_id="run-name")
             with gr.Row():
                 method = gr.Dropdown([_METHOD], value=_METHOD, label="Method", min_width=120)
-                batch = gr.Textbox(label="Facts in a batch (optional)", max_length=9, min_width=120)
+                batch = gr.Textbox("", label="Facts in a batch (optional)", max_length=9, min_width=120)
             guard = gr.Checkbox(label="Stop before a batch that would harm the model (guard)")
             load = gr.Button("Load model", variant="primary", elem_id="load-model")
     with gr.Accordion("What was found of the model", open=False):
