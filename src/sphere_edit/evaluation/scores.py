@@ -31,7 +31,9 @@ from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.prefix import SharedPrefix
 from sphere_edit.models.tokens import Predictions, over_batches
-from sphere_edit.progress import Reporter
+from sphere_edit.progress import Quiet, Reporter
+
+_ANSWER_TOKENS = 4096  # in one batch of `score_answers`
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,14 @@ def score_facts(
         )
 
     return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
+
+
+def score_answers(loaded: LoadedModel, prompt: str, answers: Sequence[Answer]) -> list[float]:
+    """−log of the probability (nats) of each of some answers after a prompt, all its tokens together, by the model as it stands."""
+    asked = list(dict.fromkeys(answers))
+    encoder = Encoder(loaded.tokenizer)
+    scored = _answer_scores(loaded, [(prompt, answer) for answer in asked], _ANSWER_TOKENS, Quiet(), "answers")
+    return [scored[prompt, answer][0] * len(answer.after(prompt, encoder)[1]) for answer in answers]
 
 
 def with_other_form(
