@@ -63,7 +63,10 @@ def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
 @torch.no_grad()
 def until_last(loaded: LoadedModel, batch: TokenBatch, **call: Any) -> Tensor:
     """The same, with more arguments for the model; the mask covers what a cache holds too."""
-    with watched((), loaded.architecture.last_layer(loaded.model), tuple(batch.ids.shape)) as (_, outputs):
+    with watched((), loaded.architecture.last_layer(loaded.model), (len(batch.ids), batch.ids.shape[1])) as (
+        _,
+        outputs,
+    ):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **call)
     return outputs[0]
 

@@ -80,14 +80,15 @@ def _read_once() -> Iterator[None]:
     """
     import gguf
 
-    kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    read = functools.cache(gguf.GGUFReader)
-    gguf.GGUFReader = lambda path: read(os.path.realpath(path))
-    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+    library: Any = gguf
+    kept = library.GGUFReader, library.get_tensor_name_map
+    read = functools.cache(library.GGUFReader)
+    library.GGUFReader = lambda path: read(os.path.realpath(path))
+    library.get_tensor_name_map = functools.cache(library.get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = kept
+        library.GGUFReader, library.get_tensor_name_map = kept
 
 
 def _refuse_others(path: str, name: str) -> None:

@@ -71,5 +71,5 @@ class SharedPrefix:
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)  # of rows in order, these two differ soonest
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # of rows in order, these two differ soonest
     return next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
