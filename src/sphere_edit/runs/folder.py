@@ -54,6 +54,9 @@ _JOURNAL = "journal.jsonl"
 _NOT_STARTED = "nothing has been decided for this run yet"
 
 
+Watcher = Callable[["RunFolder", Record], None]  # told of every line of a journal once it is committed; must not raise
+
+
 class RunFolder:
     """One run on disk. Open it to read; take the lock to write."""
 
@@ -61,6 +64,7 @@ class RunFolder:
         self.path, self._config = path, config
         self.records, self._history = records, History.of(records)
         self._inputs: dict[str, str] = {}
+        self.watchers: list[Watcher] = []
         self.writable = False  # whether the lock is held
         self._lock = FileLock(str(path / ".lock"))
 
@@ -238,6 +242,8 @@ class RunFolder:
                 raise
         self.records.append(record)
         self._history.take(record)
+        for watcher in self.watchers:
+            watcher(self, record)
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
