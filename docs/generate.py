@@ -117,7 +117,7 @@ def _type(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     for module in ("typing.", "collections.abc.", "sphere_edit.facts.fact.", "sphere_edit.editing.settings."):
         name = name.replace(module, "")
-    return f"`{name}`".replace("NoneType", "None").replace("|", "\\|")
+    return f"`{name}`".replace("NoneType", "None").replace(" | ", " or ")
 
 
 def schemas() -> dict[str, str]:
