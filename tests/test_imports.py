@@ -29,7 +29,7 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-GROUND = ["_version", "errors", "text", "progress", "files", "plugins"]  # what every floor stands on
+GROUND = ["_version", "errors", "text", "progress", "ranks", "files", "plugins"]  # what every floor stands on
 
 
 def imports() -> dict[str, set[str]]:

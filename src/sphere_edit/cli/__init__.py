@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sphere_edit import ranks
 from sphere_edit._version import __version__
 from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
@@ -21,7 +22,7 @@ from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
 from sphere_edit.cli.remove import history, remove
-from sphere_edit.cli.screen import fail, out
+from sphere_edit.cli.screen import fail, hush, out
 from sphere_edit.cli.ship import apply, export
 from sphere_edit.cli.state import rollback
 from sphere_edit.cli.talk import chat
@@ -95,6 +96,9 @@ for _command in (
     app.command("eval" if _command is evaluate else None)(_command)
 
 
+TOGETHER = ("edit", "remove")  # commands that several processes can do together
+
+
 def main() -> None:
     """Run the command line; turn mistakes into sentences."""
     for stream in (sys.stdout, sys.stderr):
@@ -125,6 +129,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _common(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -133,6 +138,14 @@ def _common(
         typer.Option("--plugin", help="Run this Python file, which registers editing methods; repeatable."),
     ] = None,
 ) -> None:
+    if ranks.started() > 1:
+        if ctx.invoked_subcommand not in TOGETHER:
+            raise SphereEditError(
+                f"'{ctx.invoked_subcommand}' is the work of one process, and {ranks.started()} were started together; start it without torchrun"
+            )
+        ctx.with_resource(ranks.joined())
+        if not ranks.leads():
+            hush()
     if plugin:
         from sphere_edit.editing.methods import register_file
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.compensation import Compensation, lacking, with_back
 from sphere_edit.editing.memory import Metric, single
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
@@ -209,6 +210,7 @@ class Solver:
         group = _Group()
         rows = method.needs.ingredients
         of_batch = [row.of_batch(self.source, self.weights.names) for row in rows]
+        self._find_directions(clock)
         for index, name in enumerate(self.weights.names):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
@@ -217,13 +219,41 @@ class Solver:
                 given |= found.get(name, {})
             weight = self.weights.working[name]
             problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
-            solved = method.solve(lacking(problem, owed.get(name)), states[name]).by_expert(experts_of(weight))
-            update = with_back(solved, owed.get(name), weight).to(torch.float32)
+            solve = partial(self._solved, method, name, problem, states[name], owed.get(name))
+            group.solved[name], group.written[name] = ranks.once(solve, by=index)
             clock.lap("solve")
-            self._write(group, name, update)
+            self.weights.add(name, group.written[name])
             group.seen[name] = {part: value for row in rows for part, value in row.of_problem(problem).items()}
             clock.lap("sphere")
         return group
+
+    def _find_directions(self, clock: Clock) -> None:
+        """SPHERE's directions for all matrices, side by side, where they are asked for within the layer loop."""
+        if self._per_layer is not None:
+            ranks.dealt(self.weights.names, lambda name: self._kept_directions(name))
+            clock.lap("sphere")
+
+    def _kept_directions(self, name: str) -> None:
+        self.directions(name, self.weights.working[name])
+
+    def _solved(
+        self, method: LayerwiseMethod, name: str, problem: LayerProblem, state: State, owed: Tensor | None
+    ) -> tuple[Update, Update]:
+        """ΔW of a matrix as it is solved, and as it is written: through SPHERE if that acts inside the layer loop."""
+        weight = self.weights.working[name]
+        solved = method.solve(lacking(problem, owed), state).by_expert(experts_of(weight))
+        update = with_back(solved, owed, weight).to(torch.float32)
+        return update, self._suppressed(name, update)
+
+    @property
+    def _per_layer(self) -> Sphere | None:
+        """SPHERE, if it acts inside the layer loop."""
+        return self.sphere if self.sphere is not None and self.sphere.project == "per_layer" else None
+
+    def _suppressed(self, name: str, update: Update) -> Update:
+        if self._per_layer is None:
+            return update
+        return self._per_layer.suppress(update, self.directions(name, self.weights.working[name]))
 
     def _of_matrix(self, name: str) -> dict[str, Tensor]:
         """What the method's ingredients make of W0, computed once."""
@@ -236,34 +266,33 @@ class Solver:
         group = _Group()
         updates = method.descend(_Loss(self.source), {name: w.clone() for name, w in self.weights.working.items()})
         clock.lap(self.source.stage)
-        for name in self.weights.names:
-            self._write(group, name, updates[name].to(torch.float32))
+        group.solved = {name: updates[name].to(torch.float32) for name in self.weights.names}
+        through = ranks.dealt(self.weights.names, lambda name: self._suppressed(name, group.solved[name]))
+        group.written = dict(zip(self.weights.names, through, strict=True))
+        for name, update in group.written.items():
+            self.weights.add(name, update)
         clock.lap("sphere")
         return group
-
-    def _write(self, group: _Group, name: str, update: Update) -> None:
-        """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
-        group.solved[name] = update
-        if self.sphere is not None and self.sphere.project == "per_layer":
-            update = self.sphere.suppress(update, self.directions(name, self.weights.working[name]))
-        group.written[name] = update
-        self.weights.add(name, update)
 
     def _finished(
         self, groups: Sequence[_Group], before: Mapping[str, Tensor]
     ) -> tuple[dict[str, Update], dict[str, Update]]:
         """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
+
+        def finished(name: str) -> tuple[Update, Update | None]:
+            written = joined([group.written[name] for group in groups])
+            whole = self.method.finish(written.wide(), wide(before[name]).clone())
+            update = whole.by_expert(experts_of(before[name])).to(torch.float32)
+            if self.sphere is None or self.sphere.project != "after_all":
+                return update, None
+            return self.sphere.suppress(update, self.directions(name, before[name])), update
+
         updates: dict[str, Update] = {}
         solved: dict[str, Update] = {}
-        for name in self.weights.names:
-            written = joined([group.written[name] for group in groups])
-            finished = self.method.finish(written.wide(), wide(before[name]).clone())
-            update = finished.by_expert(experts_of(before[name]))
-            solved[name] = joined([group.solved[name] for group in groups])
-            if self.sphere is not None and self.sphere.project == "after_all":
-                solved[name] = update
-                update = self.sphere.suppress(update, self.directions(name, before[name]))
-            updates[name] = update
+        for name, (update, unprojected) in zip(
+            self.weights.names, ranks.dealt(self.weights.names, finished), strict=True
+        ):
+            updates[name], solved[name] = update, unprojected or joined([group.solved[name] for group in groups])
         return updates, solved
 
 

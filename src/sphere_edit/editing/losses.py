@@ -5,13 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count
+from operator import add
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import Coded, coded_own, coded_targets, in_each_form, target_rows
+from sphere_edit import ranks
+from sphere_edit.editing.answers import (
+    Coded,
+    LossAndGradients,
+    TargetRows,
+    added_up,
+    coded_own,
+    coded_targets,
+    gradients_of,
+    in_each_form,
+    target_rows,
+)
 from sphere_edit.editing.sources import Feed, Report, Source
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
@@ -45,23 +58,24 @@ class TargetGradients(Source):
     def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
         model, architecture = self.loaded.model, self.loaded.architecture
         modules = [module_of(model, architecture, name) for name in self.weights.names]
-        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
-        told: list[tuple[list[int], list[float]]] = []
-        with deterministic(self.loaded.device):
-            for chunk, rows in target_rows(self.loaded, coded, self.max_tokens):
-                graph = Graph(self.loaded, rows.batch, outputs_of=modules)
-                losses = rows.losses(self.loaded, graph.hidden)
-                gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
-                where = (rows.predictions.rows, rows.predictions.columns)
-                for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
-                    keys.append(inputs[where].float())
-                    residuals.append(-gradient[where].float() / GRADIENT_SCALE)
-                told.append((chunk, losses.tolist()))
-                advance(len(chunk) * facts / len(coded))
-        self._losses = in_order(told)
-        self._problems = [
-            (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
-        ]
+
+        def work(part: tuple[list[int], TargetRows]) -> tuple[list[float], list[Tensor], list[Tensor]]:
+            chunk, rows = part
+            graph = Graph(self.loaded, rows.batch, outputs_of=modules)
+            losses = rows.losses(self.loaded, graph.hidden)
+            gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
+            where = (rows.predictions.rows, rows.predictions.columns)
+            keys = [inputs[where].float() for inputs in graph.inputs]
+            residuals = [-gradient[where].float() / GRADIENT_SCALE for gradient in gradients]
+            tell(len(chunk) * facts / len(coded))
+            return losses.tolist(), keys, residuals
+
+        parts = list(target_rows(self.loaded, coded, self.max_tokens))
+        with deterministic(self.loaded.device), ranks.told(advance) as tell:
+            losses, *found = zip(*ranks.dealt(parts, work), strict=True)
+        self._losses: list[float] = in_order(zip((chunk for chunk, _ in parts), losses, strict=True))
+        by_matrix = ([torch.cat(several).T.contiguous() for several in zip(*chunks, strict=True)] for chunks in found)
+        self._problems = list(zip(*by_matrix, strict=True))
         if not all(loss < float("inf") for loss in self._losses):
             raise SphereEditError("the model overflows on some of the facts; try --dtype float32 or bfloat16")
 
@@ -128,22 +142,24 @@ class TargetLoss(Source):
 
     def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The loss at some values of the edited matrices, and its gradient, added up over chunks of facts."""
-        leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-        part, total = next(self._parts), 0.0
+        part = next(self._parts)
+
+        def work(chunk: tuple[list[int], TargetRows]) -> LossAndGradients:
+            _, rows = chunk
+            leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+            graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
+            loss = rows.losses(self.loaded, graph.hidden).sum() / len(part)
+            (loss * GRADIENT_SCALE).backward()
+            return float(loss.detach()), gradients_of(leaves)
+
         with deterministic(self.loaded.device):
-            for _, rows in target_rows(self.loaded, part, self.max_tokens):
-                graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
-                loss = rows.losses(self.loaded, graph.hidden).sum() / len(part)
-                (loss * GRADIENT_SCALE).backward()
-                total += float(loss.detach())
+            chunks = list(target_rows(self.loaded, part, self.max_tokens))
+            losses, gradients = added_up(ranks.in_turn(chunks, work))
+        total = reduce(add, losses)
         if not total < float("inf"):
             raise SphereEditError(f"fine-tuning diverged: the loss is {total}; use a smaller learning rate (lr)")
         self._seen.append(total)
-        gradients = {}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            gradients[name] = leaf.grad / GRADIENT_SCALE
-        return total, gradients
+        return total, {name: gradient / GRADIENT_SCALE for name, gradient in gradients.items()}
 
     def report(self) -> Report:
         """The loss of the first and of the last evaluation, or the mean of an epoch's."""

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from itertools import cycle
+from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import coded_targets, in_each_form, target_rows
+from sphere_edit import ranks
+from sphere_edit.editing.answers import (
+    LossAndGradients,
+    TargetRows,
+    added_up,
+    coded_targets,
+    gradients_of,
+    in_each_form,
+    target_rows,
+)
 from sphere_edit.editing.memory import Metric, in_metric
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
@@ -37,6 +48,11 @@ _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
 STEP_FACTS = 64  # of the edited ones, asked in each step
 _BLOCK = 64  # positions whose two distributions exist at one time; changes memory, not results
+
+
+Part = Callable[
+    [Mapping[str, Tensor]], float
+]  # one of a sum: its value; its gradient is left in the leaves it is given
 
 
 def repair_steps(limit: int, edited: int) -> int:
@@ -140,24 +156,28 @@ class Repair:
 
     def gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
         """Of the whole loss, by each of the ``weights [d_out, d_in]``; what it was goes into ``descent``."""
-        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-        descent.divergences.append(self._text(leaves))
-        descent.losses.append(self._facts(leaves))
-        found = {}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            found[name] = leaf.grad / GRADIENT_SCALE
-        return found
+
+        def work(part: Part) -> LossAndGradients:
+            leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+            return part(leaves), gradients_of(leaves)
+
+        (divergence, *losses), total = added_up(ranks.in_turn([self._text(), *self._facts()], work))
+        descent.divergences.append(divergence)
+        descent.losses.append(reduce(add, losses, 0.0))
+        return {name: gradient / GRADIENT_SCALE for name, gradient in total.items()}
 
     def _pass(self, batch: TokenBatch, weights: Mapping[str, Tensor]) -> Tensor:
         """The last layer's output with some values of the matrices."""
         return Graph(self.loaded, batch, self.weights.as_parameters(weights, self.loaded.dtype)).hidden
 
-    def _text(self, leaves: Mapping[str, Tensor]) -> float:
-        """The mean divergence at some positions of ordinary text; its gradient is left in the leaves."""
+    def _text(self) -> Part:
+        """The mean divergence at some positions of the next ordinary text."""
         batch = TokenBatch.of(next(self.batches), self.loaded.device)
         places = batch.mask.bool().flatten().nonzero().flatten().tolist()
         chosen = torch.tensor(sorted(self.random.sample(places, min(_POSITIONS, len(places)))), device=batch.ids.device)
+        return partial(self._text_loss, batch, chosen)
+
+    def _text_loss(self, batch: TokenBatch, chosen: Tensor, leaves: Mapping[str, Tensor]) -> float:
         unedited = self._pass(batch, {name: self.weights.original(name) for name in leaves}).flatten(0, 1)[chosen]
         hidden = self._pass(batch, leaves).flatten(0, 1)[chosen]
         divergence, slope = self._divergence(unedited, hidden.detach())
@@ -183,18 +203,18 @@ class Repair:
             slopes.append(torch.autograd.grad(logits, theirs, outer.to(logits.dtype))[0])
         return total / len(edited), torch.cat(slopes)
 
-    def _facts(self, leaves: Mapping[str, Tensor]) -> float:
-        """The mean loss of some facts, each in one context template; its gradient is added in the leaves."""
+    def _facts(self) -> list[Part]:
+        """The mean loss of some facts, each in one context template, as a sum over batches of them."""
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = in_each_form([_in_template(fact, self._context()) for fact in some])
-        total = 0.0
-        for _, rows in target_rows(
-            self.loaded, coded_targets(self.encoder, asked), min(2 * _TEXT_TOKENS, self.max_tokens)
-        ):
-            loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)
-            (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
-            total += float(loss.detach())
-        return total
+        most = min(2 * _TEXT_TOKENS, self.max_tokens)
+        parts = target_rows(self.loaded, coded_targets(self.encoder, asked), most)
+        return [partial(self._facts_loss, rows, len(asked)) for _, rows in parts]
+
+    def _facts_loss(self, rows: TargetRows, asked: int, leaves: Mapping[str, Tensor]) -> float:
+        loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / asked
+        (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
+        return float(loss.detach())
 
     def _context(self) -> str:
         """No context, or with the same chance one of the others."""

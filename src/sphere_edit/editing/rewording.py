@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.chat import has_chat_template
 from sphere_edit.facts.fact import Fact, folded
@@ -68,7 +69,7 @@ def reworded(loaded: LoadedModel, facts: Sequence[Fact], max_tokens: int, seed: 
     found = Reworded([], sum(map(len, near.values())), tried=sum(map(len, lent.values())))
     short = {prompt: shown for prompt, shown in examples.items() if len(near[prompt]) < MOST}
     if has_chat_template(loaded.tokenizer) and short:
-        written = _written(loaded, encoder, short, max_tokens, seed, reporter)
+        written = ranks.once(partial(_written, loaded, encoder, short, max_tokens, seed, reporter))
         kept = _near(loaded, encoder, short, written, max_tokens)
         found.written, found.tried = sum(map(len, kept.values())), found.tried + sum(map(len, written.values()))
         near = {prompt: [*wordings, *kept.get(prompt, ())] for prompt, wordings in near.items()}

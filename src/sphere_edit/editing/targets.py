@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -149,9 +150,9 @@ def optimise_targets(
     prompts = prompts or [FactPrompts.of(fact, templates, encoder) for fact in facts]
 
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
-        return _Descent(loaded, chunk, layer, settings, inside, role).run(advance)
+        return _Descent(loaded, chunk, layer, settings, inside, role).run(tell)
 
-    with deterministic(loaded.device):
+    with deterministic(loaded.device), ranks.told(advance) as tell:
         whole = loaded.architecture.whole_rows
         order = over_batches(
             prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens(whole)

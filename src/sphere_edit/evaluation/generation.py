@@ -11,6 +11,7 @@ from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.scores import FactScores, PromptScore, Question, answer_ends, grouped, questions
 from sphere_edit.facts.chat import chat_frame, has_chat_template
@@ -121,11 +122,11 @@ def continuations(
 ) -> list[list[int]]:
     """What the model says after each prompt, all token ids, at most so many; greedily unless ``options`` say otherwise."""
     asked = list(zip(prompts, lengths, strict=True))
-    with reporter.bar(title, len(prompts), "prompts") as advance:
+    with reporter.bar(title, len(prompts), "prompts") as advance, ranks.told(advance) as tell:
 
         def go_on(chunk: list[tuple[list[int], int]]) -> Iterator[list[int]]:
             rows = generate(loaded, [prompt for prompt, _ in chunk], max(length for _, length in chunk), **options)
-            advance(len(chunk))
+            tell(len(chunk))
             return (row[len(prompt) :][:length] for row, (prompt, length) in zip(rows, chunk, strict=True))
 
         return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), same_length_batches)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.models.forward import last_hidden, next_token_scores
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
@@ -25,12 +26,13 @@ class HeldoutScores:
         perplexity: exp of the mean negative log-likelihood per predicted token; None where that is not finite.
         divergence: mean KL(unedited ‖ this model) of next-token distributions in nats, over the same positions; None where
             there was nothing to compare with, or it is not finite.
-        hidden: what the head was given at those positions, batch by batch ``[positions, d_model]``, to be compared with.
+        hidden: what the head was given at those positions, ``[positions, d_model]`` of each batch that this rank has read, by its number;
+            to be compared with.
     """
 
     perplexity: float | None
     divergence: float | None
-    hidden: list[Tensor]
+    hidden: dict[int, Tensor]
 
 
 def score_heldout(
@@ -39,7 +41,7 @@ def score_heldout(
     max_tokens: int,
     reporter: Reporter,
     title: str = "held-out text",
-    unedited: Sequence[Tensor] | None = None,
+    unedited: Mapping[int, Tensor] | None = None,
 ) -> HeldoutScores:
     """Read passages of token ids one by one on the model as it stands.
 
@@ -47,20 +49,24 @@ def score_heldout(
     makes the unedited distributions of it, and no second pass through the model is needed.
     """
     passages = [passage for passage in passages if len(passage) > 1]
+    kept: dict[int, Tensor] = {}
+
+    def read(part: tuple[int, list[Sequence[int]]]) -> tuple[float, float, int]:
+        number, rows = part
+        batch = TokenBatch.of(rows, loaded.device)
+        predicted = batch.mask[:, 1:].bool()
+        hidden = last_hidden(loaded, batch)[:, :-1][predicted]
+        losses, _ = next_token_scores(loaded, hidden, batch.ids[:, 1:][predicted])
+        apart = 0.0 if unedited is None else _divergence(loaded, unedited[number].to(hidden.device), hidden)
+        kept[number] = hidden.cpu()
+        tell(int(batch.mask.sum()))
+        return float(losses.double().sum()), apart, len(losses)
+
+    with reporter.bar(title, sum(map(len, passages)), "tokens") as advance, ranks.told(advance) as tell:
+        found = ranks.dealt(list(enumerate(batches_of(passages, max_tokens))), read)
     loss, divergence, count = 0.0, 0.0, 0
-    kept: list[Tensor] = []
-    with reporter.bar(title, sum(len(passage) for passage in passages), "tokens") as advance:
-        for number, rows in enumerate(batches_of(passages, max_tokens)):
-            batch = TokenBatch.of(rows, loaded.device)
-            predicted = batch.mask[:, 1:].bool()
-            hidden = last_hidden(loaded, batch)[:, :-1][predicted]
-            losses, _ = next_token_scores(loaded, hidden, batch.ids[:, 1:][predicted])
-            loss += float(losses.double().sum())
-            count += len(losses)
-            if unedited is not None:
-                divergence += _divergence(loaded, unedited[number].to(hidden.device), hidden)
-            kept.append(hidden.cpu())
-            advance(int(batch.mask.sum()))
+    for nll, apart, predicted in found:
+        loss, divergence, count = loss + nll, divergence + apart, count + predicted
     mean, distance = (total / count if count else math.nan for total in (loss, divergence))
     return HeldoutScores(
         math.exp(min(mean, 700.0)) if math.isfinite(mean) else None,

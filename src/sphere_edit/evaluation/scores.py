@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
@@ -303,7 +304,7 @@ def _answer_scores(
     encoder = Encoder(loaded.tokenizer)
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
     hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
-    with reporter.bar(title, len(pairs), "answers") as advance:
+    with reporter.bar(title, len(pairs), "answers") as advance, ranks.told(advance) as tell:
 
         def read(chunk: list[tuple[int, ...]]) -> Iterator[list[tuple[float, float]]]:
             hidden = last_hidden(loaded, TokenBatch.of(chunk, loaded.device))
@@ -317,7 +318,7 @@ def _answer_scores(
                 (float(loss.double().mean()), float(hits.double().mean()))
                 for loss, hits in zip(losses.split(sizes), right, strict=True)
             )
-            advance(len(guests))
+            tell(len(guests))
             return ([next(scores) for _ in hosts[host]] for host in chunk)
 
         scored = over_batches(list(hosts), max_tokens, read)

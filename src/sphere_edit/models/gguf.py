@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import mmap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, folder_in_place
 from sphere_edit.models.configuration import loader_of
@@ -43,6 +45,10 @@ def converted(folder: str, name: str) -> str:
 
     Reading GGUF takes transformers many times as long as reading the safetensors it makes of it.
     """
+    return ranks.once(partial(_converted, folder, name))
+
+
+def _converted(folder: str, name: str) -> str:
     from transformers import __version__ as version
 
     with (Path(folder) / name).open("rb") as file:

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -94,7 +96,7 @@ def over_batches(
     length: Callable[[Row], int] = len,  # type: ignore[assignment]
     cut: Callable[[Sequence[int], int], list[list[int]]] = batches_by_length,
 ) -> list[Result]:
-    """What ``work`` makes of each row, in the order of the rows, although it sees them in batches of similar length.
+    """What ``work`` makes of each row, in the order of the rows, although it sees them in batches of similar length, which are dealt to the ranks.
 
     Args:
         rows: anything that has a number of tokens: token ids, a fact's prompts, …
@@ -104,7 +106,8 @@ def over_batches(
         cut: `batches_by_length` or `same_length_batches`.
     """
     chunks = cut([length(row) for row in rows], max_tokens)
-    return in_order((chunk, work([rows[index] for index in chunk])) for chunk in chunks)
+    found = ranks.dealt(chunks, lambda chunk: list(work([rows[index] for index in chunk])))
+    return in_order(zip(chunks, found, strict=True))
 
 
 def in_order(parts: Iterable[tuple[Sequence[int], Iterable[Result]]]) -> list[Result]:

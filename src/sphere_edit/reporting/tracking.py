@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.catalogue import HELDOUT
 from sphere_edit.progress import Reporter, RichReporter
@@ -97,7 +98,7 @@ class Tracker:
     def __call__(self, run: RunFolder, record: Record) -> None:
         """Tell of one line of this run."""
         batch, numbers = numbers_of(record)
-        if numbers:
+        if numbers and ranks.leads():
             self._try(lambda: self._tell(run, numbers, batch))
 
     def _tell(self, run: RunFolder, numbers: Mapping[str, float], batch: int) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.batch import Back, Clock, Solver, Written
 from sphere_edit.editing.compensation import TAKEN
-from sphere_edit.editing.diagnosing import BatchDiagnosis
+from sphere_edit.editing.diagnosing import BatchDiagnosis, MatrixEntry
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
 from sphere_edit.editing.problem import Seen, State
@@ -191,14 +192,15 @@ class Committer:
         clock: Clock,
     ) -> Batch | GuardStop:
         """Put what stands in the working weights into the model and the run folder; ``deployed`` is what the model ran with before."""
+
+        def told(name: str) -> MatrixEntry:
+            directions = self.solver.directions(name, written.before[name])
+            return self._diagnosis.entry(name, written, deployed[name], directions)
+
         self.solver.deploy()
         clock.lap("deploying")
-        matrices = {
-            name: self._diagnosis.entry(
-                name, written, deployed[name], self.solver.directions(name, written.before[name])
-            )
-            for name in self.weights.names
-        }
+        matrices = dict(zip(self.weights.names, ranks.dealt(self.weights.names, told), strict=True))
+        self._check_agreement(batch)
         clock.lap("diagnosing")
         done = {"number": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
         if self.guarded and about["kind"] in ("edit", "rewrite") and (reason := objection(matrices)):
@@ -207,7 +209,7 @@ class Committer:
             self.settle()
             return stop
         update = None if "restored" in about else self.run.write_update(batch, written.updates, seen)
-        if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
+        if ranks.once(self._checkpoint_is_due):
             self._checkpoint(batch)
         clock.lap("storing")
         record = Batch(**done, update=update, seconds=clock.seconds, peak_memory=peak_memory(self.source.loaded.device))
@@ -216,6 +218,9 @@ class Committer:
         self.run.thin(batch)
         self.solver.moved_on()
         return record
+
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost
 
     def _checkpoint(self, batch: int) -> None:
         began = time.monotonic()
@@ -365,6 +370,14 @@ class Committer:
                 raise SphereEditError(
                     f"batch {batch} would make {name} infinite or NaN; nothing of it was kept. Use a larger ridge or fewer facts"
                 )
+
+    def _check_agreement(self, batch: int) -> None:
+        """Each rank adds the same updates to the same weights; where their machines round otherwise, nothing more is to be believed."""
+        if ranks.count() > 1 and not ranks.agree([self.weights.digest(name) for name in self.weights.names]):
+            raise SphereEditError(
+                f"the {ranks.count()} processes of this run have not the same weights after batch {batch}: their devices round otherwise. "
+                "Nothing of the batch was kept; go on with --resume, on devices of one kind"
+            )
 
     def _check_digests(self, batch: int) -> None:
         recorded = self.run.history.batches[batch - 1].matrices

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.settings import Settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
@@ -70,7 +71,7 @@ class Evaluator:
     ):
         self.loaded, self.weights, self.reporter, self.heldout = loaded, weights, reporter, heldout
         self.settings, self.seed, self.max_tokens = settings.evaluation, settings.seed, settings.tokens_per_batch
-        self._unedited_hidden: list[Tensor] | None = None
+        self._unedited_hidden: dict[int, Tensor] | None = None
         self._tasks: AbilityTasks | None = None
         self.trusted = True  # whether what the settings name outside the run may be used
 
@@ -253,7 +254,7 @@ class Evaluator:
         ]
         if not known:
             self.reporter.say(f"General ability after batch {after}: {', '.join(tasks.names)}")
-            scores = tasks.score(self.loaded, self.seed)
+            scores = ranks.once(partial(tasks.score, self.loaded, self.seed))
             found = {name: score.as_dict() for name, score in scores.items()}
             run.append(Ability(after=after, tasks=tasks.hashes, limit=tasks.limit, scores=found))
             known.append(found)
@@ -320,8 +321,8 @@ class Evaluator:
         references = None if source is None else read_passages(source)
         write = partial(score_texts, self.loaded, shown, references, self.seed, self.max_tokens, self.reporter)
         with self.weights.unedited():
-            before = write()
-        return {"unedited_texts": asdict(before), "texts": asdict(write())}
+            before = ranks.once(write)
+        return {"unedited_texts": asdict(before), "texts": asdict(ranks.once(write))}
 
 
 def _unedited_file(run: RunFolder, session: int) -> Path:

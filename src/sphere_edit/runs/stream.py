@@ -17,6 +17,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.forms import written_forms
 from sphere_edit.facts.readers import FactSet
+from sphere_edit.files import remove_file
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
@@ -182,7 +183,7 @@ class Stream:
         run.thin(run.history.head)
         if run.history.finished and run.current_metrics() is None:
             for name in ("report.html", METRICS):
-                (run.path / name).unlink(missing_ok=True)
+                remove_file(run.path / name)
             self.evaluator.refresh_metrics(run)
 
     # --- inside ---------------------------------------------------------------------------------------------------
