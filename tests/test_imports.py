@@ -21,11 +21,13 @@ FLOORS = [
     "diagnosis",
     "exports",
     "editor",
+    "preview",
     "trials",
     "tuning",
     "bench",
     "planning",
     "inspection",
+    "studio",
     "cli",
     "__main__",
 ]
