@@ -24,6 +24,7 @@ FLOORS = [
     "trials",
     "tuning",
     "bench",
+    "executors",
     "planning",
     "inspection",
     "cli",
