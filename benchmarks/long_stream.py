@@ -90,7 +90,7 @@ def stream(folder: Path, count: int, batch_size: int) -> None:
     seconds = [after[0] - before[0] for before, after in zip(watch.seen, watch.seen[1:], strict=False)]
     batches = count // batch_size
     print("| batch | seconds (median of nine around it) | memory when it begins, GB |\n|---|---|---|")
-    for mark in sorted({2, batches // 4, batches // 2, 3 * batches // 4, batches - 1}):
+    for mark in sorted({2, *(m for m in (batches // 4, batches // 2, 3 * batches // 4, batches - 1) if m > 2)}):
         around = median(seconds[max(0, mark - 5) : mark + 4])
         print(f"| {mark} | {around:.3f} | {watch.seen[mark - 1][1]:.3f} |")
     editor.close()
