@@ -55,7 +55,11 @@ class Resources(_Strict):
     @property
     def words(self) -> str:
         """For the screen."""
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        return _many(self.cpus, "CPU") + (f" and {_many(self.gpus, 'GPU')}" if self.gpus else "")
+
+
+def _many(amount: float, unit: str) -> str:
+    return f"{amount:g} {unit}" if amount == 1 else f"{amount:g} {unit}s"
 
 
 class BenchConfig(_Strict):
