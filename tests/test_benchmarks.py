@@ -16,6 +16,7 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import make_fact
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
@@ -170,3 +171,22 @@ def test_leads_are_rows_of_one_table_with_settings_and_rewordings(tmp_path, scri
     run = RunFolder.open(tmp_path / "out" / "run-one-of-them")
     assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
     assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())
+
+
+def test_negation_asks_each_fact_in_four_ways(runs, tmp_path, monkeypatch, script):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import negation
+
+    first, last = (
+        make_fact("The capital of {} is", "Rome", "France", "Paris"),
+        make_fact("{} is in", "Rome.", "Paris"),
+    )
+    assert negation.under_negation(first).filled_prompt == "It is not true that the capital of France is"
+    assert negation.under_negation(last).filled_prompt == "It is not true that Paris is in"
+    asked = negation.judged(lambda fact: fact.target_new)
+    assert asked(first).filled_prompt == "The capital of France is Rome. True or false? The answer is"
+    assert asked(last).filled_prompt == "Paris is in Rome. True or false? The answer is"
+    assert (asked(first).target_new, asked(first).target_true) == ("true", "false")
+    out = script("negation.py", shutil.copytree(runs / "True", tmp_path / "True"), "--limit", 8)
+    assert out.splitlines()[0] == "| 8 facts | unedited | edited |"
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [f"| {name}" for name in negation.PROBES]

@@ -44,3 +44,4 @@ def demo(
     say_metrics(metrics, "the last batch")
     write_report(folder)
     say_where(folder)
+    out.print(f"Correct a fact yourself, on a page in your browser:\n  sphere-edit studio {folder}")

@@ -53,9 +53,10 @@ class TargetRows:
 
 
 def coded_targets(encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
-    """Prompt and new answer of each fact; of one in several forms, the first is taken (`in_each_form`)."""
+    """Prompt and new answer of each fact, and what ends it (`Encoder.taught`); of one in several forms, the first is taken (`in_each_form`)."""
     answered = (
-        encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system) for fact in facts
+        encoder.answered(fact.filled_prompt, encoder.taught(fact), fact.separator, fact.chat, fact.system)
+        for fact in facts
     )
     return [(tokens.ids, start) for tokens, start in answered]
 

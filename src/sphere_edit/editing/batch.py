@@ -100,7 +100,9 @@ class Solver:
         statistics: Mapping[str, Statistics],
         reporter: Reporter,
         compensated: float = 0.0,
+        curved: bool = False,
     ):
+        self.curved = curved
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
         self.compensation = Compensation(compensated)
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
@@ -151,7 +153,16 @@ class Solver:
             metrics[name] = single(metric)
         source = self.source
         repair = Repair(
-            source.computing(), self.weights, passages, facts, source.templates, metrics, source.max_tokens, seed
+            source.computing(),
+            self.weights,
+            passages,
+            facts,
+            source.templates,
+            metrics,
+            source.max_tokens,
+            seed,
+            source.settings.ends,
+            self.curved,
         )
         change, descent = repair.run(steps, share, self.reporter)
         updates: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}

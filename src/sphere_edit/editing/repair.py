@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from itertools import cycle
+from itertools import cycle, islice
 from operator import add
 from typing import Any
 
@@ -28,11 +28,12 @@ from sphere_edit.editing.answers import (
     in_each_form,
     target_rows,
 )
+from sphere_edit.editing.curvature import damped_inverse, output_curvature
 from sphere_edit.editing.memory import Metric, in_metric
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import Encoder
+from sphere_edit.facts.prompts import Encoder, Ends
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
@@ -47,6 +48,7 @@ _PASSAGE_TOKENS = 256  # of one passage at most: what attention keeps for its ba
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
 STEP_FACTS = 64  # of the edited ones, asked in each step
+_CURVATURE_BATCHES = 8  # of text, on which the curvature by the outputs is measured
 _BLOCK = 64  # positions whose two distributions exist at one time; changes memory, not results
 
 
@@ -97,6 +99,8 @@ class Repair:
         passages: token ids of ordinary text; none of it is what held-out figures are measured on.
         metrics: M⁻¹ ``[d_in, d_in]`` of each matrix in float32, or None for one.
         max_tokens: in one pass; it takes no more than it has use for.
+        ends: what is taught behind each answer (`Encoder.taught`).
+        curved: take gradients in the metric of K-FAC, ``G⁻¹ ∇ M⁻¹`` (`sphere_edit.editing.curvature`).
     """
 
     def __init__(
@@ -109,11 +113,13 @@ class Repair:
         metrics: Mapping[str, Metric | None],
         max_tokens: int,
         seed: int,
+        ends: Ends = "open",
+        curved: bool = False,
     ):
         self.loaded, self.weights, self.facts, self.metrics = computing, weights, list(facts), metrics
         self.max_tokens = max_tokens
-        self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
-        self.random = random.Random(seed)
+        self.templates, self.encoder = list(templates), Encoder(computing.tokenizer, ends)
+        self.random, self.seed, self.curved = random.Random(seed), seed, curved
         rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
         batches = batches_of(rows, min(_TEXT_TOKENS, max_tokens))
         self.batches = cycle(self.random.sample(batches, len(batches)))
@@ -132,7 +138,7 @@ class Repair:
         moved = [name for name in start if scales[name] > 0]
         change = {name: torch.zeros_like(weight) for name, weight in start.items()}
         momentum = {name: torch.zeros_like(start[name]) for name in moved}
-        descent = Descent()
+        descent, outputs = Descent(), self._output_metrics() if self.curved and moved else {}
         with deterministic(self.loaded.device), reporter.bar("repair", steps, "steps") as advance:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
@@ -145,7 +151,10 @@ class Repair:
                     reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
                     break
                 for name, gradient in gradients.items():
-                    momentum[name] = _MOMENTUM * momentum[name] + in_metric(gradient, self.metrics[name])
+                    step_here = in_metric(gradient, self.metrics[name])
+                    if name in outputs:
+                        step_here = outputs[name] @ step_here
+                    momentum[name] = _MOMENTUM * momentum[name] + step_here
                 lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
                 length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
                 rate = _RATE * math.sqrt(share) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -153,6 +162,12 @@ class Repair:
                     change[name] -= momentum[name] * (rate / max(length, 1e-30))
                 advance(1)
         return change, descent
+
+    def _output_metrics(self) -> dict[str, Tensor]:
+        """G⁻¹ of each matrix, on the model as it stands and some of the text (`curvature`)."""
+        names = list(self.weights.names)
+        found = output_curvature(self.loaded, names, list(islice(self.batches, _CURVATURE_BATCHES)), self.seed)
+        return {name: damped_inverse(curvature) for name, curvature in zip(names, found, strict=True)}
 
     def gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
         """Of the whole loss, by each of the ``weights [d_out, d_in]``; what it was goes into ``descent``."""

@@ -123,6 +123,11 @@ class Settings(BaseModel):
         description="after the last batch, take back what the edits did to ordinary text, as far as the facts do not need "
         "it, in so many steps (or one for ten facts, if that is less); by default the method's choice",
     )
+    repair_metric: Literal["keys", "kfac"] = Field(
+        "keys",
+        description="what a repair's steps are measured in: the keys that are to be left alone, or K-FAC, these and the gradients of what "
+        "the model says by the matrices' outputs",
+    )
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
     moments: MomentSettings = MomentSettings()

@@ -103,7 +103,7 @@ class Source:
     ):
         self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
         self.feed, self.settings, self.max_tokens = feed, settings, max_tokens
-        self.encoder = Encoder(loaded.tokenizer)
+        self.encoder = Encoder(loaded.tokenizer, settings.ends)
 
     def computing(self) -> LoadedModel:
         """The model that is differentiated, with the edited weights as they stand."""

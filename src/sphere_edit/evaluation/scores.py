@@ -30,7 +30,9 @@ from sphere_edit.models.forward import last_hidden, next_token_scores
 from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import Predictions, TokenBatch, over_batches
-from sphere_edit.progress import Reporter
+from sphere_edit.progress import Quiet, Reporter
+
+_ANSWER_TOKENS = 4096  # in one batch of `score_answers`
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,14 @@ def score_facts(
         )
 
     return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
+
+
+def score_answers(loaded: LoadedModel, prompt: str, answers: Sequence[Answer]) -> list[float]:
+    """−log of the probability (nats) of each of some answers after a prompt, all its tokens together, by the model as it stands."""
+    asked = list(dict.fromkeys(answers))
+    encoder = Encoder(loaded.tokenizer)
+    scored = _answer_scores(loaded, [(prompt, answer) for answer in asked], _ANSWER_TOKENS, Quiet(), "answers")
+    return [scored[prompt, answer][0] * len(answer.after(prompt, encoder)[1]) for answer in answers]
 
 
 def with_other_form(

@@ -103,4 +103,5 @@ class Session:
             statistics,
             self.reporter,
             self.settings.compensated,
+            self.settings.repair_metric == "kfac",
         )
