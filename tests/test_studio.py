@@ -349,6 +349,9 @@ def test_tables_say_what_the_terminal_says(desk):
     assert title.startswith("Fact 1, 'Mount Fuji stands in' → 'Sweden': stands")
     assert headers[2] == "what happened"
     assert [row[2] for row in rows] == ["came, from facts given in Python", "edited"]
+    title, (headers, rows) = look.story(desk, 1)[2]
+    assert (headers[1:4], rows[0][0]) == (["says", "likelihood", "strict"], "Efficacy")
+    assert [row[0] for row in rows] == ["Efficacy", "Generalization", "Specificity", "Specificity"]
     assert "2 facts edited" in look.timeline(desk)[1][-1][2]
     assert any(row[0].startswith("Perplexity") for row in look.metrics(desk)[1])
     assert look.figure(desk) is not None

@@ -53,7 +53,7 @@ class Preview:
     digests: Mapping[str, str]
 
 
-def preview(editor: Editor, given: FactSet, skip_bad: bool = False) -> Preview:
+def preview(editor: Editor, given: FactSet) -> Preview:
     """Edit facts, measure, and go back to where the run stood: the weights are those of before, bit for bit.
 
     The run's journal keeps that it was tried and rolled back. A process that dies meanwhile leaves an interrupted run, which can be
@@ -62,13 +62,12 @@ def preview(editor: Editor, given: FactSet, skip_bad: bool = False) -> Preview:
     Raises:
         SphereEditError: as `Editor.edit`; whatever was edited by then is taken back.
     """
-    planned, _ = editor.check(given, skip_bad)
     run = editor.run
     head, known = (0, 0) if run is None else (run.history.head, run.history.total)
     current = run.current_metrics() if run is not None and head else None
-    before = editor.evaluate(planned)
+    before = editor.evaluate(given)
     try:
-        metrics = editor.edit(given, skip_bad)
+        metrics = editor.edit(given)
         digests = {name: editor.weights.digest(name) for name in editor.weights.names}
     except Stopped:
         raise Stopped("the preview was stopped, and what it had done is taken back") from None

@@ -193,10 +193,9 @@ class Desk:
 
     def _write(self, what: str, work: Callable[[FactSet], Any], keep: bool = False) -> Job:
         editor, given = self.editor, self.draft.usable()
-        if editor.run is not None and editor.run.history.pending:
-            raise SphereEditError(
-                f"{len(editor.run.history.pending)} facts wait in this run; go on with it, or roll it back, first"
-            )
+        if editor.run is not None and not editor.run.history.finished:
+            waits = len(editor.run.history.pending)
+            raise SphereEditError(f"{waits} facts wait in this run; go on with it, or roll it back, first")
 
         def whole() -> None:
             editor.stop(False)

@@ -24,6 +24,7 @@ from sphere_edit.reporting.series import Series
 from sphere_edit.reporting.stories import Timeline, stories
 from sphere_edit.reporting.words import one_line, percent, yes
 from sphere_edit.runs.removal import chosen, named, with_superseded
+from sphere_edit.runs.summary import MetricsContent
 from sphere_edit.studio.desk import Desk
 from sphere_edit.studio.draft import said_of
 from sphere_edit.text import html, visible
@@ -200,7 +201,35 @@ def story(desk: Desk, fact: int) -> list[tuple[str, Grid]]:
     (found,) = stories(desk.known_run(), str(fact))[:1]
     drawn: Any = draw(found)
     assert isinstance(drawn, Group)
-    return [(cell(str(one.title)), _shown(cells(one))) for one in drawn.renderables if isinstance(one, Table)]
+    shown = [(cell(str(one.title)), _shown(cells(one))) for one in drawn.renderables if isinstance(one, Table)]
+    return [*shown, *_judged(desk, fact)]
+
+
+def _judged(desk: Desk, fact: int) -> list[tuple[str, Grid]]:
+    """How each prompt of a fact was judged last, in every protocol; nothing where it was not."""
+    found = _measured(desk)
+    entry = None if found is None else next((one for one in found["per_fact"] if one["index"] == fact), None)
+    if entry is None:
+        return []
+    (row,) = views.Facts.of([entry]).rows
+    rows = []
+    for part in catalogue.PARTS:
+        for score in part.prompts(row.after):
+            verdicts = [protocol.verdict(score) for protocol in catalogue.PROTOCOLS]
+            said = ["–" if one is None else f"{one:.0%}" for one in verdicts]
+            rows.append([part.label, cell(score.said), *said])
+    return [
+        (
+            "How each of its prompts is judged",
+            (["prompt for", "says", *(one.label for one in catalogue.PROTOCOLS)], rows),
+        )
+    ]
+
+
+def _measured(desk: Desk) -> MetricsContent | None:
+    """The content of ``metrics.json``, where it is of where the run stands."""
+    run = desk.run()
+    return None if run is None else desk.kept("metrics", run.current_metrics)
 
 
 def answers(desk: Desk) -> str:
@@ -227,8 +256,7 @@ def figure(desk: Desk) -> Figure | None:
 
 def metrics(desk: Desk) -> Grid:
     """Everything that was measured after the last batch."""
-    run = desk.run()
-    found = None if run is None else run.current_metrics()
+    found = _measured(desk)
     if found is None:
         return ["", "protocol", "before", "after", "95 % or change"], []
     return _shown(cells(draw(views.Metrics.of(found, ""))))  # type: ignore[arg-type]
