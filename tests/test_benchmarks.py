@@ -16,6 +16,7 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.fact import make_fact
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
@@ -43,7 +44,11 @@ def script(monkeypatch, tmp_path, capsys):
     [
         (["gpu.py", "--shape", "tiny", "--batch-size", "4", "--steps", "2"], "| tiny | "),
         (["scaling.py", "--batches", "3", "--batch-size", "4"], "Batch 3 against batch 2: time × "),
+        pytest.param(  # it draws a page
+            ["long_stream.py", "--facts", "32", "--batch-size", "8"], "| rollback to batch 1 | ", marks=pytest.mark.slow
+        ),
         (["energy.py", "--shape", "64", "80"], "64 × 80: "),
+        (["where_time_goes.py", "methods"], "| together | "),
         (["projection.py", "--shape", "48", "160", "--facts", "5"], "relative difference "),
         pytest.param(  # it trains a model and tunes on it
             ["families.py", "--family", "gpt2", "--steps", "3"], "| gpt2 | frugal | ", marks=pytest.mark.slow
@@ -148,16 +153,41 @@ def test_gemma_is_put_together_from_its_pieces_and_checked(tmp_path, monkeypatch
     assert not any((tmp_path / name).exists() for name in ("short", "wrong", "order"))
 
 
-def test_rewordings_are_given_and_the_other_paraphrases_asked(tmp_path, script):
+def test_leads_are_rows_of_one_table_with_settings_and_rewordings(tmp_path, script):
     model = save_tiny("llama", tmp_path / "model")
     records = fact_records(3)
     for record in records:
         record["paraphrases"].append(f"They say that {record['prompt'].replace('{}', record['subject'])}")
     (tmp_path / "facts.json").write_text(json.dumps(records))
     (tmp_path / "text.txt").write_text("The river there is the Tiber.\n\n" * 40)
-    for given in (0, 1):
-        out = script("rewordings.py", model, "out", "--given", given, "--facts", "facts.json", "--corpus", "text.txt")
-    assert [line[:4] for line in out.splitlines()[2:]] == ["| 0 ", "| 1 "]
-    run = RunFolder.open(tmp_path / "out" / "run-1")
+    more = ("--most", 1, "--facts", "facts.json", "--corpus", "text.txt")
+    script("leads.py", model, "out", "as it is", *more)
+    script("leads.py", model, "out", "carried, λ 2", "options.carried=true", "options.second_moment_weight=2", *more)
+    out = script("leads.py", model, "out", "one of them", *more, "--given", 1)
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [
+        "| unedited", "| as it is", "| carried, λ 2", "| one of them"
+    ]  # fmt: skip
+    assert script("leads.py", model, "out") == out
+    assert RunFolder.open(tmp_path / "out" / "run-carried-λ-2").config.method_options["carried"] is True
+    run = RunFolder.open(tmp_path / "out" / "run-one-of-them")
     assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
     assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())
+
+
+def test_negation_asks_each_fact_in_four_ways(runs, tmp_path, monkeypatch, script):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import negation
+
+    first, last = (
+        make_fact("The capital of {} is", "Rome", "France", "Paris"),
+        make_fact("{} is in", "Rome.", "Paris"),
+    )
+    assert negation.under_negation(first).filled_prompt == "It is not true that the capital of France is"
+    assert negation.under_negation(last).filled_prompt == "It is not true that Paris is in"
+    asked = negation.judged(lambda fact: fact.target_new)
+    assert asked(first).filled_prompt == "The capital of France is Rome. True or false? The answer is"
+    assert asked(last).filled_prompt == "Paris is in Rome. True or false? The answer is"
+    assert (asked(first).target_new, asked(first).target_true) == ("true", "false")
+    out = script("negation.py", shutil.copytree(runs / "True", tmp_path / "True"), "--limit", 8)
+    assert out.splitlines()[0] == "| 8 facts | unedited | edited |"
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [f"| {name}" for name in negation.PROBES]

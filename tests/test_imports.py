@@ -21,15 +21,18 @@ FLOORS = [
     "diagnosis",
     "exports",
     "editor",
+    "preview",
     "trials",
     "tuning",
     "bench",
+    "executors",
     "planning",
     "inspection",
+    "studio",
     "cli",
     "__main__",
 ]
-GROUND = ["_version", "errors", "text", "progress", "files", "plugins"]  # what every floor stands on
+GROUND = ["_version", "errors", "text", "progress", "ranks", "files", "plugins"]  # what every floor stands on
 
 
 def imports() -> dict[str, set[str]]:

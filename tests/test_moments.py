@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.resources import as_file, files
+
 import pytest
 import torch
 
 from families import tiny
-from sphere_edit.editing.moments import MomentSettings, _Sums, draw, load_corpus, sample_text, second_moments
+from sphere_edit.editing import moments, shipped
+from sphere_edit.editing.moments import (
+    MomentSettings,
+    _Sums,
+    draw,
+    load_corpus,
+    own_text,
+    sample_text,
+    second_moments,
+)
+from sphere_edit.errors import SphereEditError
+from sphere_edit.files import read_cache
 from sphere_edit.progress import Quiet
 
 
@@ -47,6 +61,45 @@ def test_sampled_text_is_seeded_varied_and_as_long_as_asked():
     assert len(first) == 16
     assert len({tuple(row) for row in first}) == 16
     assert all(len(row) == 33 for row in first)
+
+
+def test_shipped_text_is_that_of_the_very_model_and_no_other(tmp_path, monkeypatch):
+    """A package with text of the tiny model stands in for ours; whatever is not as it was when that was sampled is sampled."""
+    loaded, asked = tiny("llama"), []
+    rows = sample_text(loaded, 4 * 128, 0, Quiet())
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / shipped.NAME
+    shipped.write_shipped(file, loaded, 0, rows)
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    monkeypatch.setattr(moments, "sample_text", lambda *args: asked.append(args) or [[1, 2]])
+    assert own_text(loaded, 4 * 128, 0, Quiet()) == rows
+    assert own_text(loaded, 130, 0, Quiet()) == rows[:2]
+    assert not asked
+    assert shipped.agree({"rope": "1", "new": "2"}, {"rope": "1", "gone": "3"})
+    assert not shipped.agree({"rope": "2"}, {"rope": "1"})
+    others = [
+        (loaded, 5 * 128, 0),  # more than is shipped
+        (loaded, 128, 1),  # another seed
+        (tiny("gpt2"), 128, 0),
+        (replace(loaded, fingerprint="0"), 128, 0),
+    ]
+    for other in others:
+        assert own_text(*other, Quiet()) == [[1, 2]]
+    monkeypatch.setattr(loaded.model.config, "rms_norm_eps", 0.5)
+    assert own_text(loaded, 128, 0, Quiet()) == [[1, 2]]
+    assert len(asked) == 5
+    file.write_text(file.read_text().replace(" 1", " 2", 1))
+    with pytest.raises(SphereEditError, match="install sphere-edit again"):
+        own_text(loaded, 128, 0, Quiet())
+
+
+def test_the_package_ships_the_text_of_its_embedded_model():
+    """Long enough for the default, and told by its own hash."""
+    with as_file(files("sphere_edit") / "data" / shipped.NAME) as path:
+        rows = [row.split() for row in read_cache(path)["rows"]]
+    assert len(rows) * 128 >= MomentSettings().sampled_tokens
+    assert {len(row) for row in rows} == {129}
+    assert len({" ".join(row) for row in rows}) == len(rows)
 
 
 def test_a_corpus_keeps_its_last_passages_out_of_the_statistics(tmp_path):

@@ -102,7 +102,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
     """The page's example and a method of many hooks as plugins, facts, and settings."""
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     contents = {
         "ridge.py": example,
         "counting.py": TALLY,

@@ -11,6 +11,7 @@ from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
 from sphere_edit.editing import repair as repair_module
+from sphere_edit.editing.curvature import _drawn_slope, damped_inverse, output_curvature
 from sphere_edit.editing.repair import Descent, Repair, readable_passages, repair_steps
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.heldout import score_heldout
@@ -314,3 +315,66 @@ def test_the_guard_lets_a_repair_pass(model, tmp_path, monkeypatch):
     editor.edit(fact_records(4))
     assert editor.run.history.guard is None
     assert editor.run.history.batches[-1].kind == "repair"
+
+
+# --- K-FAC --------------------------------------------------------------------------------------------------------
+
+
+def test_output_curvature_is_the_second_moment_of_gradients_of_drawn_answers(edited, monkeypatch):
+    loaded, weights = edited
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    found = output_curvature(loaded, list(weights.names), [rows[:1], rows[1:]], seed=0)
+    expected = [torch.zeros_like(one, dtype=torch.float64) for one in found]
+    for row in rows:
+        shifts = []
+
+        def add(module, args, output, shifts=shifts):
+            shifts.append(torch.zeros_like(output, requires_grad=True))
+            return output + shifts[-1]
+
+        hooks = [loaded.model.get_submodule(name).register_forward_hook(add) for name in weights.names]
+        logits = loaded.model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
+        for hook in hooks:
+            hook.remove()
+        loss = torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
+        for total, gradient in zip(expected, torch.autograd.grad(loss, shifts), strict=True):
+            total += gradient[0].T @ gradient[0] / 8
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+
+
+def test_answers_are_drawn_from_the_models_own_distribution(edited):
+    """So that E[p − e_y] = 0: over many draws the mean slope vanishes, and another seed draws others."""
+    loaded, _ = edited
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).repeat(4000, 1)
+    slopes = _drawn_slope(loaded, hidden, torch.Generator().manual_seed(0))
+    assert float(slopes.mean(0).norm()) < 0.1 * float(slopes.norm(dim=1).mean())
+    other = _drawn_slope(loaded, hidden, torch.Generator().manual_seed(1))
+    assert not torch.equal(slopes, other)
+
+
+def test_the_damped_inverse_is_its_formula():
+    root = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    curvature = root @ root.T
+    expected = torch.linalg.inv(curvature + 0.1 * curvature.trace() / 6 * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(damped_inverse(curvature), expected)
+    assert float(damped_inverse(torch.diag(torch.tensor([1.0, 0.0]))).isfinite().all())
+
+
+def test_with_kfac_a_first_step_goes_along_the_gradient_between_both_metrics(edited):
+    loaded, weights = edited
+    passages, facts = [[5, 6, 7, 8, 9, 10]] * 3, facts_from(fact_records(2)).facts
+    metrics = dict.fromkeys(weights.names)
+
+    def repair(curved):
+        return Repair(loaded, weights, passages, facts, TEMPLATES, metrics, 256, seed=3, curved=curved)
+
+    plain, curved = (repair(way).run(1, 1.0, Quiet())[0] for way in (False, True))
+    outputs = repair(True)._output_metrics()
+    for name in weights.names:
+        wanted = outputs[name].double() @ plain[name].double()
+        cosine = (wanted * curved[name].double()).sum() / (wanted.norm() * curved[name].double().norm())
+        assert float(cosine) > 0.999
+        straight = (plain[name] * curved[name]).sum() / (plain[name].norm() * curved[name].norm())
+        assert float(straight) < 0.999

@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from sphere_edit.editing.shipped import shipped_text
+from sphere_edit.models.tokens import TokenBatch
 from test_cli import run
 
 pytestmark = pytest.mark.slow
@@ -57,3 +60,19 @@ def test_demo_takes_under_five_minutes(tmp_path):
     assert time.monotonic() - started < 300
     assert "What the model says" in out
     assert metrics(tmp_path / "demo")["edited"]["efficacy"] >= 95
+
+
+def test_the_shipped_text_is_what_the_model_samples(smollm2):
+    """A sampled token is on average as unlikely as the model's entropy says, whatever machine drew it: within 4 standard errors."""
+    rows = shipped_text(smollm2, 32 * 128, 128, 0)
+    assert rows is not None
+    surprise = []
+    for chunk in (rows[first : first + 8] for first in range(0, 32, 8)):
+        batch = TokenBatch.of(chunk, smollm2.device)
+        with torch.no_grad():
+            logs = smollm2.model(input_ids=batch.ids).logits[:, :-1].log_softmax(-1)
+        said = logs.gather(-1, batch.ids[:, 1:, None])[..., 0]
+        surprise.append((-said + (logs.exp() * logs).sum(-1)).flatten())
+    found = torch.cat(surprise).double()
+    assert found.std() > 1, "each token for itself is far from it"
+    assert abs(found.mean()) < 4 * found.std() / len(found) ** 0.5

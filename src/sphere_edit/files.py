@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 
 _SUMS = "sha256"  # in the header of a safetensors file: the hash of each tensor, by name
@@ -83,7 +85,11 @@ def _spelled_out(node: Any, known: dict[int, float]) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and put it in place in one step."""
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and put it in place in one step; of several ranks, one does."""
+    ranks.once(partial(_put_in_place, path, write))
+
+
+def _put_in_place(path: Path, write: Callable[[Path], object]) -> None:
     with plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -133,6 +139,10 @@ def read_cache(path: Path) -> Any | None:
     Raises:
         SphereEditError: it is there and cannot be read, which says nothing about what it holds.
     """
+    return ranks.once(partial(_cached, path))
+
+
+def _cached(path: Path) -> Any | None:
     with plain_errors(path, "read"):
         if not path.exists():
             return None
@@ -157,6 +167,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Returns:
         the digest of the whole file's content (`content_digest`).
     """
+    return ranks.once(partial(_store, path, tensors))
+
+
+def _store(path: Path, tensors: Mapping[str, Tensor]) -> str:
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     sums = {name: _tensor_digest(tensor) for name, tensor in ready.items()}
     write_atomically(path, lambda file: save_file(ready, file, {_SUMS: json.dumps(sums, sort_keys=True)}))
@@ -213,6 +227,10 @@ def is_whole(path: Path) -> bool:
     Raises:
         SphereEditError: it is there and cannot be read (too many open files, no permission, …), which says nothing about it.
     """
+    return ranks.once(partial(_is_whole, path))
+
+
+def _is_whole(path: Path) -> bool:
     with plain_errors(path, "read"):
         if not path.is_file():
             return False
@@ -259,6 +277,22 @@ def refuse_existing(path: Path) -> None:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise SphereEditError(f"{path} exists already; choose another folder or remove it first")
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there; of several ranks, one does."""
+    ranks.once(lambda: path.unlink(missing_ok=True))
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is gone afterwards; of several ranks, all have the same."""
+    path = Path(ranks.once(tempfile.mkdtemp))
+    try:
+        yield path
+    finally:
+        if ranks.leads():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import inf, isnan, nan
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.moments import load_corpus
@@ -30,6 +29,7 @@ from sphere_edit.evaluation.scores import FactScores, complete_answers, score_fa
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import facts_from
+from sphere_edit.files import temporary_folder
 from sphere_edit.models.architecture import WRITERS
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.progress import Advance, Quiet, Reporter
@@ -40,6 +40,9 @@ from sphere_edit.runs.session import Session
 
 STREAM = 1000  # facts of the stream that a trial's damage is carried on to
 HELDOUT = 30  # passages
+_POSITIONS = (
+    1024  # in them, spread evenly, whose distributions are compared: the head of a large vocabulary is most of a model
+)
 _LAYERS = 5  # edited below each end of a span, that included, and fewer where there are none
 _ENDS = (0.1, 0.17, 0.27, 0.34, 0.44)  # shares of the depth at which editing may end
 _SUMS_BYTES = 8e9  # of second moments under way at one time, if more layers than one trial's are to be measured
@@ -184,7 +187,7 @@ class Bench:
         session = self.session({})
         evaluator = Evaluator(loaded, session.weights, session.settings, reporter)
         checked, _ = admit(session, evaluator, facts_from(facts), skip_bad=False)
-        self.templates = sample_context_templates(loaded, given.seed, given.templates)
+        self.templates = ranks.once(partial(sample_context_templates, loaded, given.seed, given.templates))
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
         self.whole = self._sample(complete_answers(loaded, checked), self.corpus.heldout[:HELDOUT])
         every = len(checked) // _SCREENED
@@ -198,7 +201,14 @@ class Bench:
         self._lone = session.method.needs.feed.one_layer(alone)
 
     def _sample(self, facts: list[Fact], heldout: list[list[int]]) -> _Sample:
-        return _Sample(facts, heldout, score_heldout(self.loaded, heldout, self.given.tokens_per_batch, Quiet()))
+        return _Sample(facts, heldout, self._read(heldout))
+
+    def _read(self, heldout: list[list[int]], unedited: HeldoutScores | None = None) -> HeldoutScores:
+        """Held-out text on the model as it stands, compared with the unedited one."""
+        before = None if unedited is None else unedited.hidden
+        return score_heldout(
+            self.loaded, heldout, self.given.tokens_per_batch, Quiet(), unedited=before, positions=_POSITIONS
+        )
 
     def session(self, differs: Mapping[str, Any]) -> Session:
         """The model edited with some settings of its own; nothing is written to disk."""
@@ -280,10 +290,10 @@ class Bench:
         widest = max(Shape.of(weight).square for weight in self.session({}).weights.working.values())
         together = max(_LAYERS, int(_SUMS_BYTES / (16 * widest)))
         for first in range(0, len(layers), together):
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 some = list(layers[first : first + together])
                 session = self.session({"layers": some})
-                measure_ingredients(session, [SecondMoment()], self.corpus, self.templates, Path(folder))
+                measure_ingredients(session, [SecondMoment()], self.corpus, self.templates, folder)
 
     @property
     def trials(self) -> list[Trial]:
@@ -298,9 +308,7 @@ class Bench:
             session = self.session(differs)
             with self._edited(session, sample.facts):
                 scores = score_facts(self.loaded, sample.facts, session.settings.tokens_per_batch, Quiet())
-                read = score_heldout(
-                    self.loaded, sample.heldout, self.given.tokens_per_batch, Quiet(), unedited=sample.unedited.hidden
-                )
+                read = self._read(sample.heldout, sample.unedited)
             self._tried[known] = Trial.of(differs, scores, read.divergence)
             part = "" if sample is self.whole else f"first look, {len(sample.facts)} facts: "
             self.reporter.say(f"{part}{self._tried[known]}")
@@ -315,9 +323,9 @@ class Bench:
     @contextmanager
     def _edited(self, session: Session, facts: Sequence[Fact]) -> Iterator[None]:
         """Inside, the model has some facts in it."""
-        with tempfile.TemporaryDirectory() as folder:
-            measure_ingredients(session, session.ingredients, self.corpus, self.templates, Path(folder))
-            statistics = load_statistics(Path(folder), session.weights.names, self.loaded.device)
+        with temporary_folder() as folder:
+            measure_ingredients(session, session.ingredients, self.corpus, self.templates, folder)
+            statistics = load_statistics(folder, session.weights.names, self.loaded.device)
         solver = session.make_solver(self._source(session, statistics), statistics)
         try:
             solver.write(facts, {name: {} for name in session.weights.names}, Clock())

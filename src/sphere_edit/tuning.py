@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sphere_edit import ranks
 from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.presets import tuned_file
 from sphere_edit.editing.settings import Settings
@@ -161,15 +163,9 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
     usable, _ = readable(editor.session, given.facts, skip_bad)
     plan_batches(usable, editor.settings.batch_size, skip_bad)
     kept = tuned_file(editor.loaded.fingerprint, editor.session.method.name)
-    with plain_errors(kept):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{kept}.lock")
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            editor.session.reporter.say("Another process is calibrating this model: waiting for what it finds", "bold")
-            held = lock.acquire()
-    with held:
+    lock = FileLock(f"{kept}.lock")
+    ranks.once(partial(_wait_for, lock, kept, editor.session.reporter))
+    try:
         editor.adopt_tuned()
         if editor.session.would_calibrate:
             editor.session.reporter.say(
@@ -182,3 +178,15 @@ def calibrate(editor: Editor, given: FactSet, skip_bad: bool) -> None:
                 _keep(kept, chosen)
             editor.session.reporter.say(f"Chosen, and kept for later runs: {chosen}", "bold")
             editor.adopt_tuned()
+    finally:
+        lock.release()
+
+
+def _wait_for(lock: FileLock, kept: Path, reporter: Reporter) -> None:
+    with plain_errors(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            reporter.say("Another process is calibrating this model: waiting for what it finds", "bold")
+            lock.acquire()

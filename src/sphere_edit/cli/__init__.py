@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sphere_edit import ranks
 from sphere_edit._version import __version__
 from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
@@ -21,9 +22,10 @@ from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
 from sphere_edit.cli.remove import history, remove
-from sphere_edit.cli.screen import fail, out
+from sphere_edit.cli.screen import fail, hush, out
 from sphere_edit.cli.ship import apply, export
 from sphere_edit.cli.state import rollback
+from sphere_edit.cli.studio import studio
 from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
@@ -91,8 +93,12 @@ for _command in (
     inspect,
     tune,
     bench,
+    studio,
 ):
     app.command("eval" if _command is evaluate else None)(_command)
+
+
+TOGETHER = ("edit", "remove")  # commands that several processes can do together
 
 
 def main() -> None:
@@ -125,6 +131,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _common(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -133,6 +140,14 @@ def _common(
         typer.Option("--plugin", help="Run this Python file, which registers editing methods; repeatable."),
     ] = None,
 ) -> None:
+    if ranks.started() > 1:
+        if ctx.invoked_subcommand not in TOGETHER:
+            raise SphereEditError(
+                f"'{ctx.invoked_subcommand}' is the work of one process, and {ranks.started()} were started together; start it without torchrun"
+            )
+        ctx.with_resource(ranks.joined())
+        if not ranks.leads():
+            hush()
     if plugin:
         from sphere_edit.editing.methods import register_file
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sphere_edit import ranks
 from sphere_edit.cli.screen import out, reporter
 from sphere_edit.text import terminal
 
@@ -22,7 +23,7 @@ def write_report(folder: Path) -> None:
     """Write the page about a run and its figures into its folder."""
     from sphere_edit.reporting.report import write_report
 
-    write_report([folder], folder / "report.html", folder / "figures", reporter())
+    ranks.once(lambda: write_report([folder], folder / "report.html", folder / "figures", reporter()))
 
 
 def say_where(folder: Path) -> None:

@@ -16,6 +16,13 @@ class Matrices(str, Enum):
     experts = "experts"
 
 
+class Rewordings(str, Enum):
+    """Settings.rewordings as the command line shows it."""
+
+    given = "given"
+    auto = "auto"
+
+
 class Basis(str, Enum):
     """Which weights SPHERE takes its directions from."""
 
@@ -45,6 +52,14 @@ class Target(str, Enum):
 
     answer = "answer"
     alternative = "alternative"
+
+
+class Service(str, Enum):
+    """Loggers that a run can tell its numbers to."""
+
+    trackio = "trackio"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 Run = Annotated[Path, typer.Argument(help="A run folder.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from sphere_edit.progress import RichReporter
+from sphere_edit.progress import Quiet, Reporter, RichReporter
 from sphere_edit.text import Screen, terminal
 
 FAILED = 4  # the status of a command that was done, and whose verdict is bad: verify, and the limits of eval
@@ -13,9 +13,14 @@ out = Screen()
 err = Screen(stderr=True)
 
 
-def reporter() -> RichReporter:
-    """Progress and messages of long work, on the stream of errors."""
-    return RichReporter(err)
+def reporter() -> Reporter:
+    """Progress and messages of long work, on the stream of errors; nothing where another process speaks for all."""
+    return Quiet() if err.quiet else RichReporter(err)
+
+
+def hush() -> None:
+    """Say nothing from here on: another process speaks for all."""
+    out.quiet = err.quiet = True
 
 
 def say_bad(kind: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,23 @@ from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import Predictions, TokenBatch, batches_by_length
 
+LossAndGradients = tuple[float, dict[str, Tensor]]
 Coded = tuple[list[int], int]  # token ids of a prompt and its answer, and the answer's first token
+
+
+def gradients_of(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What backward passes have left in some leaves."""
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def added_up(parts: Iterable[LossAndGradients]) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of the parts of a sum, and their gradients added up in the order of the parts."""
+    losses: list[float] = []
+    total: dict[str, Tensor] = {}
+    for loss, gradients in parts:
+        losses.append(loss)
+        total |= {name: gradient + total[name] if name in total else gradient for name, gradient in gradients.items()}
+    return losses, total
 
 
 def in_each_form(facts: Sequence[Fact]) -> list[Fact]:
@@ -37,9 +53,10 @@ class TargetRows:
 
 
 def coded_targets(encoder: Encoder, facts: Sequence[Fact]) -> list[Coded]:
-    """Prompt and new answer of each fact; of one in several forms, the first is taken (`in_each_form`)."""
+    """Prompt and new answer of each fact, and what ends it (`Encoder.taught`); of one in several forms, the first is taken (`in_each_form`)."""
     answered = (
-        encoder.answered(fact.filled_prompt, fact.target_new, fact.separator, fact.chat, fact.system) for fact in facts
+        encoder.answered(fact.filled_prompt, encoder.taught(fact), fact.separator, fact.chat, fact.system)
+        for fact in facts
     )
     return [(tokens.ids, start) for tokens, start in answered]
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
+from sphere_edit.editing.compensation import Compensation, lacking, with_back
 from sphere_edit.editing.memory import Metric, single
 from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Method
 from sphere_edit.editing.problem import LayerProblem, Seen, State, Statistics
@@ -56,13 +58,33 @@ class _Group:
 
 @dataclass(frozen=True)
 class Written:
-    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved."""
+    """A batch that stands in the working weights, by matrix: W before it, ΔW before SPHERE, ΔW, and the problems as solved.
+
+    ``taken`` is what the projection took away from it, where that is carried into the next batch (`Compensation`).
+    """
 
     before: dict[str, Tensor]
     solved: dict[str, Update]
     updates: dict[str, Update]
     problems: dict[str, Seen]
     report: Report
+    taken: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of the facts that a source has taken up."""
+
+    source: Source
+
+    @property
+    def rounds(self) -> int:
+        """Evaluations that take each fact once."""
+        return self.source.rounds
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and its gradient by each matrix."""
+        return self.source.objective(weights)
 
 
 class Solver:
@@ -77,8 +99,12 @@ class Solver:
         diagnostic: Sphere,
         statistics: Mapping[str, Statistics],
         reporter: Reporter,
+        compensated: float = 0.0,
+        curved: bool = False,
     ):
+        self.curved = curved
         self.weights, self.source, self.method, self.sphere = weights, source, method, sphere
+        self.compensation = Compensation(compensated)
         self.diagnostic, self.statistics, self.reporter = diagnostic, statistics, reporter
         self._bases: dict[str, tuple[Tensor | None, Tensor]] = {}
         self._of_matrices: dict[str, dict[str, Tensor]] = {}
@@ -102,7 +128,9 @@ class Solver:
         for name, seen in problems.items():
             for part in groups[0].seen.get(name, {}):
                 seen[part] = torch.cat([group.seen[name][part] for group in groups], dim=1)
-        return Written(before, solved, updates, problems, report)
+        whole = {name: joined([group.solved[name] for group in groups]) for name in self.weights.names}
+        taken = self.compensation.left_of(whole, updates)
+        return Written(before, solved, updates, problems, report, taken)
 
     def repair(
         self,
@@ -125,7 +153,16 @@ class Solver:
             metrics[name] = single(metric)
         source = self.source
         repair = Repair(
-            source.computing(), self.weights, passages, facts, source.templates, metrics, source.max_tokens, seed
+            source.computing(),
+            self.weights,
+            passages,
+            facts,
+            source.templates,
+            metrics,
+            source.max_tokens,
+            seed,
+            source.settings.ends,
+            self.curved,
         )
         change, descent = repair.run(steps, share, self.reporter)
         updates: dict[str, Update] = {name: DenseUpdate(delta) for name, delta in change.items()}
@@ -162,13 +199,14 @@ class Solver:
         """Solve the batch, in groups of as many facts as the method takes at one time, each written before the next."""
         begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
-        report, groups = Report(), []
+        report, groups = Report(), list[_Group]()
         with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
             for first in range(0, len(facts), size):
                 begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)
                 if isinstance(self.method, LayerwiseMethod):
-                    groups.append(self._solve_layers(self.method, states, clock))
+                    owed = {} if groups else self.compensation.given_back()
+                    groups.append(self._solve_layers(self.method, states, clock, owed))
                 else:
                     assert isinstance(self.method, JointMethod)
                     groups.append(self._solve_jointly(self.method, clock))
@@ -176,11 +214,14 @@ class Solver:
                 report.add(self.source.report())
         return groups, report
 
-    def _solve_layers(self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock) -> _Group:
-        """Solve matrix by matrix, each seeing the weights of those below as already edited."""
+    def _solve_layers(
+        self, method: LayerwiseMethod, states: Mapping[str, State], clock: Clock, owed: Mapping[str, Tensor]
+    ) -> _Group:
+        """Solve matrix by matrix, each seeing the weights of those below as already edited; what is ``owed`` is given back."""
         group = _Group()
         rows = method.needs.ingredients
         of_batch = [row.of_batch(self.source, self.weights.names) for row in rows]
+        self._find_directions(clock)
         for index, name in enumerate(self.weights.names):
             keys, residual = self.source.layer(index)
             clock.lap("keys")
@@ -189,12 +230,41 @@ class Solver:
                 given |= found.get(name, {})
             weight = self.weights.working[name]
             problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
-            update = method.solve(problem, states[name]).by_expert(experts_of(weight)).to(torch.float32)
+            solve = partial(self._solved, method, name, problem, states[name], owed.get(name))
+            group.solved[name], group.written[name] = ranks.once(solve, by=index)
             clock.lap("solve")
-            self._write(group, name, update)
+            self.weights.add(name, group.written[name])
             group.seen[name] = {part: value for row in rows for part, value in row.of_problem(problem).items()}
             clock.lap("sphere")
         return group
+
+    def _find_directions(self, clock: Clock) -> None:
+        """SPHERE's directions for all matrices, side by side, where they are asked for within the layer loop."""
+        if self._per_layer is not None:
+            ranks.dealt(self.weights.names, lambda name: self._kept_directions(name))
+            clock.lap("sphere")
+
+    def _kept_directions(self, name: str) -> None:
+        self.directions(name, self.weights.working[name])
+
+    def _solved(
+        self, method: LayerwiseMethod, name: str, problem: LayerProblem, state: State, owed: Tensor | None
+    ) -> tuple[Update, Update]:
+        """ΔW of a matrix as it is solved, and as it is written: through SPHERE if that acts inside the layer loop."""
+        weight = self.weights.working[name]
+        solved = method.solve(lacking(problem, owed), state).by_expert(experts_of(weight))
+        update = with_back(solved, owed, weight).to(torch.float32)
+        return update, self._suppressed(name, update)
+
+    @property
+    def _per_layer(self) -> Sphere | None:
+        """SPHERE, if it acts inside the layer loop."""
+        return self.sphere if self.sphere is not None and self.sphere.project == "per_layer" else None
+
+    def _suppressed(self, name: str, update: Update) -> Update:
+        if self._per_layer is None:
+            return update
+        return self._per_layer.suppress(update, self.directions(name, self.weights.working[name]))
 
     def _of_matrix(self, name: str) -> dict[str, Tensor]:
         """What the method's ingredients make of W0, computed once."""
@@ -205,36 +275,35 @@ class Solver:
 
     def _solve_jointly(self, method: JointMethod, clock: Clock) -> _Group:
         group = _Group()
-        updates = method.descend(self.source.objective, {name: w.clone() for name, w in self.weights.working.items()})
+        updates = method.descend(_Loss(self.source), {name: w.clone() for name, w in self.weights.working.items()})
         clock.lap(self.source.stage)
-        for name in self.weights.names:
-            self._write(group, name, updates[name].to(torch.float32))
+        group.solved = {name: updates[name].to(torch.float32) for name in self.weights.names}
+        through = ranks.dealt(self.weights.names, lambda name: self._suppressed(name, group.solved[name]))
+        group.written = dict(zip(self.weights.names, through, strict=True))
+        for name, update in group.written.items():
+            self.weights.add(name, update)
         clock.lap("sphere")
         return group
-
-    def _write(self, group: _Group, name: str, update: Update) -> None:
-        """Add an update to its matrix, through SPHERE if that acts inside the layer loop."""
-        group.solved[name] = update
-        if self.sphere is not None and self.sphere.project == "per_layer":
-            update = self.sphere.suppress(update, self.directions(name, self.weights.working[name]))
-        group.written[name] = update
-        self.weights.add(name, update)
 
     def _finished(
         self, groups: Sequence[_Group], before: Mapping[str, Tensor]
     ) -> tuple[dict[str, Update], dict[str, Update]]:
         """The whole batch's update of each matrix, through the method's last step and SPHERE; and what it was before SPHERE."""
+
+        def finished(name: str) -> tuple[Update, Update | None]:
+            written = joined([group.written[name] for group in groups])
+            whole = self.method.finish(written.wide(), wide(before[name]).clone())
+            update = whole.by_expert(experts_of(before[name])).to(torch.float32)
+            if self.sphere is None or self.sphere.project != "after_all":
+                return update, None
+            return self.sphere.suppress(update, self.directions(name, before[name])), update
+
         updates: dict[str, Update] = {}
         solved: dict[str, Update] = {}
-        for name in self.weights.names:
-            written = joined([group.written[name] for group in groups])
-            finished = self.method.finish(written.wide(), wide(before[name]).clone())
-            update = finished.by_expert(experts_of(before[name]))
-            solved[name] = joined([group.solved[name] for group in groups])
-            if self.sphere is not None and self.sphere.project == "after_all":
-                solved[name] = update
-                update = self.sphere.suppress(update, self.directions(name, before[name]))
-            updates[name] = update
+        for name, (update, unprojected) in zip(
+            self.weights.names, ranks.dealt(self.weights.names, finished), strict=True
+        ):
+            updates[name], solved[name] = update, unprojected or joined([group.solved[name] for group in groups])
         return updates, solved
 
 

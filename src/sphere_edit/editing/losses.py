@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import count
+from operator import add
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import Coded, coded_own, coded_targets, in_each_form, target_rows
+from sphere_edit import ranks
+from sphere_edit.editing.answers import (
+    Coded,
+    LossAndGradients,
+    TargetRows,
+    added_up,
+    coded_own,
+    coded_targets,
+    gradients_of,
+    in_each_form,
+    target_rows,
+)
 from sphere_edit.editing.sources import Feed, Report, Source
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
@@ -43,23 +58,24 @@ class TargetGradients(Source):
     def _descend(self, coded: Sequence[Coded], facts: int, advance: Advance) -> None:
         model, architecture = self.loaded.model, self.loaded.architecture
         modules = [module_of(model, architecture, name) for name in self.weights.names]
-        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in modules]
-        told: list[tuple[list[int], list[float]]] = []
-        with deterministic(self.loaded.device):
-            for chunk, rows in target_rows(self.loaded, coded, self.max_tokens):
-                graph = Graph(self.loaded, rows.batch, outputs_of=modules)
-                losses = rows.losses(self.loaded, graph.hidden)
-                gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
-                where = (rows.predictions.rows, rows.predictions.columns)
-                for (keys, residuals), inputs, gradient in zip(found, graph.inputs, gradients, strict=True):
-                    keys.append(inputs[where].float())
-                    residuals.append(-gradient[where].float() / GRADIENT_SCALE)
-                told.append((chunk, losses.tolist()))
-                advance(len(chunk) * facts / len(coded))
-        self._losses = in_order(told)
-        self._problems = [
-            (torch.cat(keys).T.contiguous(), torch.cat(residuals).T.contiguous()) for keys, residuals in found
-        ]
+
+        def work(part: tuple[list[int], TargetRows]) -> tuple[list[float], list[Tensor], list[Tensor]]:
+            chunk, rows = part
+            graph = Graph(self.loaded, rows.batch, outputs_of=modules)
+            losses = rows.losses(self.loaded, graph.hidden)
+            gradients = torch.autograd.grad(losses.sum() * GRADIENT_SCALE, graph.shifts)
+            where = (rows.predictions.rows, rows.predictions.columns)
+            keys = [inputs[where].float() for inputs in graph.inputs]
+            residuals = [-gradient[where].float() / GRADIENT_SCALE for gradient in gradients]
+            tell(len(chunk) * facts / len(coded))
+            return losses.tolist(), keys, residuals
+
+        parts = list(target_rows(self.loaded, coded, self.max_tokens))
+        with deterministic(self.loaded.device), ranks.told(advance) as tell:
+            losses, *found = zip(*ranks.dealt(parts, work), strict=True)
+        self._losses: list[float] = in_order(zip((chunk for chunk, _ in parts), losses, strict=True))
+        by_matrix = ([torch.cat(several).T.contiguous() for several in zip(*chunks, strict=True)] for chunks in found)
+        self._problems = list(zip(*by_matrix, strict=True))
         if not all(loss < float("inf") for loss in self._losses):
             raise SphereEditError("the model overflows on some of the facts; try --dtype float32 or bfloat16")
 
@@ -93,7 +109,8 @@ class FromGradients(Feed):
 class TargetLoss(Source):
     """The mean over facts of the mean over target tokens of −log p, as a function of the edited matrices.
 
-    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone.
+    Every target token is predicted from those before it (teacher forcing), in the fact's own prompt alone. With minibatches, each
+    evaluation is about the next facts of an epoch, in an order that is another one in each.
     """
 
     stage = "fine-tuning"
@@ -108,41 +125,61 @@ class TargetLoss(Source):
             self._take_up(coded_own(self.loaded, self.encoder, in_each_form(facts)))
 
     def _take_up(self, coded: Sequence[Coded]) -> None:
-        self._chunks = list(target_rows(self.loaded, coded, self.max_tokens))
-        self._count = len(coded)
+        self._coded = list(coded)
+        size = (self.feed.minibatch if isinstance(self.feed, FromLoss) else None) or len(self._coded)
+        self.rounds = -(-len(self._coded) // size)
+        self._parts = self._minibatches(size)
         self._seen: list[float] = []
+
+    def _minibatches(self, size: int) -> Iterator[list[Coded]]:
+        """All facts at one time; or epoch after epoch so many, those of an epoch in an order of its own."""
+        for epoch in count():
+            order = list(range(len(self._coded)))
+            if self.rounds > 1:
+                random.Random(epoch).shuffle(order)
+            for first in range(0, len(order), size):
+                yield [self._coded[index] for index in order[first : first + size]]
 
     def objective(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The loss at some values of the edited matrices, and its gradient, added up over chunks of facts."""
-        leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-        total = 0.0
+        part = next(self._parts)
+
+        def work(chunk: tuple[list[int], TargetRows]) -> LossAndGradients:
+            _, rows = chunk
+            leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+            graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
+            loss = rows.losses(self.loaded, graph.hidden).sum() / len(part)
+            (loss * GRADIENT_SCALE).backward()
+            return float(loss.detach()), gradients_of(leaves)
+
         with deterministic(self.loaded.device):
-            for _, rows in self._chunks:
-                graph = Graph(self.loaded, rows.batch, self.weights.as_parameters(leaves))
-                loss = rows.losses(self.loaded, graph.hidden).sum() / self._count
-                (loss * GRADIENT_SCALE).backward()
-                total += float(loss.detach())
+            chunks = list(target_rows(self.loaded, part, self.max_tokens))
+            losses, gradients = added_up(ranks.in_turn(chunks, work))
+        total = reduce(add, losses)
         if not total < float("inf"):
             raise SphereEditError(f"fine-tuning diverged: the loss is {total}; use a smaller learning rate (lr)")
         self._seen.append(total)
-        gradients = {}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            gradients[name] = leaf.grad / GRADIENT_SCALE
-        return total, gradients
+        return total, {name: gradient / GRADIENT_SCALE for name, gradient in gradients.items()}
 
     def report(self) -> Report:
-        """The loss of the first and of the last evaluation."""
-        return Report(loss_before=self._seen[:1], loss_after=self._seen[-1:], evaluations=[len(self._seen)])
+        """The loss of the first and of the last evaluation, or the mean of an epoch's."""
+        ends = (self._seen[: self.rounds], self._seen[-self.rounds :])
+        before, after = ([sum(losses) / len(losses)] if losses else [] for losses in ends)
+        return Report(loss_before=before, loss_after=after, evaluations=[len(self._seen)])
 
 
 @dataclass(frozen=True)
 class FromLoss(Feed):
-    """The loss of a batch as a function of its matrices, for a method that moves them all at once."""
+    """The loss of a batch as a function of its matrices, for a method that moves them all at once.
 
+    Attributes:
+        minibatch: facts that one evaluation is about; all if None.
+    """
+
+    minibatch: int | None = None
     source: ClassVar[type[Source]] = TargetLoss
 
     @property
     def words(self) -> str:
-        """As it is."""
-        return "the loss"
+        """As it is, or in minibatches."""
+        return "the loss" if self.minibatch is None else f"the loss, {self.minibatch} facts at a time"

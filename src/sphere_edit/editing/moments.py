@@ -8,16 +8,18 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sphere_edit import ranks
+from sphere_edit.editing.shipped import first_token, shipped_text
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.corpus import read_passages
-from sphere_edit.facts.prompts import Encoder
-from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, write_cache, write_tensors
+from sphere_edit.files import cache_dir, is_whole, read_cache, read_tensors, remove_file, write_cache, write_tensors
 from sphere_edit.models.configuration import positions
 from sphere_edit.models.experts import JointKeys
 from sphere_edit.models.forward import activations
@@ -78,7 +80,7 @@ class Corpus:
 def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, reporter: Reporter) -> Corpus:
     """The corpus of ``settings``, tokenised; sampled from the model where none is named."""
     if settings.corpus is None:
-        sampled = _sampled_once(loaded, settings.sampled_tokens, seed, reporter)
+        sampled = own_text(loaded, settings.sampled_tokens, seed, reporter)
         cut = len(sampled) - max(1, len(sampled) // 8)
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
@@ -103,8 +105,14 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
     return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
 
 
-def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
-    """Sampled text, from the cache where this very model sampled it before, on a device and with libraries as these (`cache_key`)."""
+def own_text(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
+    """Text that a model samples of itself: what ships with this package (`shipped_text`), or what was sampled before.
+
+    The latter is in the cache where this very model sampled it, on a device and with libraries as these (`cache_key`).
+    """
+    if (shipped := ready_text(loaded, tokens, seed)) is not None:
+        reporter.say("  text that this model has sampled of itself comes with the package")
+        return shipped
     parts = (
         _SAMPLER,
         loaded.fingerprint,
@@ -116,7 +124,7 @@ def _sampled_once(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporte
     file = cache_dir() / "samples" / f"{cache_key(loaded.device, *parts)}.json"
     found: list[list[int]] | None = read_cache(file)
     if found is None:
-        found = sample_text(loaded, tokens, seed, reporter)
+        found = ranks.once(lambda: sample_text(loaded, tokens, seed, reporter))
         write_cache(file, found)
     return found
 
@@ -126,9 +134,7 @@ def sample_text(
     loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter, length: int = _SAMPLE_LENGTH
 ) -> list[list[int]]:
     """Text in the model's own words, as token ids: temperature 1 from its start token, ``length`` tokens a row."""
-    encoder = Encoder(loaded.tokenizer)
-    first = (encoder.document_start() or encoder.encode("The").ids)[0]
-    length = min(length, positions(loaded.model) - 1)
+    first, length = first_token(loaded), _sample_length(loaded, length)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
     with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
@@ -137,6 +143,16 @@ def sample_text(
             rows += generate(loaded, part, length, [draw], min_new_tokens=length)
             advance(len(part) * length)
     return rows
+
+
+def ready_text(loaded: LoadedModel, tokens: int, seed: int) -> list[list[int]] | None:
+    """What `own_text` need not sample, as it ships with the package."""
+    return shipped_text(loaded, tokens, _sample_length(loaded), seed)
+
+
+def _sample_length(loaded: LoadedModel, length: int = _SAMPLE_LENGTH) -> int:
+    """Tokens of one row after its first."""
+    return min(length, positions(loaded.model) - 1)
 
 
 def draw(ids: Tensor, scores: Tensor) -> Tensor:
@@ -180,19 +196,25 @@ def second_moments(
     total = sum(map(len, passages))
     stored = time.monotonic()
     windows = _windows(passages, _WINDOW_BATCHES * max_tokens)
+    cut = [batches_of(window, max_tokens) for window in windows[sums.windows :]]
+
+    def read(rows: list[Sequence[int]]) -> tuple[dict[str, _Products], int]:
+        batch = TokenBatch.of(rows, loaded.device)
+        inputs, _ = activations(loaded, batch, inputs_of=modules)
+        real = batch.mask.bool()
+        return {name: _products(seen, real) for name, seen in zip(names, inputs, strict=True)}, int(real.sum())
+
     with reporter.bar("second moments", total, "tokens") as advance:
         advance(sum(sums.tokens))
-        for window in windows[sums.windows :]:
-            for rows in batches_of(window, max_tokens):
-                batch = TokenBatch.of(rows, loaded.device)
-                inputs, _ = activations(loaded, batch, inputs_of=modules)
-                real = batch.mask.bool()
-                sums.add(dict(zip(names, inputs, strict=True)), real)
-                advance(int(batch.mask.sum()))
+        found = ranks.in_turn([rows for batches in cut for rows in batches], read)
+        for batches in cut:
+            for products, tokens in islice(found, len(batches)):
+                sums.add(products, tokens)
+                advance(tokens)
             sums.windows += 1
             if sums.windows >= _LEAST_WINDOWS and sums.error() <= tolerance:
                 break
-            if partial is not None and time.monotonic() - stored > _STORE_SECONDS:
+            if partial is not None and ranks.once(_Since(stored).is_long):
                 sums.write(partial)
                 stored = time.monotonic()
     if sums.windows > 1:
@@ -206,8 +228,19 @@ def second_moments(
                 "second moments are rough; reading more text (moments.tokens) makes them better"
             )
     if partial is not None:
-        partial.unlink(missing_ok=True)
+        remove_file(partial)
     return {name: sums.moment(name).float() for name in names}
+
+
+@dataclass(frozen=True)
+class _Since:
+    """A moment on the clock."""
+
+    began: float
+
+    def is_long(self) -> bool:
+        """Whether it is time to store what was summed up since."""
+        return time.monotonic() - self.began > _STORE_SECONDS
 
 
 @dataclass
@@ -219,19 +252,16 @@ class _Sums:
     windows: int = 0
     routed: dict[str, Tensor] = field(default_factory=dict)  # of a layer of experts, how many tokens reached each
 
-    def add(self, keys: Mapping[str, Keys], real: Tensor) -> None:
-        """Add the keys of each matrix at the ``real`` tokens ``[B, S]`` of a batch to the half whose turn it is."""
+    def add(self, products: Mapping[str, _Products], tokens: int) -> None:
+        """Add what a batch of so many tokens comes to, by matrix, to the half whose turn it is."""
         turn = self.windows % 2
         half = self.halves[turn]
-        for name, seen in keys.items():
-            if isinstance(seen, JointKeys):
-                product, reached = _of_experts(seen, real)
-                self.routed[name] = reached + self.routed.get(name, 0)
-            else:
-                rows = seen[real].float()
-                product = (rows.T @ rows).double()
+        for name, (single, reached) in products.items():
+            product = single.double()
             half[name] = product if name not in half else half[name].add_(product)
-        self.tokens[turn] += int(real.sum())
+            if reached is not None:
+                self.routed[name] = reached + self.routed.get(name, 0)
+        self.tokens[turn] += tokens
 
     def moment(self, name: str) -> Tensor:
         """C0; of experts, shrunk towards the layer's mean."""
@@ -282,11 +312,24 @@ class _Sums:
         return sums
 
 
-def _of_experts(keys: JointKeys, real: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ g² k kᵀ`` over the tokens that reach each expert, ``[E, d_in, d_in]`` in float64, and how many these are ``[E]``."""
+_Products = tuple[
+    Tensor, Tensor | None
+]  # Σ k kᵀ over a batch, float32; of experts g² times, and the tokens that reach each
+
+
+def _products(keys: Keys, real: Tensor) -> _Products:
+    """Of the keys at the ``real`` tokens ``[B, S]`` of a batch."""
+    if isinstance(keys, JointKeys):
+        return _of_experts(keys, real)
+    rows = keys[real].float()
+    return rows.T @ rows, None
+
+
+def _of_experts(keys: JointKeys, real: Tensor) -> _Products:
+    """``Σ g² k kᵀ`` over the tokens that reach each expert, ``[E, d_in, d_in]``, and how many these are ``[E]``."""
     products, reached = {}, torch.zeros(keys.count, dtype=torch.long, device=keys.device)
     for expert, rows, values in keys.by_expert(real):
-        products[expert] = (values.T @ values).double()
+        products[expert] = values.T @ values
         reached[expert] = len(rows)
     empty = torch.zeros_like(next(iter(products.values())))
     return torch.stack([products.get(expert, empty) for expert in range(keys.count)]), reached

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from functools import partial, reduce
+from itertools import cycle, islice
+from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.answers import coded_targets, in_each_form, target_rows
+from sphere_edit import ranks
+from sphere_edit.editing.answers import (
+    LossAndGradients,
+    TargetRows,
+    added_up,
+    coded_targets,
+    gradients_of,
+    in_each_form,
+    target_rows,
+)
+from sphere_edit.editing.curvature import damped_inverse, output_curvature
 from sphere_edit.editing.memory import Metric, in_metric
 from sphere_edit.editing.targets import GRADIENT_SCALE
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import Encoder
+from sphere_edit.facts.prompts import Encoder, Ends
 from sphere_edit.models.forward import Graph, deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
@@ -36,7 +48,13 @@ _PASSAGE_TOKENS = 256  # of one passage at most: what attention keeps for its ba
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
 STEP_FACTS = 64  # of the edited ones, asked in each step
+_CURVATURE_BATCHES = 8  # of text, on which the curvature by the outputs is measured
 _BLOCK = 64  # positions whose two distributions exist at one time; changes memory, not results
+
+
+Part = Callable[
+    [Mapping[str, Tensor]], float
+]  # one of a sum: its value; its gradient is left in the leaves it is given
 
 
 def repair_steps(limit: int, edited: int) -> int:
@@ -81,6 +99,8 @@ class Repair:
         passages: token ids of ordinary text; none of it is what held-out figures are measured on.
         metrics: M⁻¹ ``[d_in, d_in]`` of each matrix in float32, or None for one.
         max_tokens: in one pass; it takes no more than it has use for.
+        ends: what is taught behind each answer (`Encoder.taught`).
+        curved: take gradients in the metric of K-FAC, ``G⁻¹ ∇ M⁻¹`` (`sphere_edit.editing.curvature`).
     """
 
     def __init__(
@@ -93,11 +113,13 @@ class Repair:
         metrics: Mapping[str, Metric | None],
         max_tokens: int,
         seed: int,
+        ends: Ends = "open",
+        curved: bool = False,
     ):
         self.loaded, self.weights, self.facts, self.metrics = computing, weights, list(facts), metrics
         self.max_tokens = max_tokens
-        self.templates, self.encoder = list(templates), Encoder(computing.tokenizer)
-        self.random = random.Random(seed)
+        self.templates, self.encoder = list(templates), Encoder(computing.tokenizer, ends)
+        self.random, self.seed, self.curved = random.Random(seed), seed, curved
         rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
         batches = batches_of(rows, min(_TEXT_TOKENS, max_tokens))
         self.batches = cycle(self.random.sample(batches, len(batches)))
@@ -116,7 +138,7 @@ class Repair:
         moved = [name for name in start if scales[name] > 0]
         change = {name: torch.zeros_like(weight) for name, weight in start.items()}
         momentum = {name: torch.zeros_like(start[name]) for name in moved}
-        descent = Descent()
+        descent, outputs = Descent(), self._output_metrics() if self.curved and moved else {}
         with deterministic(self.loaded.device), reporter.bar("repair", steps, "steps") as advance:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
@@ -129,7 +151,10 @@ class Repair:
                     reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
                     break
                 for name, gradient in gradients.items():
-                    momentum[name] = _MOMENTUM * momentum[name] + in_metric(gradient, self.metrics[name])
+                    step_here = in_metric(gradient, self.metrics[name])
+                    if name in outputs:
+                        step_here = outputs[name] @ step_here
+                    momentum[name] = _MOMENTUM * momentum[name] + step_here
                 lengths = [float(momentum[name].norm()) / scales[name] for name in moved]
                 length = math.sqrt(sum(value**2 for value in lengths) / max(1, len(lengths)))
                 rate = _RATE * math.sqrt(share) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -138,26 +163,36 @@ class Repair:
                 advance(1)
         return change, descent
 
+    def _output_metrics(self) -> dict[str, Tensor]:
+        """G⁻¹ of each matrix, on the model as it stands and some of the text (`curvature`)."""
+        names = list(self.weights.names)
+        found = output_curvature(self.loaded, names, list(islice(self.batches, _CURVATURE_BATCHES)), self.seed)
+        return {name: damped_inverse(curvature) for name, curvature in zip(names, found, strict=True)}
+
     def gradients(self, weights: Mapping[str, Tensor], descent: Descent) -> dict[str, Tensor]:
         """Of the whole loss, by each of the ``weights [d_out, d_in]``; what it was goes into ``descent``."""
-        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-        descent.divergences.append(self._text(leaves))
-        descent.losses.append(self._facts(leaves))
-        found = {}
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            found[name] = leaf.grad / GRADIENT_SCALE
-        return found
+
+        def work(part: Part) -> LossAndGradients:
+            leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+            return part(leaves), gradients_of(leaves)
+
+        (divergence, *losses), total = added_up(ranks.in_turn([self._text(), *self._facts()], work))
+        descent.divergences.append(divergence)
+        descent.losses.append(reduce(add, losses, 0.0))
+        return {name: gradient / GRADIENT_SCALE for name, gradient in total.items()}
 
     def _pass(self, batch: TokenBatch, weights: Mapping[str, Tensor]) -> Tensor:
         """The last layer's output with some values of the matrices."""
         return Graph(self.loaded, batch, self.weights.as_parameters(weights, self.loaded.dtype)).hidden
 
-    def _text(self, leaves: Mapping[str, Tensor]) -> float:
-        """The mean divergence at some positions of ordinary text; its gradient is left in the leaves."""
+    def _text(self) -> Part:
+        """The mean divergence at some positions of the next ordinary text."""
         batch = TokenBatch.of(next(self.batches), self.loaded.device)
         places = batch.mask.bool().flatten().nonzero().flatten().tolist()
         chosen = torch.tensor(sorted(self.random.sample(places, min(_POSITIONS, len(places)))), device=batch.ids.device)
+        return partial(self._text_loss, batch, chosen)
+
+    def _text_loss(self, batch: TokenBatch, chosen: Tensor, leaves: Mapping[str, Tensor]) -> float:
         unedited = self._pass(batch, {name: self.weights.original(name) for name in leaves}).flatten(0, 1)[chosen]
         hidden = self._pass(batch, leaves).flatten(0, 1)[chosen]
         divergence, slope = self._divergence(unedited, hidden.detach())
@@ -183,18 +218,18 @@ class Repair:
             slopes.append(torch.autograd.grad(logits, theirs, outer.to(logits.dtype))[0])
         return total / len(edited), torch.cat(slopes)
 
-    def _facts(self, leaves: Mapping[str, Tensor]) -> float:
-        """The mean loss of some facts, each in one context template; its gradient is added in the leaves."""
+    def _facts(self) -> list[Part]:
+        """The mean loss of some facts, each in one context template, as a sum over batches of them."""
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = in_each_form([_in_template(fact, self._context()) for fact in some])
-        total = 0.0
-        for _, rows in target_rows(
-            self.loaded, coded_targets(self.encoder, asked), min(2 * _TEXT_TOKENS, self.max_tokens)
-        ):
-            loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / len(asked)
-            (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
-            total += float(loss.detach())
-        return total
+        most = min(2 * _TEXT_TOKENS, self.max_tokens)
+        parts = target_rows(self.loaded, coded_targets(self.encoder, asked), most)
+        return [partial(self._facts_loss, rows, len(asked)) for _, rows in parts]
+
+    def _facts_loss(self, rows: TargetRows, asked: int, leaves: Mapping[str, Tensor]) -> float:
+        loss = rows.losses(self.loaded, self._pass(rows.batch, leaves)).sum() / asked
+        (loss * (_FACTS_WEIGHT * GRADIENT_SCALE)).backward()
+        return float(loss.detach())
 
     def _context(self) -> str:
         """No context, or with the same chance one of the others."""

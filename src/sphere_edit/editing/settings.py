@@ -28,11 +28,11 @@ class SphereSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    enabled: bool = True
-    eta: float | None = Field(None, ge=0, le=1)
-    alpha: float | None = Field(None, ge=0, le=1)
-    basis: str | None = None
-    project: str | None = None
+    enabled: bool = Field(True, description="whether updates are projected at all")
+    eta: float | None = Field(None, ge=0, le=1, description="η, the share of the neurons' spectrum that is principal")
+    alpha: float | None = Field(None, ge=0, le=1, description="α, how much of the update along it is taken away")
+    basis: str | None = Field(None, description="whose directions: 'current' weights, or 'pretrained' ones")
+    project: str | None = Field(None, description="when: 'per_layer', 'after_all', or 'deployed'")
 
     def resolved(self, default: Sphere) -> Sphere:
         """The projection, with the method's defaults where nothing was said."""
@@ -57,6 +57,11 @@ class EvaluationSettings(BaseModel):
     generation: Literal["plain", "chat", "off"] = Field(
         "plain", description="at the end, what the model says after each prompt: as it is, or as a message in a chat"
     )
+    retrieval: int = Field(
+        0,
+        ge=0,
+        description="put so many facts, found by BM25, before each prompt: for a row without editing (method none)",
+    )
     texts: int = Field(0, ge=0, description="at the end, let it write about so many facts (fluency, consistency)")
     references: str | None = Field(None, description="texts (.txt, .jsonl) that say what is said of the new answers")
     tasks: tuple[str, ...] = Field((), description="general ability: tasks of lm-evaluation-harness")
@@ -73,6 +78,12 @@ class Settings(BaseModel):
     method: str = Field("frugal", description="editing method")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     sphere: SphereSettings = SphereSettings()
+    compensated: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what SPHERE or RECT took away from a batch that is carried into the next (OTE–SE, arXiv:2605.26670)",
+    )
     layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = Field(
         None,
         description="edited layers, or those of each role {gate: …, up: …, down: …}; by default the method's choice",
@@ -91,6 +102,11 @@ class Settings(BaseModel):
     forms: tuple[Form, ...] | None = Field(
         None, description="both at once, [plain, chat], or one of them; the first is the one that facts are asked in"
     )
+    rewordings: Literal["given", "auto"] = Field(
+        "given",
+        description="other prompts that a fact's target is optimised in: those in its record, or also those that the facts lend each other "
+        "and a chat model writes, kept where the unedited model reads them alike",
+    )
     recheck: int | None = Field(
         None,
         ge=0,
@@ -106,6 +122,11 @@ class Settings(BaseModel):
         ge=0,
         description="after the last batch, take back what the edits did to ordinary text, as far as the facts do not need "
         "it, in so many steps (or one for ten facts, if that is less); by default the method's choice",
+    )
+    repair_metric: Literal["keys", "kfac"] = Field(
+        "keys",
+        description="what a repair's steps are measured in: the keys that are to be left alone, or K-FAC, these and the gradients of what "
+        "the model says by the matrices' outputs",
     )
     targets: TargetSettings = TargetSettings()
     templates: int = Field(1, ge=0, description="context templates sampled for each of five openers")
@@ -154,6 +175,7 @@ class Settings(BaseModel):
         """These settings with every default spelled out, so that a run keeps them whatever later versions default to."""
         sphere = self.sphere.model_copy(update=self.diagnostic_sphere().model_dump())
         method = self.make_method()
+        self._check_compensated(method)
         options = method.model_dump(mode="json")
         layers: dict[str, tuple[int, ...]] = {}
         for layer, role in matrices:
@@ -177,6 +199,23 @@ class Settings(BaseModel):
         if self.sphere.enabled and self.diagnostic_sphere().project == "deployed":
             return "SPHERE with project: deployed"
         return None
+
+    def _check_compensated(self, method: Method) -> None:
+        """What is taken away can be carried on where a residual is solved for, and where it is taken from the edited weights."""
+        if not self.compensated:
+            return
+        if not method.needs.feed.at_subjects:
+            raise SphereEditError(
+                f"compensated is for methods that solve for optimised targets; {method.name} does not, leave it out"
+            )
+        if not self.sphere.enabled and type(method).finish is Method.finish:
+            raise SphereEditError(
+                f"{method.name} without SPHERE takes nothing away that could be carried on; set compensated: 0"
+            )
+        if self.deployed_by is not None:
+            raise SphereEditError(
+                f"{self.deployed_by} takes nothing away from the edited weights, so there is nothing to carry on; set compensated: 0"
+            )
 
     def _resolved_repair(self, method: Method) -> int:
         """Steps of the repair, which is about the weights that are edited, so these must be those the model runs with."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.answers import coded_targets, own_answers
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
 from sphere_edit.editing.targets import (
@@ -88,6 +89,7 @@ class Source:
 
     stage: ClassVar[str]  # what its work is called where progress is shown
     asked_again = False  # whether keys are measured again once a batch is written
+    rounds = 1  # evaluations of the loss that take each fact once
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class Source:
     ):
         self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
         self.feed, self.settings, self.max_tokens = feed, settings, max_tokens
-        self.encoder = Encoder(loaded.tokenizer)
+        self.encoder = Encoder(loaded.tokenizer, settings.ends)
 
     def computing(self) -> LoadedModel:
         """The model that is differentiated, with the edited weights as they stand."""
@@ -202,7 +204,8 @@ class OptimisedTargets(Source):
         """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
         self._facts, self._reader, self._unedited, self._back = list(facts), None, None, None
         sinks = partial(attention_sinks, self.loaded, self.layers[-1])
-        self._forms = written_forms(facts, self.encoder, sinks)
+        found = ranks.dealt(facts, lambda fact: written_forms([fact], self.encoder, sinks))
+        self._forms = [form for forms in found for form in forms]
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""

@@ -11,11 +11,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.descent import RULES, StepRule
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.forms import contexts, wordings
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, Ends, fill
 from sphere_edit.models.forward import deterministic
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.replay import replay
@@ -62,6 +63,10 @@ class TargetSettings(BaseModel):
         None,
         ge=1,
         description="a fact is finished too once all its target tokens were the likeliest in every template at so many evaluations",
+    )
+    ends: Ends = Field(
+        "open",
+        description="what is taught behind each answer: nothing, a full stop (stop), or the token that ends a text or a turn (token)",
     )
     compute: Literal["auto", "model", "bfloat16"] = Field(
         "auto",
@@ -145,13 +150,13 @@ def optimise_targets(
     Raises:
         SphereEditError: a loss is not finite.
     """
-    encoder = Encoder(loaded.tokenizer)
+    encoder = Encoder(loaded.tokenizer, settings.ends)
     prompts = prompts or [FactPrompts.of(fact, templates, encoder) for fact in facts]
 
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
-        return _Descent(loaded, chunk, layer, settings, inside, role).run(advance)
+        return _Descent(loaded, chunk, layer, settings, inside, role).run(tell)
 
-    with deterministic(loaded.device):
+    with deterministic(loaded.device), ranks.told(advance) as tell:
         whole = loaded.architecture.whole_rows
         order = over_batches(
             prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens(whole)

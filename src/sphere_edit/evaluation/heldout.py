@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sphere_edit.models.forward import last_hidden, next_token_scores
+from sphere_edit import ranks
+from sphere_edit.models.forward import head_rows, last_hidden
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
-
-_HEAD_ROWS = 512  # positions whose two distributions exist at one time; changes memory, not results
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,13 @@ class HeldoutScores:
         perplexity: exp of the mean negative log-likelihood per predicted token; None where that is not finite.
         divergence: mean KL(unedited ‖ this model) of next-token distributions in nats, over the same positions; None where
             there was nothing to compare with, or it is not finite.
-        hidden: what the head was given at those positions, batch by batch ``[positions, d_model]``, to be compared with.
+        hidden: what the head was given at those positions, ``[positions, d_model]`` of each batch that this rank has read, by its number;
+            to be compared with.
     """
 
     perplexity: float | None
     divergence: float | None
-    hidden: list[Tensor]
+    hidden: dict[int, Tensor]
 
 
 def score_heldout(
@@ -39,28 +39,35 @@ def score_heldout(
     max_tokens: int,
     reporter: Reporter,
     title: str = "held-out text",
-    unedited: Sequence[Tensor] | None = None,
+    unedited: Mapping[int, Tensor] | None = None,
+    positions: int | None = None,
 ) -> HeldoutScores:
     """Read passages of token ids one by one on the model as it stands.
 
     ``unedited`` is ``hidden`` of the unedited model on the same passages. Nothing behind the last layer is edited, so the head
-    makes the unedited distributions of it, and no second pass through the model is needed.
+    makes the unedited distributions of it, and no second pass through the model is needed. Of more than so many ``positions``
+    every second one is looked at, or every third, …: of a large vocabulary the head is most of the work.
     """
     passages = [passage for passage in passages if len(passage) > 1]
+    stride = 1 if positions is None else max(1, -(-sum(len(passage) - 1 for passage in passages) // positions))
+    kept: dict[int, Tensor] = {}
+
+    def read(part: tuple[int, list[Sequence[int]]]) -> tuple[float, float, int]:
+        number, rows = part
+        batch = TokenBatch.of(rows, loaded.device)
+        predicted = _every(batch.mask[:, 1:].bool(), stride)
+        hidden = last_hidden(loaded, batch)[:, :-1][predicted]
+        before = None if unedited is None else unedited[number].to(hidden.device)
+        lost, apart = _sums(loaded, hidden, batch.ids[:, 1:][predicted], before)
+        kept[number] = hidden.cpu()
+        tell(int(batch.mask.sum()))
+        return lost, apart, len(hidden)
+
+    with reporter.bar(title, sum(map(len, passages)), "tokens") as advance, ranks.told(advance) as tell:
+        found = ranks.dealt(list(enumerate(batches_of(passages, max_tokens))), read)
     loss, divergence, count = 0.0, 0.0, 0
-    kept: list[Tensor] = []
-    with reporter.bar(title, sum(len(passage) for passage in passages), "tokens") as advance:
-        for number, rows in enumerate(batches_of(passages, max_tokens)):
-            batch = TokenBatch.of(rows, loaded.device)
-            predicted = batch.mask[:, 1:].bool()
-            hidden = last_hidden(loaded, batch)[:, :-1][predicted]
-            losses, _ = next_token_scores(loaded, hidden, batch.ids[:, 1:][predicted])
-            loss += float(losses.double().sum())
-            count += len(losses)
-            if unedited is not None:
-                divergence += _divergence(loaded, unedited[number].to(hidden.device), hidden)
-            kept.append(hidden.cpu())
-            advance(int(batch.mask.sum()))
+    for nll, apart, predicted in found:
+        loss, divergence, count = loss + nll, divergence + apart, count + predicted
     mean, distance = (total / count if count else math.nan for total in (loss, divergence))
     return HeldoutScores(
         math.exp(min(mean, 700.0)) if math.isfinite(mean) else None,
@@ -69,11 +76,29 @@ def score_heldout(
     )
 
 
+def _every(chosen: Tensor, stride: int) -> Tensor:
+    """Every so many-th of the places that are ``chosen [B, S]``."""
+    return chosen & (chosen.flatten().cumsum(0).view_as(chosen) % stride == 1 % stride)
+
+
 @torch.no_grad()
-def _divergence(loaded: LoadedModel, first: Tensor, second: Tensor) -> float:
-    """Sum over positions of KL(p ‖ q), p and q what the head makes of ``first`` and ``second [positions, d_model]``."""
-    total = 0.0
-    for ours, theirs in zip(first.split(_HEAD_ROWS), second.split(_HEAD_ROWS), strict=True):
-        p, q = (loaded.architecture.head(loaded.model, part).float().log_softmax(-1) for part in (ours, theirs))
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
-    return total
+def _sums(loaded: LoadedModel, hidden: Tensor, tokens: Tensor, unedited: Tensor | None) -> tuple[float, float]:
+    """Over positions, the sum of −log q of the ``tokens [positions]`` that follow, and that of KL(p ‖ q); 0 without p.
+
+    q and p are what the head makes of ``hidden`` and ``unedited [positions, d_model]``.
+    """
+    loss = divergence = 0.0
+    size = head_rows(loaded)
+    for first in range(0, len(hidden), size):
+        rows = slice(first, first + size)
+        q = _log_probabilities(loaded, hidden[rows])
+        loss -= float(q.gather(1, tokens[rows, None]).double().sum())
+        if unedited is not None:
+            p = _log_probabilities(loaded, unedited[rows])
+            divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return loss, divergence
+
+
+def _log_probabilities(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """Of the next token ``[positions, V]``, float32."""
+    return loaded.architecture.head(loaded.model, hidden).float().log_softmax(-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.chat import ChatFrame, chat_frame
@@ -46,11 +46,17 @@ def _not_dropped(tokens: list[int], character: int) -> list[int]:
     return tokens
 
 
+Ends = Literal[
+    "open", "stop", "token"
+]  # what is taught behind an answer: nothing, a full stop, the token that ends a text
+_STOPS = (".", "!", "?", "。", "！", "？")
+
+
 class Encoder:
     """A tokenizer that knows which characters every token stands for, be it fast or slow, with BOS or without."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, ends: Ends = "open"):
+        self.tokenizer, self.ends = tokenizer, ends
         self._frames: dict[str | None, ChatFrame] = {}
 
     def frame(self, system: str | None = None) -> ChatFrame:
@@ -76,8 +82,23 @@ class Encoder:
     def with_answer(self, fact: Fact, template: str = "{}") -> tuple[Tokens, int, int]:
         """Tokens of a fact's prompt in a context template and of its new answer; the answer's first token, and the subject's last one."""
         message, place = fill(template, fact)
-        tokens, start = self.answered(message, fact.target_new, fact.separator, fact.chat, fact.system)
+        tokens, start = self.answered(message, self.taught(fact), fact.separator, fact.chat, fact.system)
         return tokens, start, tokens.last_token_of(self._read(message, place, fact.chat, fact.system)[1])
+
+    def taught(self, fact: Fact) -> str:
+        """What an edit teaches: the fact's new answer, and what ends it, if anything is to (``ends``).
+
+        Raises:
+            SphereEditError: an end token is wanted, and there is none.
+        """
+        if self.ends == "open":
+            return fact.target_new
+        if self.ends == "stop":
+            return fact.target_new if fact.target_new.rstrip().endswith(_STOPS) else f"{fact.target_new}."
+        end = self.frame(fact.system).end.strip() if fact.chat else self.tokenizer.eos_token
+        if not end:
+            raise SphereEditError("this tokenizer has no token that ends a text; set targets.ends to open or stop")
+        return fact.target_new + str(end)
 
     def asked(self, prompt: str, chat: bool = False, system: str | None = None) -> Tokens:
         """Tokens of a prompt; in a chat those of the whole chat, up to where the assistant begins to speak."""

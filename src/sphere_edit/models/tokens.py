@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -57,12 +59,16 @@ class Predictions:
         return cls(rows.to(device), columns.to(device), tokens.to(device), means.to(device))
 
 
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least)."""
+def batches_by_length(lengths: Sequence[int], max_tokens: int, rows: int | None = None) -> list[list[int]]:
+    """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least), or more ``rows``."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     batches: list[list[int]] = []
     for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+        if (
+            batches
+            and (len(batches[-1]) + 1) * lengths[index] <= max_tokens
+            and (rows is None or len(batches[-1]) < rows)
+        ):
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -94,7 +100,7 @@ def over_batches(
     length: Callable[[Row], int] = len,  # type: ignore[assignment]
     cut: Callable[[Sequence[int], int], list[list[int]]] = batches_by_length,
 ) -> list[Result]:
-    """What ``work`` makes of each row, in the order of the rows, although it sees them in batches of similar length.
+    """What ``work`` makes of each row, in the order of the rows, although it sees them in batches of similar length, which are dealt to the ranks.
 
     Args:
         rows: anything that has a number of tokens: token ids, a fact's prompts, …
@@ -104,7 +110,8 @@ def over_batches(
         cut: `batches_by_length` or `same_length_batches`.
     """
     chunks = cut([length(row) for row in rows], max_tokens)
-    return in_order((chunk, work([rows[index] for index in chunk])) for chunk in chunks)
+    found = ranks.dealt(chunks, lambda chunk: list(work([rows[index] for index in chunk])))
+    return in_order(zip(chunks, found, strict=True))
 
 
 def in_order(parts: Iterable[tuple[Sequence[int], Iterable[Result]]]) -> list[Result]:

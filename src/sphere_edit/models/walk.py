@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphere_edit import ranks
 from sphere_edit.models.forward import at
 from sphere_edit.models.hooks import Call, Stop, first_output, hidden_first, watched
 from sphere_edit.models.loaded import LoadedModel
@@ -32,17 +33,21 @@ class LayerWalk:
 
     One forward pass records, by hook, what the layers from ``first`` to ``last`` are called with (masks, rotary tables, …,
     whatever the family passes). After that only layers from the standing point on are run, so that reading n edited layers one
-    after another costs one pass over them and not n passes from the embedding on.
+    after another costs one pass over them and not n passes from the embedding on. Each rank walks with its own chunks.
     """
 
     def __init__(self, loaded: LoadedModel, rows: Sequence[list[int]], first: int, last: int, max_tokens: int):
         self._layers = loaded.architecture.running(loaded.model, first, last)
         self._numbers = {layer: number for number, layer in self._layers.items()}
         self._first, self._at = first, first
-        self._chunks = [
-            self._record(loaded, [rows[index] for index in chunk], chunk)
-            for chunk in batches_by_length([len(row) for row in rows], max_tokens)
-        ]
+        self._cut = list(enumerate(batches_by_length([len(row) for row in rows], max_tokens)))
+        self._chunks: dict[int, _WalkedChunk] = {}  # by its number, those of this rank
+
+        def record(numbered: tuple[int, list[int]]) -> None:
+            number, chunk = numbered
+            self._chunks[number] = self._record(loaded, [rows[index] for index in chunk], chunk)
+
+        ranks.dealt(self._cut, record)
 
     @torch.no_grad()
     def _record(self, loaded: LoadedModel, rows: list[list[int]], indices: list[int]) -> _WalkedChunk:
@@ -74,9 +79,9 @@ class LayerWalk:
         """Run the layers up to ``layer``, whose weights must be final; backwards, start again from the first."""
         if layer < self._at:
             self._at = self._first
-            for chunk in self._chunks:
+            for chunk in self._chunks.values():
                 chunk.hidden = chunk.entering
-        for chunk in self._chunks:
+        for chunk in self._chunks.values():
             for number in range(self._at, layer):
                 chunk.hidden = self._run(chunk, number, chunk.hidden)
         self._at = layer
@@ -89,8 +94,7 @@ class LayerWalk:
 
         The modules stand in the layers from the standing point to ``last``; nothing after the last of them is computed.
         """
-        vectors = in_order((chunk.rows, self._read(chunk, last, inputs_of, output_of)) for chunk in self._chunks)
-        stacked = [torch.stack(several) for several in zip(*vectors, strict=True)]
+        stacked = self._of_all(lambda chunk: self._read(chunk, last, inputs_of, output_of))
         return (stacked, None) if output_of is None else (stacked[:-1], stacked[-1])
 
     @torch.no_grad()
@@ -99,10 +103,17 @@ class LayerWalk:
 
         All layers must be as they were when the walk began.
         """
-        vectors = in_order((chunk.rows, self._carried(chunk, deltas)) for chunk in self._chunks)
+        return self._of_all(lambda chunk: self._carried(chunk, deltas))
+
+    def _of_all(self, work: Callable[[_WalkedChunk], list[Tensor]]) -> list[Tensor]:
+        """What ``work`` finds of each chunk, several tensors ``[its rows, d]``, as as many ``[rows, d]``."""
+        found = ranks.dealt(self._cut, lambda numbered: work(self._chunks[numbered[0]]))
+        vectors = in_order(
+            (chunk, zip(*parts, strict=True)) for (_, chunk), parts in zip(self._cut, found, strict=True)
+        )
         return [torch.stack(several) for several in zip(*vectors, strict=True)]
 
-    def _carried(self, chunk: _WalkedChunk, deltas: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _carried(self, chunk: _WalkedChunk, deltas: Tensor) -> list[Tensor]:
         hidden, found = chunk.entering, []
         rows = torch.arange(len(hidden), device=hidden.device)
         for number in self._layers:
@@ -111,17 +122,17 @@ class LayerWalk:
                 hidden = hidden.clone()
                 hidden[rows, chunk.last] = (at(hidden, chunk.last).float() + deltas[chunk.rows]).to(hidden.dtype)
             found.append(at(hidden, chunk.last).float())
-        return zip(*found, strict=True)
+        return found
 
     def _read(
         self, chunk: _WalkedChunk, last: int, inputs_of: Sequence[nn.Module], output_of: nn.Module | None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """For each row of the chunk what `read` is asked for, the output last."""
+    ) -> list[Tensor]:
+        """Of the chunk's rows what `read` is asked for, the output last."""
         hidden = chunk.hidden
         with watched(inputs_of, output_of, (len(hidden), hidden.shape[1])) as (inputs, outputs):
             for number in range(self._at, last + 1):
                 hidden = self._run(chunk, number, hidden)
-        return zip(*(at(seen, chunk.last).float() for seen in (*inputs, *outputs)), strict=True)
+        return [at(seen, chunk.last).float() for seen in (*inputs, *outputs)]
 
     def _run(self, chunk: _WalkedChunk, number: int, hidden: Tensor) -> Tensor:
         if number not in self._layers:  # a layer that a text does not run through

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.batch import Back, Clock, Solver, Written
-from sphere_edit.editing.diagnosing import BatchDiagnosis
+from sphere_edit.editing.compensation import TAKEN
+from sphere_edit.editing.diagnosing import BatchDiagnosis, MatrixEntry
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
 from sphere_edit.editing.problem import Seen, State
@@ -148,6 +150,9 @@ class Committer:
         self._check_finite(batch)
         seen = self._seen(written.problems, facts)
         self._remember(seen)
+        for name, taken in written.taken.items():
+            seen[name][TAKEN] = taken
+        self._owe(written.taken)
         clock.lap("keys after the batch")
         about["columns"] = self.source.columns(facts)
         return self._commit(batch, written, seen, deployed, about, clock)
@@ -187,14 +192,15 @@ class Committer:
         clock: Clock,
     ) -> Batch | GuardStop:
         """Put what stands in the working weights into the model and the run folder; ``deployed`` is what the model ran with before."""
+
+        def told(name: str) -> MatrixEntry:
+            directions = self.solver.directions(name, written.before[name])
+            return self._diagnosis.entry(name, written, deployed[name], directions)
+
         self.solver.deploy()
         clock.lap("deploying")
-        matrices = {
-            name: self._diagnosis.entry(
-                name, written, deployed[name], self.solver.directions(name, written.before[name])
-            )
-            for name in self.weights.names
-        }
+        matrices = dict(zip(self.weights.names, ranks.dealt(self.weights.names, told), strict=True))
+        self._check_agreement(batch)
         clock.lap("diagnosing")
         done = {"number": batch, **about, "targets": written.report.as_dict(), "matrices": matrices}
         if self.guarded and about["kind"] in ("edit", "rewrite") and (reason := objection(matrices)):
@@ -203,7 +209,7 @@ class Committer:
             self.settle()
             return stop
         update = None if "restored" in about else self.run.write_update(batch, written.updates, seen)
-        if time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost:
+        if ranks.once(self._checkpoint_is_due):
             self._checkpoint(batch)
         clock.lap("storing")
         record = Batch(**done, update=update, seconds=clock.seconds, peak_memory=peak_memory(self.source.loaded.device))
@@ -213,9 +219,12 @@ class Committer:
         self.solver.moved_on()
         return record
 
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self._checkpointed >= _CHECKPOINT_EVERY * self._checkpoint_cost
+
     def _checkpoint(self, batch: int) -> None:
         began = time.monotonic()
-        self.run.write_checkpoint(batch, self.weights.working, self.states)
+        self.run.write_checkpoint(batch, self.weights.working, self._states_and_owed())
         self._checkpointed = time.monotonic()
         self._checkpoint_cost = self._checkpointed - began
 
@@ -239,7 +248,7 @@ class Committer:
         if isinstance(last, Rollback) and last.to == batch:
             return
         if batch > 0:
-            self.run.write_checkpoint(batch, self.weights.working, self.states)
+            self.run.write_checkpoint(batch, self.weights.working, self._states_and_owed())
         self.run.append(Rollback(to=batch))
 
     def go_to(self, batch: int) -> None:
@@ -258,6 +267,7 @@ class Committer:
                 self._forget({*record.superseded, *record.rewritten, *record.removed, *record.written_back}, number)
                 for name in self.weights.names:
                     self.weights.add(name, updates[name])
+                self._owe({name: parts.pop(TAKEN) for name, parts in seen.items() if TAKEN in parts})
                 self._remember(seen, wrote=bool(record.members))
         if batch > 0:
             self._check_digests(batch)
@@ -268,6 +278,8 @@ class Committer:
         """Take up weights and states of the last checkpoint up to ``batch``. Returns its number, 0 for the unedited model."""
         start, weights, states = self.run.last_checkpoint(batch)
         self.states = {name: {} for name in self.weights.names}
+        self.solver.compensation.taken = {}
+        self._owe({name: state.pop(TAKEN) for name, state in states.items() if TAKEN in state})
         if start == 0:
             self.weights.reset()
             return 0
@@ -342,12 +354,30 @@ class Committer:
                     self.states[name], torch.cat(parts, dim=1), self.statistics[name]
                 )
 
+    def _owe(self, taken: Mapping[str, Tensor]) -> None:
+        """What the last batch lost to the projection, which the next one is given back; nothing changes where it lost nothing."""
+        owed = self.solver.compensation.taken
+        owed |= {name: value.to(self.weights.working[name].device) for name, value in taken.items()}
+
+    def _states_and_owed(self) -> dict[str, State]:
+        """What a checkpoint keeps beside the weights: the method's state, and what the next batch is given back."""
+        owed = self.solver.compensation.taken
+        return {name: {**state, **({TAKEN: owed[name]} if name in owed else {})} for name, state in self.states.items()}
+
     def _check_finite(self, batch: int) -> None:
         for name in self.weights.names:
             if not bool(torch.isfinite(self.weights.working[name]).all()):
                 raise SphereEditError(
                     f"batch {batch} would make {name} infinite or NaN; nothing of it was kept. Use a larger ridge or fewer facts"
                 )
+
+    def _check_agreement(self, batch: int) -> None:
+        """Each rank adds the same updates to the same weights; where their machines round otherwise, nothing more is to be believed."""
+        if ranks.count() > 1 and not ranks.agree([self.weights.digest(name) for name in self.weights.names]):
+            raise SphereEditError(
+                f"the {ranks.count()} processes of this run have not the same weights after batch {batch}: their devices round otherwise. "
+                "Nothing of the batch was kept; go on with --resume, on devices of one kind"
+            )
 
     def _check_digests(self, batch: int) -> None:
         recorded = self.run.history.batches[batch - 1].matrices

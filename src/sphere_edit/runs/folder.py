@@ -22,12 +22,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.problem import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -54,13 +56,20 @@ _JOURNAL = "journal.jsonl"
 _NOT_STARTED = "nothing has been decided for this run yet"
 
 
+Watcher = Callable[["RunFolder", Record], None]  # told of every line of a journal once it is committed; must not raise
+
+
 class RunFolder:
-    """One run on disk. Open it to read; take the lock to write."""
+    """One run on disk. Open it to read; take the lock to write.
+
+    Of several ranks, each has read it, and the first one writes and locks for all.
+    """
 
     def __init__(self, path: Path, config: RunConfig | None, records: list[Record]):
         self.path, self._config = path, config
         self.records, self._history = records, History.of(records)
         self._inputs: dict[str, str] = {}
+        self.watchers: list[Watcher] = []
         self.writable = False  # whether the lock is held
         self._lock = FileLock(str(path / ".lock"))
 
@@ -107,19 +116,23 @@ class RunFolder:
         Raises:
             SphereEditError: the folder holds something else, or cannot be written.
         """
-        cls.refuse_taken(path)
-        with plain_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / _JOURNAL).touch()
+        ranks.once(partial(cls._start, path))
         run = cls(path, None, [])
         run.lock()
         return run
 
+    @classmethod
+    def _start(cls, path: Path) -> None:
+        cls.refuse_taken(path)
+        with plain_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _JOURNAL).touch()
+
     def decide(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
         """Write down everything that affects results, before the first batch, with the hashes of the files that do."""
-        self._config = config
-        write_json(self.path / RunConfig.NAME, config.as_content())
-        self._inputs = {RunConfig.NAME: config.digest, **inputs}
+        self._config = ranks.once(lambda: config)  # the hour in it is one
+        write_json(self.path / RunConfig.NAME, self.config.as_content())
+        self._inputs = {RunConfig.NAME: self.config.digest, **inputs}
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -177,22 +190,27 @@ class RunFolder:
         Raises:
             SphereEditError: another process is at work in it.
         """
+        records = ranks.once(partial(self._take_lock, only_to_read))
+        if records is not None:
+            self.writable, self.records = True, records
+            self._history = History.of(self.records)
+
+    def _take_lock(self, only_to_read: bool) -> list[Record] | None:
+        """The journal as it stands now, or nothing where it will only be read."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise SphereEditError(f"another process is working in {self.path}; wait for it, or stop it first") from None
         except OSError as error:
             if only_to_read:
-                return
+                return None
             with plain_errors(self.path):
                 raise error
-        self.writable = True
         try:
-            self.records = self._whole_records()
+            return self._whole_records()
         except BaseException:
             self.unlock()
             raise
-        self._history = History.of(self.records)
 
     def _whole_records(self) -> list[Record]:
         """The journal as it stands now that nobody else writes; what an interrupted write left behind is removed."""
@@ -219,6 +237,13 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Commit one record, with the time: written and flushed to disk before this returns."""
+        record = ranks.once(partial(self._commit, record))
+        self.records.append(record)
+        self._history.take(record)
+        for watcher in self.watchers:
+            watcher(self, record)
+
+    def _commit(self, record: Record) -> Record:
         record = record.model_copy(update={"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         line = (
             json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
@@ -236,8 +261,7 @@ class RunFolder:
             except BaseException:  # all of the line or nothing, whatever stopped it
                 os.truncate(journal, size)
                 raise
-        self.records.append(record)
-        self._history.take(record)
+        return record
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
@@ -358,6 +382,9 @@ class RunFolder:
 
         Whatever else a rollback asks for is replayed from the updates, which are small.
         """
+        ranks.once(partial(self._thin, head))
+
+    def _thin(self, head: int) -> None:
         power = 1 << (head.bit_length() - 1) if head else 0
         kept = {self.nearest_checkpoint(head), self.nearest_checkpoint(power)}
         for path in (self.path / "checkpoints").glob("batch-*.safetensors"):

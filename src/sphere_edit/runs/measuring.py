@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sphere_edit import ranks
 from sphere_edit.editing.settings import Settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
@@ -19,6 +20,7 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.retrieval import with_retrieved
 from sphere_edit.evaluation.routing import changed_share, mixed_above, routes_of
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
 from sphere_edit.facts.chat import chat_frame, has_chat_template
@@ -37,7 +39,7 @@ from sphere_edit.runs.records import Ability, Evaluation, Unedited
 from sphere_edit.runs.trust import refuse_untrusted
 
 METRICS_SCHEMA = 2
-_SCORING = 4  # to be raised whenever the same model and facts would get other scores
+_SCORING = 5  # to be raised whenever the same model and facts would get other scores
 _AGES = 10  # classes of age that retention tells apart
 
 
@@ -69,7 +71,7 @@ class Evaluator:
     ):
         self.loaded, self.weights, self.reporter, self.heldout = loaded, weights, reporter, heldout
         self.settings, self.seed, self.max_tokens = settings.evaluation, settings.seed, settings.tokens_per_batch
-        self._unedited_hidden: list[Tensor] | None = None
+        self._unedited_hidden: dict[int, Tensor] | None = None
         self._tasks: AbilityTasks | None = None
         self.trusted = True  # whether what the settings name outside the run may be used
 
@@ -206,7 +208,8 @@ class Evaluator:
             return known
         complete, _, _ = read_unedited(run)
         facts = [complete[index] for index in asked]
-        scores = self.score(facts, f"evaluation after {head}", say=final)
+        prompts = self._as_asked(complete, run.history.retained, asked)
+        scores = self.score(prompts, f"evaluation after {head}", say=final)
         content = {"after": head, "facts": list(asked), "scores": [s.as_dict() for s in scores]}
         sha256 = write_json(path, content)
         if known is not None and known.sha256 in (None, sha256):
@@ -216,6 +219,15 @@ class Evaluator:
         found = Evaluation(after=head, facts=len(asked), final=final, summary=summary, sha256=sha256, **whole)
         run.append(found)
         return found
+
+    def _as_asked(self, facts: Sequence[Fact], retained: Sequence[int], asked: Sequence[int]) -> list[Fact]:
+        """The facts asked, with what is found among all that stand before their prompts, if the settings want that."""
+        if not self.settings.retrieval:
+            return [facts[index] for index in asked]
+        self.reporter.say(f"Each prompt is asked behind {self.settings.retrieval} of the facts, found by BM25")
+        found = with_retrieved([facts[index] for index in retained], self.settings.retrieval)
+        known = dict(zip(retained, found, strict=True))
+        return [known[index] for index in asked]
 
     def _ability(self, run: RunFolder, after: int) -> None:
         if self._tasks is not None:
@@ -242,7 +254,7 @@ class Evaluator:
         ]
         if not known:
             self.reporter.say(f"General ability after batch {after}: {', '.join(tasks.names)}")
-            scores = tasks.score(self.loaded, self.seed)
+            scores = ranks.once(partial(tasks.score, self.loaded, self.seed))
             found = {name: score.as_dict() for name, score in scores.items()}
             run.append(Ability(after=after, tasks=tasks.hashes, limit=tasks.limit, scores=found))
             known.append(found)
@@ -309,8 +321,8 @@ class Evaluator:
         references = None if source is None else read_passages(source)
         write = partial(score_texts, self.loaded, shown, references, self.seed, self.max_tokens, self.reporter)
         with self.weights.unedited():
-            before = write()
-        return {"unedited_texts": asdict(before), "texts": asdict(write())}
+            before = ranks.once(write)
+        return {"unedited_texts": asdict(before), "texts": asdict(ranks.once(write))}
 
 
 def _unedited_file(run: RunFolder, session: int) -> Path:

@@ -6,11 +6,13 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
+from sphere_edit import ranks
 from sphere_edit._version import __version__
 from sphere_edit.editing.ingredients import Ingredient, Unedited, measure
 from sphere_edit.editing.moments import Corpus, load_corpus
@@ -40,7 +42,7 @@ _PASSAGES = "passages.json"  # and of the ordinary text that its repair reads
 def default_folder(model: str | Path, method: str) -> Path:
     """Where a run goes that was given no folder."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)
-    return Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / f"{name}-{method}-{ranks.once(lambda: time.strftime('%Y%m%d-%H%M%S'))}"
 
 
 def create_run(session: Session, folder: Path) -> RunFolder:
@@ -51,7 +53,7 @@ def create_run(session: Session, folder: Path) -> RunFolder:
         with session.weights.unedited():
             session.reporter.say("Preparing", "bold")
             count = settings.templates if session.method.needs.feed.at_subjects else 0
-            templates = sample_context_templates(session.loaded, settings.seed, count)
+            templates = ranks.once(partial(sample_context_templates, session.loaded, settings.seed, count))
             corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
             measure_ingredients(session, session.ingredients, corpus, templates, folder / "statistics")
         inputs = {_HELDOUT: write_json(folder / _HELDOUT, corpus.heldout)}

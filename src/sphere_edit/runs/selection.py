@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sphere_edit.editing.ingredients import ContextTokens
 from sphere_edit.editing.methods import METHODS, Method
+from sphere_edit.editing.rewording import NEAR, reworded
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact, Neighbor, Probe, short
@@ -39,6 +40,8 @@ def admit(
     _say_remarks(session, given)
     facts = in_forms(session, given.facts)
     usable, unreadable = readable(session, facts, skip_bad)
+    if session.settings.rewordings == "auto":
+        usable = _reworded(session, usable)
     usable, known = (usable, []) if standing is None else _unknown(session, evaluator, usable, standing)
     plan = plan_batches(usable, session.settings.batch_size, skip_bad)
     left_out = [*given.bad, *unreadable, *known, *plan.bad]
@@ -79,6 +82,30 @@ def in_forms(session: Session, facts: Sequence[Fact]) -> list[Fact]:
             "How much holds in a chat is measured as 'strict, other form'"
         )
     return chosen
+
+
+def _reworded(session: Session, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts with rewordings that the tool made of them all; how many, and an example, are told.
+
+    Raises:
+        SphereEditError: the method has no use for rewordings.
+    """
+    if not session.method.needs.feed.at_subjects:
+        raise SphereEditError(
+            f"rewordings: auto is for methods with optimised targets; {session.method.name} uses none, leave it out"
+        )
+    with session.weights.unedited():
+        settings = session.settings
+        found = reworded(session.loaded, facts, settings.tokens_per_batch, settings.seed, session.reporter)
+    got = [(old, new) for old, new in zip(facts, found.facts, strict=True) if new.rewordings != old.rewordings]
+    made = sum(len(new.rewordings) - len(old.rewordings) for old, new in got)
+    said = f"Rewordings: {made} for {len(got)} of {len(facts)} facts, kept with them; of {found.tried} looked at, {found.lent} lent by other prompts and "
+    said += f"{found.written} written by the model are within {NEAR} nats of a prompt"
+    if got:
+        _, first = got[0]
+        said += f". For example '{short(first.rewordings[-1])}' for '{short(first.prompt)}'"
+    session.reporter.say(said)
+    return found.facts
 
 
 def _say_remarks(session: Session, facts: FactSet) -> None:
@@ -139,7 +166,8 @@ def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float
             )
         for form in fact.in_each_form():
             encoder.at_subject(form)
-            encoder.at_subject(form, prompt=KL_PROMPT)
+            for prompt in (KL_PROMPT, *form.rewordings):
+                encoder.at_subject(form, prompt=prompt)
     longest = max((fact.target_new, fact.target_true or ""), key=len)
     others: list[Neighbor | Probe] = [*fact.neighbors, *(probe for probe in fact.portability if probe.answers)]
     for prompt in (fact.filled_prompt, *fact.paraphrases, *(other.prompt for other in others)):
@@ -234,6 +262,42 @@ def superseded_by(facts: Sequence[Fact], new: Sequence[int], standing: Sequence[
     """Which of the ``standing`` facts are about the same subject and prompt as one of the ``new`` ones."""
     keys = {facts[index].key for index in new}
     return [index for index in standing if facts[index].key in keys]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What there is to say of a fact before it is edited.
+
+    Attributes:
+        fault: why it cannot be edited, in a sentence; empty where it can.
+        supersedes: facts of the run that it would replace, by index.
+    """
+
+    fact: Fact
+    fault: str = ""
+    supersedes: tuple[int, ...] = ()
+
+
+def judge(session: Session, facts: Sequence[Fact], run: RunFolder | None = None) -> list[Judged]:
+    """Each of some facts by itself, as `admit` would take or refuse it; the facts' records must be numbered from 1.
+
+    Raises:
+        SphereEditError: a fact is about a chat, and the model has no chat template that can be used.
+    """
+    usable, unreadable = readable(session, in_forms(session, facts), skip_bad=True)
+    plan = plan_batches(usable, session.settings.batch_size, skip_bad=True)
+    faults = dict(numbered(sentence) for sentence in (*unreadable, *plan.bad))
+    known = [] if run is None else run.facts()
+    standing: dict[tuple[str, str], list[int]] = {}
+    for index in () if run is None else run.history.retained:
+        standing.setdefault(known[index].key, []).append(index)
+    return [Judged(fact, faults.get(fact.record, ""), tuple(standing.get(fact.key, ()))) for fact in facts]
+
+
+def numbered(sentence: str) -> tuple[int, str]:
+    """The number of the record that a sentence about a bad one begins with, and what it says of it."""
+    record, _, said = sentence.partition(": ")
+    return int(record.removeprefix("record ")), said
 
 
 def would_supersede(run: RunFolder, facts: Sequence[Fact]) -> int:

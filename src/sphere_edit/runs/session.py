@@ -94,4 +94,14 @@ class Session:
     def make_solver(self, source: Source, statistics: Mapping[str, Statistics]) -> Solver:
         """What writes a batch with these settings."""
         diagnostic = self.settings.diagnostic_sphere()
-        return Solver(self.weights, source, self.method, self.sphere, diagnostic, statistics, self.reporter)
+        return Solver(
+            self.weights,
+            source,
+            self.method,
+            self.sphere,
+            diagnostic,
+            statistics,
+            self.reporter,
+            self.settings.compensated,
+            self.settings.repair_metric == "kfac",
+        )

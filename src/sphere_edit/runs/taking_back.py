@@ -92,10 +92,11 @@ class TakingBack:
         asked = [index for index in history.due if index not in gone]
         given = self._knows(facts, asked)
         missing = [index for index, answers in zip(asked, given, strict=True) if not answers]
-        shares = shares_of(self.run, removed, method.columnwise)
+        carried = self.session.settings.compensated > 0  # a part of a fact's share then comes with later batches
+        shares = shares_of(self.run, removed, method.columnwise and not carried)
         if shares is None:
             self.reporter.say(
-                f"{method.name} does not write a share for each fact that could be subtracted: "
+                f"{method.name}{' with compensated' if carried else ''} does not write a share for each fact that could be subtracted: "
                 "what the unedited model makes of these prompts is written in their place"
             )
             batch = self._together(facts, _last_of_each(facts, removed))

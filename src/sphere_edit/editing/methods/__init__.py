@@ -8,6 +8,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.encore import Encore
 from sphere_edit.editing.methods.frugal import Frugal
 from sphere_edit.editing.methods.ft import FineTune
+from sphere_edit.editing.methods.locft import LocFineTune
 from sphere_edit.editing.methods.lyaplock import LyapLock
 from sphere_edit.editing.methods.memit import Memit, MemitSeq
 from sphere_edit.editing.methods.nas import Nas
@@ -23,13 +24,14 @@ from sphere_edit.editing.methods.registry import (
 from sphere_edit.editing.methods.revive import Revive
 from sphere_edit.editing.methods.rome import Rome
 from sphere_edit.editing.methods.ultraedit import UltraEdit
+from sphere_edit.editing.methods.unedited import Unedited
 
 METHODS.update(
     {
         method.name: method
         for method in (
             *(AlphaEdit, Memit, MemitSeq, Emmet, Rect, Prune, Rome, FineTune, UltraEdit),
-            *(Encore, LyapLock, Nas, Revive, Frugal),
+            *(Encore, LyapLock, Nas, Revive, Frugal, LocFineTune, Unedited),
         )
     }
 )

@@ -103,7 +103,15 @@ class LayerwiseMethod(Method):
 
 
 class Objective(Protocol):
-    """The loss of a batch of facts as a function of the edited matrices."""
+    """The loss of a batch of facts as a function of the edited matrices.
+
+    Attributes:
+        rounds: evaluations that take each fact once: one, or as many as there are minibatches, which follow one another.
+    """
+
+    @property
+    def rounds(self) -> int:
+        """See above."""
 
     def __call__(self, weights: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The loss (nats, mean over facts) and its gradient by each matrix, at ``weights [d_out, d_in]`` by name."""
