@@ -25,6 +25,7 @@ FLOORS = [
     "trials",
     "tuning",
     "bench",
+    "executors",
     "planning",
     "inspection",
     "studio",

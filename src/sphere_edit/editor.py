@@ -20,7 +20,7 @@ from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter, RichReporter
-from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.folder import RunFolder, Watcher
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
 from sphere_edit.runs.removal import FactName, wanted_from
@@ -46,6 +46,7 @@ class Editor:
 
     def __init__(self, session: Session, folder: Path):
         self.folder = folder
+        self.watchers: list[Watcher] = []  # told of every line of the run's journal, as `reporting.tracking.Tracker` is
         self._stream: Stream | None = None
         self._stopping = Event()
         self._work_by(session)
@@ -249,6 +250,7 @@ class Editor:
     def _attach(self, run: RunFolder, trust_run: bool = False) -> None:
         """Work in this run from here on."""
         try:
+            run.watchers = self.watchers
             self._stream = Stream(self.session, self._evaluator, run, trust_run, self._stopping)
         except BaseException:
             run.unlock()
