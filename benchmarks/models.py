@@ -317,8 +317,8 @@ _INTRODUCTION = """# Which models can be edited
 
 Made by `python benchmarks/models.py`, with transformers {version}; every row was run.
 
-For each model type a tiny model is made: its own configuration class with small sizes, random weights in
-float32. It is saved as a folder and then treated as any other model.
+For each model type a tiny model is made, of its own configuration class, with small sizes and random
+weights in float32. It is saved as a folder and then treated as any other model.
 
 | Step | What must hold |
 |---|---|
@@ -328,7 +328,7 @@ float32. It is saved as a folder and then treated as any other model.
 | reloaded | plain transformers loads the folder: only edited tensors differ, those of a vision tower included; the logits are the edited model's |
 | rolled back | `rollback --to 0` gives every tensor of the original, bit for bit |
 
-This proves the plumbing, not the quality of edits: random weights know nothing. The sizes at which a family
+This proves the plumbing. It says nothing of the quality of edits, for random weights know nothing. The sizes at which a family
 is really used were run for few of them ([log](LOG.md)). Where a layer has no MLP that can be edited, what is
 edited is the matrix behind its mixer: state-space models, and DBRX, whose experts no edit reaches yet.
 """
@@ -366,10 +366,14 @@ def _totals(families: dict[str, Any], others: dict[str, Any], own: dict[str, Any
     lines.append(f"\nOf the types that are edited, {towers} see images, and keep their vision tower as it was.")
     lines.append(
         f"Of the others {why['by config.json']} are refused by their `config.json`, {why['loaded']} when they are loaded, and "
-        f"{why['edited']} when they are edited; of {why['not built']} no tiny model could be made.{wrong}\n"
+        f"{why['edited']} when they are edited. Of {why['not built']} no tiny model could be made.{wrong}\n"
     )
-    lacking = [f"`{name}`" for name, row in families.items() if not whole(row)]
-    lines.append(f"The families are {', '.join(f'`{name}`' for name in families)}. Not edited: {', '.join(lacking)}.\n")
+    lacking = [name for name, row in families.items() if not whole(row)]
+    lines.append("The families, those that are not edited in italics:\n")
+    lines.append("| | | | | | |\n|---|---|---|---|---|---|")
+    names = [f"*{name}*" if name in lacking else name for name in families]
+    lines += [f"| {' | '.join(names[first : first + 6])} |" for first in range(0, len(names), 6)]
+    lines.append("")
     lines.append(
         "The second set was written by hand and apart from this command: variants of the same types (dense and with\n"
         "experts, with post-norms, scaled residuals, parallel blocks).\n"

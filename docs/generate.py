@@ -48,8 +48,12 @@ def _usage(command: Any) -> str:
 
 
 def _argument(param: Any) -> str:
-    name = (param.metavar or param.name).upper().replace("[", "").replace("]", "")
+    name = _name(param)
     return f"{name}{'…' if param.nargs == -1 else ''}" if param.required else f"[{name}]"
+
+
+def _name(param: Any) -> str:
+    return (param.metavar or param.name).upper().strip("[]").replace("|", " or ")
 
 
 def _options(command: Any) -> Iterator[str]:
@@ -62,7 +66,7 @@ def _row(param: Any) -> str | None:
     if param.name == "help" or getattr(param, "hidden", False):
         return None
     if param.param_type_name == "argument":
-        name = f"`{(param.metavar or param.name).upper()}`"
+        name = f"`{_name(param)}`"
     else:
         name = ", ".join(f"`{option}`" for option in (*param.opts, *param.secondary_opts))
     meaning = _plain(getattr(param, "help", "") or "")
@@ -117,7 +121,7 @@ def _type(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     for module in ("typing.", "collections.abc.", "sphere_edit.facts.fact.", "sphere_edit.editing.settings."):
         name = name.replace(module, "")
-    return f"`{name}`".replace("NoneType", "None").replace("|", "\\|")
+    return f"`{name}`".replace("NoneType", "None").replace(" | ", " or ")
 
 
 def schemas() -> dict[str, str]:

@@ -24,7 +24,7 @@ _MARKUP = [
 ]
 _APART = re.compile(r"^\s*(#|\||:::|!!!|\?\?\?|</?\w|---|\s*$)")  # headings, tables, admonitions, HTML, empty lines
 _ITEM = re.compile(r"^\s*([-*]|\d+\.)\s+")
-_END = re.compile(r"(?<=[.!?])[)\"'”’]*\s+(?=[\"'“(*]*[A-Z0-9`~×ληαδΔ]|code\b)")
+_END = re.compile(r"(?<=[.!?])[*)\"'”’]*\s+(?=[\"'“(*]*[A-Z0-9`~×ληαδΔ]|code\b)")
 _WORD = re.compile(r"\w")
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from sphere_edit import SphereEditError
 from sphere_edit.bench import Bench, write_results
 from sphere_edit.evaluation.intervals import difference_intervals
 from sphere_edit.evaluation.scores import FactScores, PromptScore
+from sphere_edit.executors import on_ray, slurm_script
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting.comparison import Row, as_csv, latex, markdown, read_row
 from sphere_edit.runs.folder import RunFolder
@@ -268,3 +273,81 @@ def test_tables_hold_the_numbers_the_best_in_bold_and_paired_improvements():
 def test_a_row_of_a_run_that_is_not_finished(tmp_path):
     with pytest.raises(SphereEditError, match="is not finished"):
         read_row("g", "memit", "plain", {0: tmp_path})
+
+
+def test_a_script_for_slurm_does_the_bench(config, tmp_path):
+    bench = bench_of({**config, "resources": {"cpus": 4, "gpus": 1}}, tmp_path)
+    script = slurm_script(bench, tmp_path / "bench.yaml")
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/bin/sh"
+    assert "#SBATCH --array=1-8" in lines
+    assert "#SBATCH --cpus-per-task=4" in lines
+    assert "#SBATCH --gres=gpu:1" in lines
+    *_, command = lines
+    words = shlex.split(command)
+    assert words[:4] == ["exec", sys.executable, "-m", "sphere_edit"]
+    assert words[4:] == ["bench", str(tmp_path / "bench.yaml"), "-o", str(tmp_path / "out")]
+    assert subprocess.run(["sh", "-n", script], check=False).returncode == 0
+
+
+def test_what_a_run_takes_of_a_cluster_does_not_make_it_another_bench(config, tmp_path):
+    bench_of(config, tmp_path).execute(Quiet(), [])
+    again = bench_of({**config, "resources": {"cpus": 2}}, tmp_path)  # refused, were its config another one
+    assert again.config.resources.words == "2 CPUs"
+
+
+def test_mistakes_about_a_cluster(config, tmp_path, monkeypatch):
+    bench_of(config, tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SphereEditError, match="--executor ray needs Ray; install it with: pip install 'sphere-edit"):
+        run("bench", tmp_path / "bench.yaml", "--executor", "ray")
+    with pytest.raises(SphereEditError, match="--address is that of a Ray cluster; add --executor ray"):
+        run("bench", tmp_path / "bench.yaml", "--address", "auto")
+
+
+@pytest.mark.slow
+def test_ray_does_what_one_process_does(config, tmp_path, monkeypatch):
+    """Two workers, one of which dies in the middle of its run."""
+    pytest.importorskip("ray", reason="Ray is not installed (the extra 'cluster')")
+    small = {**config, "seeds": [0], "settings": {**config["settings"], "batch_size": 2}}
+    serial = bench_of(small, tmp_path / "serial")
+    serial.execute(Quiet())
+    plugin = tmp_path / "sitecustomize.py"  # every worker reads it
+    plugin.write_text(DYING.format(mark=str(tmp_path / "died")))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    shared = bench_of(small, tmp_path / "shared")
+    on_ray(shared, tmp_path / "shared" / "bench.yaml", None, Quiet())
+    assert (tmp_path / "died").is_file(), "a worker died"
+    assert shared.failures == {}
+    assert all(shared.finished(cell) for cell in shared.cells)
+    assert results(shared) == results(serial)
+
+
+DYING = """
+import importlib.util, os, sys
+
+class Dying:
+    def find_spec(self, name, path=None, target=None):
+        if name != "sphere_edit.runs.commit":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            real = module.Committer.edit
+
+            def edit(self, *args, **more):
+                if self.run.history.head == 1 and not os.path.exists({mark!r}):
+                    open({mark!r}, "w").close()
+                    os._exit(1)
+                return real(self, *args, **more)
+
+            module.Committer.edit = edit
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Dying())
+"""

@@ -44,7 +44,11 @@ def script(monkeypatch, tmp_path, capsys):
     [
         (["gpu.py", "--shape", "tiny", "--batch-size", "4", "--steps", "2"], "| tiny | "),
         (["scaling.py", "--batches", "3", "--batch-size", "4"], "Batch 3 against batch 2: time × "),
+        pytest.param(  # it draws a page
+            ["long_stream.py", "--facts", "32", "--batch-size", "8"], "| rollback to batch 1 | ", marks=pytest.mark.slow
+        ),
         (["energy.py", "--shape", "64", "80"], "64 × 80: "),
+        (["where_time_goes.py", "methods"], "| together | "),
         (["projection.py", "--shape", "48", "160", "--facts", "5"], "relative difference "),
         pytest.param(  # it trains a model and tunes on it
             ["families.py", "--family", "gpt2", "--steps", "3"], "| gpt2 | frugal | ", marks=pytest.mark.slow

@@ -345,3 +345,34 @@ def test_layers_by_role(model, tmp_path, facts):
     ]:
         with pytest.raises(SphereEditError, match=message):
             run("edit", *common, "--layers", text)
+
+
+def test_every_option_of_edit_reaches_the_settings(monkeypatch):
+    heard = []
+
+    def admit(model, output, facts, resume, dry_run, over):
+        heard.append(over)
+        raise SphereEditError("enough")
+
+    monkeypatch.setattr("sphere_edit.runs.admission.admit", admit)
+    said = (
+        "--method memit --no-sphere --eta 0.4 --alpha 0.7 --basis pretrained --project deployed --batch-size 7 --chat "
+        "--system S --rewordings auto --layers 4-6 --matrices experts --corpus c --device cpu --dtype bfloat16 --seed 3 "
+        "--eval-every 2 --eval-sample 5 --guard"
+    )
+    with pytest.raises(SphereEditError, match="enough"):
+        run("edit", "model", "facts", "-o", "run", *said.split(), "--forms", "plain, chat")
+    with pytest.raises(SphereEditError, match="enough"):
+        run("edit", "model", "facts", "-o", "run")
+    sphere = {"enabled": False, "eta": 0.4, "alpha": 0.7, "basis": "pretrained", "project": "deployed"}
+    assert heard == [
+        [
+            {},
+            {
+                "method": "memit", "sphere": sphere, "batch_size": 7, "chat": True, "forms": ["plain", "chat"], "system": "S",
+                "rewordings": "auto", "layers": [4, 5, 6], "matrices": "experts", "moments": {"corpus": "c"}, "device": "cpu",
+                "dtype": "bfloat16", "seed": 3, "evaluation": {"every": 2, "sample": 5}, "guard": True,
+            },
+        ],
+        [{}, {}],
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pytest
 import torch
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from conftest import fact_records
+from families import save_tiny
 from sphere_edit import read_facts
 from sphere_edit.cli import app
 from sphere_edit.editing.settings import make_settings
@@ -113,6 +117,57 @@ def test_commands_are_understood(page):
             words = words[2:]
         assert words[0] in group.commands, line
         group.commands[words[0]].make_context(words[0], words[1:])
+
+
+SMALL = """
+method: memit
+batch_size: 2
+templates: 0
+targets: {steps: 3}
+moments: {sampled_tokens: 256}
+tokens_per_batch: 512
+evaluation: {generation: "off"}
+"""
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny model, and a folder with a run of the quickstart's facts on it."""
+    folder = tmp_path_factory.mktemp("docs")
+    model = save_tiny("llama", folder / "tiny")
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "facts.jsonl").write_text(blocks("docs/quickstart.md", "json")[0])
+    for number, record in enumerate(fact_records(2)):
+        (folder / f"week{number + 1}.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "wrong.jsonl").write_text((folder / "facts.jsonl").read_text().splitlines()[1] + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        follow("sphere-edit edit smollm2 facts.jsonl -o runs/first", model)
+    return model, folder
+
+
+def follow(line: str, model: Path) -> None:
+    """Run a command line of the documentation, on a tiny model and with small settings."""
+    words = [str(model) if word == "smollm2" else word for word in shlex.split(line)[1:]]
+    if words[0] == "edit" and "-o" in words:
+        words += ["--config", "small.yaml"]
+    result = CliRunner().invoke(app, words, input="Big Ben stands in the city of\n", env={"COLUMNS": "200"})
+    limits = {0, 4} if words[0] == "eval" else {0}  # the tiny model keeps no limit
+    assert result.exit_code in limits, (line, result.output, result.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["quickstart", "howto/own-data", "howto/weekly", "howto/remove", "howto/serve"])
+def test_a_page_can_be_followed_from_top_to_bottom(page, edited, tmp_path, monkeypatch, blank_figures):
+    model, prepared = edited
+    shutil.copytree(prepared, tmp_path / "work", ignore=shutil.ignore_patterns("tiny"))
+    monkeypatch.chdir(tmp_path / "work")
+    lines = commands(f"docs/{page}.md")
+    if any(" -o runs/first" in line for line in lines):  # a page that begins from nothing
+        shutil.rmtree("runs")
+    for line in lines:
+        if not re.search(r"sphere-edit demo|RUN|DIR", line):
+            follow(line, model)
 
 
 def test_settings_files_are_understood():

@@ -158,7 +158,7 @@ def test_generated_answers_are_those_of_plain_greedy_decoding_and_agree_with_the
             for _ in range(12):
                 ids = [*ids, int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())]
             text = loaded.tokenizer.decode(ids[-12:], skip_special_tokens=True)
-            assert text.startswith(prompt.said), "it may end at the end of a text"
+            assert text.startswith((prompt.said or "").rstrip("�")), "it may end early, and within a character"
             if question.right.ids is None:
                 assert prompt.begins == begins_with(prompt.said, question.right.text)
             else:  # the model's own greedy answer, wherever it was cut

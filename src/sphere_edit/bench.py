@@ -46,6 +46,22 @@ class DataConfig(_Strict):
     target: str = Field("answer", pattern="^(answer|alternative)$", description="what a ZsRE record is edited to")
 
 
+class Resources(_Strict):
+    """What one run takes of a cluster."""
+
+    cpus: float = Field(1, gt=0, description="cores of one run, on a cluster")
+    gpus: float = Field(0, ge=0, description="GPUs of one run, on a cluster; half of one is 0.5")
+
+    @property
+    def words(self) -> str:
+        """For the screen."""
+        return _many(self.cpus, "CPU") + (f" and {_many(self.gpus, 'GPU')}" if self.gpus else "")
+
+
+def _many(amount: float, unit: str) -> str:
+    return f"{amount:g} {unit}" if amount == 1 else f"{amount:g} {unit}s"
+
+
 class BenchConfig(_Strict):
     """What is compared. ``methods`` and ``variants`` are settings by name; a later one wins: settings, method, variant, seed."""
 
@@ -56,6 +72,7 @@ class BenchConfig(_Strict):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     settings: dict[str, Any] = Field(default_factory=dict, description="of every run")
     only: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="variants of a method, where not all")
+    resources: Resources = Field(Resources(), exclude=True, description="of one run on a cluster; changes no result")
 
     @field_validator("methods", "variants", mode="before")
     @classmethod
@@ -174,16 +191,15 @@ class Bench:
         folder = self.run_folder(cell)
         return RunFolder.exists(folder) and RunFolder.open(folder).history.finished
 
-    def execute(self, reporter: Reporter) -> None:
-        """Do every run that is not finished, one after another; a run that fails is recorded and passed over.
+    def execute(self, reporter: Reporter, cells: Sequence[Cell] | None = None) -> None:
+        """Do every run that is not finished (or those of some ``cells``), one after another; a run that fails is recorded and passed over.
 
         Several processes may do so in one folder at the same time: each takes the next run that no other is at.
         """
         write_json(self.folder / "bench.json", self._as_stored())
-        todo = [cell for cell in self.cells if not self.finished(cell)]
-        self._record(
-            [cell for cell in self.cells if cell not in todo]
-        )  # an earlier process may have died before it did
+        asked = self.cells if cells is None else cells
+        todo = [cell for cell in asked if not self.finished(cell)]
+        self.record([cell for cell in asked if cell not in todo])  # an earlier process may have died before it did
         spent: list[float] = []
         elsewhere: list[str] = []
         for cell in todo:
@@ -205,7 +221,7 @@ class Bench:
                     self.failures[cell.name] = " ".join(str(error).split())
                     reporter.say(f"failed, and passed over: {self.failures[cell.name]}", "red")
                 gc.collect()
-                self._record([cell])
+                self.record([cell])
         if elsewhere:
             many = "1 run" if len(elsewhere) == 1 else f"{len(elsewhere)} runs"
             reporter.say(f"another process is at {many}: {'; '.join(elsewhere)}")
@@ -227,7 +243,7 @@ class Bench:
         finally:
             lock.release()
 
-    def _record(self, cells: Sequence[Cell]) -> None:
+    def record(self, cells: Sequence[Cell]) -> None:
         """Set down how some runs ended, beside what other processes have set down."""
         path = self.folder / "failures.json"
         with plain_errors(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sphere_edit.editing.settings import Settings, make_settings
@@ -19,7 +20,7 @@ from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter, RichReporter
-from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.folder import RunFolder, Watcher
 from sphere_edit.runs.measuring import BeforeAndAfter, Evaluator
 from sphere_edit.runs.preparing import create_run, default_folder, session_of
 from sphere_edit.runs.removal import FactName, wanted_from
@@ -45,7 +46,9 @@ class Editor:
 
     def __init__(self, session: Session, folder: Path):
         self.folder = folder
+        self.watchers: list[Watcher] = []  # told of every line of the run's journal, as `reporting.tracking.Tracker` is
         self._stream: Stream | None = None
+        self._stopping = Event()
         self._work_by(session)
 
     def _work_by(self, session: Session) -> None:
@@ -179,6 +182,13 @@ class Editor:
         self._at_work().go_on()
         return self.metrics()
 
+    def stop(self, wanted: bool = True) -> None:
+        """From another thread: let what is at work, or comes next, end after its batch with `runs.stream.Stopped`; the rest waits for `resume`.
+
+        Not ``wanted``: what was asked so before is taken back.
+        """
+        (self._stopping.set if wanted else self._stopping.clear)()
+
     def rollback(self, to: int) -> None:
         """Put the weights back to exactly what they were after batch ``to`` (0: the original); later batches and waiting facts are withdrawn."""
         self._at_work().roll_back(to)
@@ -240,7 +250,8 @@ class Editor:
     def _attach(self, run: RunFolder, trust_run: bool = False) -> None:
         """Work in this run from here on."""
         try:
-            self._stream = Stream(self.session, self._evaluator, run, trust_run)
+            run.watchers = self.watchers
+            self._stream = Stream(self.session, self._evaluator, run, trust_run, self._stopping)
         except BaseException:
             run.unlock()
             raise

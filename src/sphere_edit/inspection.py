@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.table import Table
+
 from sphere_edit.editing.methods import METHODS, register_installed
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.errors import SphereEditError
@@ -13,6 +15,7 @@ from sphere_edit.models.architecture import EXPERTS, Architecture
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.sites import parameter_of
 from sphere_edit.planning import memory_of
+from sphere_edit.reporting.results import make_table
 from sphere_edit.runs.session import Session
 
 
@@ -190,3 +193,72 @@ def spans(numbers: tuple[int, ...] | list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
+
+
+# --- drawn ---------------------------------------------------------------------------------------------------------
+
+
+def tables(found: Inspection) -> Iterator[Table]:
+    """What was found, drawn: the model, its matrices, and which methods edit them."""
+    whole = make_table("Model", "", " ", left=("", " "), head=False)
+    for name, value in _whole(found):
+        whole.add_row(name, value)
+    yield whole
+    columns = ("role", "layers", "matrix", "shape", "writes into")
+    matrices = make_table("What can be edited", *columns, left=columns)
+    for one in found.matrices:
+        matrices.add_row(one.role, spans(one.layers), one.path, _shape_said(one), _written(one))
+    yield matrices
+    methods = make_table("By which methods", "edited by default", "methods", left=("edited by default", "methods"))
+    for group in found.methods:
+        methods.add_row(_edited(group), ", ".join(group.names))
+    yield methods
+
+
+def _whole(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield "model", found.model
+    yield "type", f"{found.kind} ({found.built_by})"
+    yield "parameters", f"{found.parameters:,} in {found.dtype}, on {found.device}"
+    how = "known of its family" if found.found == "row" else "found by running it"
+    yield "layers", f"{found.depth} at {found.layers}, {how}"
+    yield "final norm", found.final_norm
+    yield "logits", _logits(found)
+    replayed = "whole rows" if found.whole_rows else "from the subject on"
+    yield "targets run", f"{replayed} through the upper layers"
+    origin = found.preset or ("found by calibration, before the first edit" if found.calibrates else "the defaults")
+    yield f"settings of {found.method}", origin
+    yield "chat template", "yes" if found.chat else "none"
+    yield (
+        "memory",
+        f"{_memory(found.weights)} of weights; {_memory(found.editing)} in all for an edit by {found.method}",
+    )
+
+
+def _logits(found: Inspection) -> str:
+    scale = "as the output embedding gives them" if found.logit_scale == 1 else f"× {found.logit_scale:g}"
+    return scale if found.logit_cap is None else f"{scale}, squeezed to ± {found.logit_cap:g}"
+
+
+def _shape_said(one: MatrixFound) -> str:
+    *experts, rows, columns = one.shape
+    size = f"{rows} × {columns}" + (", stored transposed" if one.transposed else "")
+    return f"{experts[0]} experts of {size}" if experts else size
+
+
+def _written(one: MatrixFound) -> str:
+    if one.role not in ("down", "experts"):
+        return "the inner part of the MLP"
+    way = [] if one.after is None else [f"through {one.after}"]
+    way += ["gated or normalised on the way"] if one.alone else []
+    way += [] if one.factor == 1 else [f"× {one.factor:g}"]
+    return ", ".join(["the residual stream", *way])
+
+
+def _memory(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _edited(group: MethodsFound) -> str:
+    if group.why_not:
+        return f"nothing: {group.why_not}"
+    return ", ".join(f"{role}:{spans(layers)}" for role, layers in group.matrices.items())

@@ -14,7 +14,7 @@ from sphere_edit.editing.batch import Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.ingredients import Planned, SecondMoment, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
-from sphere_edit.editing.moments import sample_text
+from sphere_edit.editing.moments import ready_text, sample_text
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Report, Source
@@ -96,7 +96,7 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         chat = settings.evaluation.generation == "chat"
         answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
         seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
-    if moments.corpus is None and run is None:
+    if moments.corpus is None and run is None and ready_text(loaded, moments.sampled_tokens, settings.seed) is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
     if run is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -108,6 +109,11 @@ def _not_first(match: re.Match[str]) -> str:
     """What begins a heading, a list or a rule only as the first sign of a line."""
     space, first = match.groups()
     return f"{space}\\{first}" if not first.isdigit() else f"{space}&#{ord(first[0])};{first[1:]}"
+
+
+def html(text: str) -> str:
+    """Foreign text within HTML, or within a quoted attribute of it."""
+    return escape(visible(text))
 
 
 def code(text: str) -> str:

@@ -40,6 +40,9 @@ from sphere_edit.runs.session import Session
 
 STREAM = 1000  # facts of the stream that a trial's damage is carried on to
 HELDOUT = 30  # passages
+_POSITIONS = (
+    1024  # in them, spread evenly, whose distributions are compared: the head of a large vocabulary is most of a model
+)
 _LAYERS = 5  # edited below each end of a span, that included, and fewer where there are none
 _ENDS = (0.1, 0.17, 0.27, 0.34, 0.44)  # shares of the depth at which editing may end
 _SUMS_BYTES = 8e9  # of second moments under way at one time, if more layers than one trial's are to be measured
@@ -198,7 +201,14 @@ class Bench:
         self._lone = session.method.needs.feed.one_layer(alone)
 
     def _sample(self, facts: list[Fact], heldout: list[list[int]]) -> _Sample:
-        return _Sample(facts, heldout, score_heldout(self.loaded, heldout, self.given.tokens_per_batch, Quiet()))
+        return _Sample(facts, heldout, self._read(heldout))
+
+    def _read(self, heldout: list[list[int]], unedited: HeldoutScores | None = None) -> HeldoutScores:
+        """Held-out text on the model as it stands, compared with the unedited one."""
+        before = None if unedited is None else unedited.hidden
+        return score_heldout(
+            self.loaded, heldout, self.given.tokens_per_batch, Quiet(), unedited=before, positions=_POSITIONS
+        )
 
     def session(self, differs: Mapping[str, Any]) -> Session:
         """The model edited with some settings of its own; nothing is written to disk."""
@@ -298,9 +308,7 @@ class Bench:
             session = self.session(differs)
             with self._edited(session, sample.facts):
                 scores = score_facts(self.loaded, sample.facts, session.settings.tokens_per_batch, Quiet())
-                read = score_heldout(
-                    self.loaded, sample.heldout, self.given.tokens_per_batch, Quiet(), unedited=sample.unedited.hidden
-                )
+                read = self._read(sample.heldout, sample.unedited)
             self._tried[known] = Trial.of(differs, scores, read.divergence)
             part = "" if sample is self.whole else f"first look, {len(sample.facts)} facts: "
             self.reporter.say(f"{part}{self._tried[known]}")

@@ -25,6 +25,7 @@ from sphere_edit.cli.remove import history, remove
 from sphere_edit.cli.screen import fail, hush, out
 from sphere_edit.cli.ship import apply, export
 from sphere_edit.cli.state import rollback
+from sphere_edit.cli.studio import studio
 from sphere_edit.cli.talk import chat
 from sphere_edit.cli.tune import tune
 from sphere_edit.errors import SphereEditError
@@ -92,6 +93,7 @@ for _command in (
     inspect,
     tune,
     bench,
+    studio,
 ):
     app.command("eval" if _command is evaluate else None)(_command)
 

@@ -29,18 +29,17 @@ def demo(
     folder = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     given = read_facts("demo", limit=limit)
     editor = Editor.from_pretrained("smollm2", run=folder, reporter=reporter(), batch_size=-(-limit // 3))
-    shown = given.facts[:: limit // 6][:6]
-    before = [editor.generate(fact.filled_prompt, 6) for fact in shown]
     with working(editor):
         metrics = editor.edit(given)
     columns = ("prompt", "new answer", "before", "after")
     table = make_table("What the model says", *columns, left=columns)
-    for fact, said in zip(shown, before, strict=True):
-        now = editor.generate(fact.filled_prompt, 6)
+    for number in range(0, limit, limit // 6)[:6]:  # what was said when all facts were asked, before and after
+        fact, said = given.facts[number], metrics["per_fact"][number]
+        before, now = (one_line(said[side]["rewrite"]["said"]) for side in ("unedited", "edited"))
         took = now.strip().startswith(fact.target_new.strip())
-        colour = "green" if took else "red"
-        table.add_row(fact.filled_prompt, fact.target_new, one_line(said), terminal(one_line(now), colour))
+        table.add_row(fact.filled_prompt, fact.target_new, before, terminal(now, "green" if took else "red"))
     out.print(table)
     say_metrics(metrics, "the last batch")
     write_report(folder)
     say_where(folder)
+    out.print(f"Correct a fact yourself, on a page in your browser:\n  sphere-edit studio {folder}")

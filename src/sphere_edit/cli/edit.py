@@ -5,145 +5,110 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sphere_edit.cli.edit_options import (
+    Alpha,
+    BatchSize,
+    Config,
+    DryRun,
+    Eta,
+    EvalEvery,
+    EvalSample,
+    Facts,
+    Guard,
+    Layers,
+    LogTo,
+    Method,
+    Model,
+    Output,
+    Resume,
+    Seed,
+    Shuffle,
+    Skip,
+    SkipKnown,
+    UseSphere,
+    WhenProjected,
+    WhichBasis,
+    WhichMatrices,
+    WhichRewordings,
+    settings_of,
+)
 from sphere_edit.cli.layout import say_metrics, say_plan, say_where, write_report
 from sphere_edit.cli.options import (
-    Basis,
     Chat,
     Corpus,
     Device,
     Forms,
     Limit,
-    Matrices,
     ModelDtype,
-    Project,
-    Rewordings,
+    Service,
     SkipBad,
     System,
     Target,
     TrustRemoteCode,
     TrustRun,
     ZsreTarget,
-    given,
 )
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
+    from sphere_edit.facts.readers import FactSet
+    from sphere_edit.reporting.tracking import Tracker
 
 
 def edit(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'smollm2', or a RUN to continue.")],
-    facts: Annotated[
-        str | None,
-        typer.Argument(
-            help="JSON, JSONL or CSV file, 'demo', counterfact, multi_counterfact, zsre, or a hub data set (owner/name\\[/config]\\[:split])."
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Run folder to create.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Editing method; sphere-edit methods lists them. \\[default: frugal]")
-    ] = None,
-    sphere: Annotated[
-        bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE projection. \\[default: on]")
-    ] = None,
-    eta: Annotated[float | None, typer.Option(help="Share of the spectrum that is principal. \\[default: 0.5]")] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="How much of the update along it is taken away. \\[default: the method's]")
-    ] = None,
-    basis: Annotated[
-        Basis | None, typer.Option(help="Weights the directions come from. \\[default: the method's]")
-    ] = None,
-    project: Annotated[Project | None, typer.Option(help="When to project. \\[default: the method's]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Facts in one batch. \\[default: 100]")] = None,
+    model: Model,
+    facts: Facts = None,
+    output: Output = None,
+    method: Method = None,
+    sphere: UseSphere = None,
+    eta: Eta = None,
+    alpha: Alpha = None,
+    basis: WhichBasis = None,
+    project: WhenProjected = None,
+    batch_size: BatchSize = None,
     chat: Chat = None,
     forms: Forms = None,
     system: System = None,
-    rewordings: Annotated[
-        Rewordings | None,
-        typer.Option(
-            help="auto: facts also lend one another wordings, and a chat model writes some. \\[default: given]"
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Edited layers: '4-8', '4,6' or 'gate:11-15,up:18'. \\[default: the method's]")
-    ] = None,
-    matrices: Annotated[
-        Matrices | None,
-        typer.Option(help="Of a mixture of experts: each layer's shared expert or dense MLP, or its routed experts."),
-    ] = None,
+    rewordings: WhichRewordings = None,
+    layers: Layers = None,
+    matrices: WhichMatrices = None,
     corpus: Corpus = None,
     device: Device = None,
     dtype: ModelDtype = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of sampled templates and text. \\[default: 0]")] = None,
+    seed: Seed = None,
     limit: Limit = None,
-    skip: Annotated[int, typer.Option(help="Leave out the first N facts.")] = 0,
-    shuffle: Annotated[int | None, typer.Option(help="Put the facts in a random order first, with this seed.")] = None,
+    skip: Skip = 0,
+    shuffle: Shuffle = None,
     target: ZsreTarget = Target.answer,
-    eval_every: Annotated[int | None, typer.Option(help="Evaluate after every N batches too.")] = None,
-    eval_sample: Annotated[
-        int | None, typer.Option(help="There, ask for N past facts at most, a fixed random sample. \\[default: all]")
-    ] = None,
-    guard: Annotated[
-        bool | None,
-        typer.Option("--guard/--no-guard", help="Stop before a batch that would harm the model. \\[default: off]"),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any setting of the API; the command line wins.")
-    ] = None,
+    eval_every: EvalEvery = None,
+    eval_sample: EvalSample = None,
+    guard: Guard = None,
+    config: Config = None,
     skip_bad: SkipBad = False,
-    skip_known: Annotated[
-        bool, typer.Option("--skip-known", help="Leave out facts whose new answer the unedited model gives already.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show settings and costs, edit nothing.")
-    ] = False,
+    skip_known: SkipKnown = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    log: LogTo = None,
     trust_remote_code: TrustRemoteCode = False,
     trust_run: TrustRun = False,
 ) -> None:
     """Edit MODEL with FACTS into a new run folder; or continue a finished RUN with more FACTS."""
-    from sphere_edit.editing.settings import read_layers, read_settings_file
-
-    options: dict[str, Any] = {
-        "method": method,
-        "sphere": {
-            "enabled": sphere,
-            "eta": eta,
-            "alpha": alpha,
-            "basis": basis and basis.value,
-            "project": project and project.value,
-        },
-        "batch_size": batch_size,
-        "chat": chat,
-        "forms": forms and [form.strip() for form in forms.split(",")],
-        "system": system,
-        "rewordings": rewordings and rewordings.value,
-        "layers": None if layers is None else read_layers(layers),
-        "matrices": matrices and matrices.value,
-        "moments": {"corpus": corpus},
-        "device": device,
-        "dtype": dtype and dtype.value,
-        "seed": seed,
-        "evaluation": {"every": eval_every, "sample": eval_sample},
-        "guard": guard,
-    }
-    from sphere_edit.editor import Editor
+    said = locals()  # every option by its name
+    from sphere_edit.editing.settings import read_settings_file
     from sphere_edit.facts.readers import read_facts
     from sphere_edit.runs.admission import Act, admit
-    from sphere_edit.tuning import calibrate
 
-    over = [read_settings_file(config) if config else {}, given(options)]
+    tracker = _tracker(log)
+    over = [read_settings_file(config) if config else {}, settings_of(said)]
     decision = admit(model, output, facts, resume, dry_run, over)
     if decision.act is Act.NOTHING:
-        metrics, page = decision.folder / "metrics.json", decision.folder / "report.html"
-        if metrics.is_file() and not (page.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
-            write_report(decision.folder)  # an earlier command died before it was done with it
-        out.print(f"{decision.folder} is finished: {decision.batches} batches, nothing to resume.")
+        _say_finished(decision.folder, decision.batches)
         return
     more = None
     if facts is not None and decision.act is not Act.RESUME:
@@ -151,15 +116,53 @@ def edit(
     if decision.act is Act.START:
         editor = _begun(model, decision.folder, over, trust_remote_code)
     else:
+        from sphere_edit.editor import Editor
+
         editor = Editor.open(decision.folder, reporter(), device, trust_remote_code, trust_run=trust_run)
-    if more is None:
+    with _telling(editor, tracker):
+        _work(editor, more, decision.act is Act.START, skip_bad, skip_known, dry_run)
+
+
+def _work(editor: Editor, facts: FactSet | None, new: bool, skip_bad: bool, skip_known: bool, dry_run: bool) -> None:
+    """The rest of a run; or more facts, in a plan or in earnest."""
+    if facts is None:
         finish(editor, editor.resume)
     elif dry_run:
-        say_plan(editor, more, skip_bad, skip_known)
+        say_plan(editor, facts, skip_bad, skip_known)
     else:
-        if decision.act is Act.START:
-            calibrate(editor, more, skip_bad)
-        finish(editor, lambda: editor.edit(more, skip_bad, skip_known))
+        if new:
+            from sphere_edit.tuning import calibrate
+
+            calibrate(editor, facts, skip_bad)
+        finish(editor, lambda: editor.edit(facts, skip_bad, skip_known))
+
+
+def _say_finished(folder: Path, batches: int) -> None:
+    metrics, page = folder / "metrics.json", folder / "report.html"
+    if metrics.is_file() and not (page.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
+        write_report(folder)  # an earlier command died before it was done with it
+    out.print(f"{folder} is finished: {batches} batches, nothing to resume.")
+
+
+def _tracker(service: Service | None) -> Tracker | None:
+    if service is None:
+        return None
+    from sphere_edit.reporting.tracking import Tracker
+
+    return Tracker(service.value, reporter())
+
+
+@contextmanager
+def _telling(editor: Editor, tracker: Tracker | None) -> Iterator[None]:
+    """Tell a logger of what the run commits meanwhile."""
+    if tracker is None:
+        yield
+        return
+    editor.watchers.append(tracker)
+    try:
+        yield
+    finally:
+        tracker.close()
 
 
 def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remote_code: bool) -> Editor:

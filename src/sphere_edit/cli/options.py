@@ -54,6 +54,14 @@ class Target(str, Enum):
     alternative = "alternative"
 
 
+class Service(str, Enum):
+    """Loggers that a run can tell its numbers to."""
+
+    trackio = "trackio"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model as for edit, or a run folder.")]
 Corpus = Annotated[

@@ -33,18 +33,19 @@ def verify(
             raise SphereEditError(f"{path} is a run; --against RUN is for exports")
         run = _opened(path)
         proof = prove(run, reporter(), model, device)
-        said = f"{proof.batches} of {run.history.head} batches rebuilt to their recorded hashes"
+        said = proof.verdict(run)
     elif is_export(path):
         other = None if against is None else _opened(against)
         proof = prove_export(path, other, reporter(), model)
-        said = "compared with its manifest alone" if other is None else f"its weights are those of {against}"
+        said = proof.sentence(
+            path, "compared with its manifest alone" if other is None else f"its weights are those of {against}"
+        )
     else:
         raise SphereEditError(f"{path} is neither a run folder nor an export (it has no journal and no manifest)")
     if not proof.faults:
-        out.print(f"{path} is whole: {proof.files} files as they were written; {said}", soft_wrap=True)
+        out.print(said, soft_wrap=True)
         return
-    more = f" (and {len(proof.faults) - 1} more)" if len(proof.faults) > 1 else ""
-    say_bad("Not proven", f"{proof.faults[0]}{more}")
+    say_bad("Not proven", said)
     raise typer.Exit(FAILED)
 
 

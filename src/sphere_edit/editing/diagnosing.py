@@ -5,6 +5,7 @@ Sources: SPHERE (arXiv:2510.01172), Theorems 1 and 2; `sphere_edit.numerics.ener
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict  # typing's own has no type
 from sphere_edit.editing.batch import Written
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.identity import tensor_bytes
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.energy import (
     Bounds,
@@ -106,7 +108,9 @@ class BatchDiagnosis:
     def __init__(self, weights: EditedWeights, statistics: Mapping[str, Statistics]):
         self._weights, self._statistics = weights, statistics
         self._metrics: dict[str, KeyMetric] = {}
-        self._unedited: dict[str, float] = {}
+        self._energies: dict[
+            str, dict[str, Energy]
+        ] = {}  # by matrix and hash: of the unedited one and the last one seen
 
     def entry(self, name: str, written: Written, deployed: Tensor, directions: Tensor) -> MatrixEntry:
         """What the journal says of one matrix.
@@ -119,8 +123,10 @@ class BatchDiagnosis:
         update, solved = written.updates[name], written.solved[name]
         original, now = self._weights.original(name), self._weights.deployed(name)
         moment = self._statistics[name].second_moment
-        change = EnergyChange.of(deployed, now, self._metric(name, moment))
-        unedited, gradient, bounds = self._unedited_energy(name), change.gradient, change.bounds
+        unedited, before = self._energy(name, original), self._energy(name, deployed)
+        change = EnergyChange.of(deployed, now, self._metric(name, moment), known=before)
+        self._energies[name] = {_hash(original): unedited, _hash(now): change.after}
+        gradient, bounds = change.gradient, change.bounds
         along = gradient @ directions
         solved_along, update_along = (part.to(torch.float64).times(directions) for part in (solved, update))
         return {
@@ -132,7 +138,7 @@ class BatchDiagnosis:
             "principal_rank": rank_of(directions),
             "energy": change.after.total,
             "energy_per_pair": change.after.per_pair,
-            "energy_drift": change.after.total / unedited - 1 if unedited else 0.0,
+            "energy_drift": change.after.total / unedited.total - 1 if unedited.total else 0.0,
             "energy_change": change.change,
             "first_order": bounds.first_order,
             "first_order_solved": float((gradient * solved.dense()).sum()),
@@ -154,10 +160,16 @@ class BatchDiagnosis:
             self._metrics[name] = KeyMetric.of(moment)
         return self._metrics.get(name)
 
-    def _unedited_energy(self, name: str) -> float:
-        if name not in self._unedited:
-            self._unedited[name] = hyperspherical_energy(self._weights.original(name)).total
-        return self._unedited[name]
+    def _energy(self, name: str, weight: Tensor) -> Energy:
+        """A matrix's energy; that of the weights before a batch is mostly that of those after the last one."""
+        known, key = self._energies.setdefault(name, {}), _hash(weight)
+        if key not in known:
+            known[key] = hyperspherical_energy(weight)
+        return known[key]
+
+
+def _hash(weight: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(weight)).hexdigest()
 
 
 class _Experts(TypedDict, total=False):

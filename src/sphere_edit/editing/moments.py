@@ -110,8 +110,7 @@ def own_text(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) ->
 
     The latter is in the cache where this very model sampled it, on a device and with libraries as these (`cache_key`).
     """
-    shipped = shipped_text(loaded, tokens, _sample_length(loaded), seed)
-    if shipped is not None:
+    if (shipped := ready_text(loaded, tokens, seed)) is not None:
         reporter.say("  text that this model has sampled of itself comes with the package")
         return shipped
     parts = (
@@ -144,6 +143,11 @@ def sample_text(
             rows += generate(loaded, part, length, [draw], min_new_tokens=length)
             advance(len(part) * length)
     return rows
+
+
+def ready_text(loaded: LoadedModel, tokens: int, seed: int) -> list[list[int]] | None:
+    """What `own_text` need not sample, as it ships with the package."""
+    return shipped_text(loaded, tokens, _sample_length(loaded), seed)
 
 
 def _sample_length(loaded: LoadedModel, length: int = _SAMPLE_LENGTH) -> int:

@@ -28,11 +28,11 @@ class SphereSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    enabled: bool = True
-    eta: float | None = Field(None, ge=0, le=1)
-    alpha: float | None = Field(None, ge=0, le=1)
-    basis: str | None = None
-    project: str | None = None
+    enabled: bool = Field(True, description="whether updates are projected at all")
+    eta: float | None = Field(None, ge=0, le=1, description="η, the share of the neurons' spectrum that is principal")
+    alpha: float | None = Field(None, ge=0, le=1, description="α, how much of the update along it is taken away")
+    basis: str | None = Field(None, description="whose directions: 'current' weights, or 'pretrained' ones")
+    project: str | None = Field(None, description="when: 'per_layer', 'after_all', or 'deployed'")
 
     def resolved(self, default: Sphere) -> Sphere:
         """The projection, with the method's defaults where nothing was said."""

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -17,12 +18,16 @@ from sphere_edit.evaluation.scores import FactScores, PromptScore, Question, ans
 from sphere_edit.facts.chat import chat_frame, has_chat_template
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
-from sphere_edit.models.generation import generate, seeded, until_end
+from sphere_edit.models.generation import generate, pads_on_the_left, seeded, until_end
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.models.tokens import over_batches, same_length_batches
+from sphere_edit.models.tokens import batches_by_length, over_batches, same_length_batches
 from sphere_edit.progress import Reporter
 
-_ANSWER_TOKENS = 12
+_ANSWER_TOKENS = (
+    12  # that the model may take to give an answer, at least; in a chat, where it says whole sentences, it does
+)
+_SHOWN_TOKENS = 6  # after which it is not asked further where that can change no verdict
+_ROWS = 64  # of one batch of answers: enough to keep a processor busy, and few enough for several ranks to have some
 _TEXT_TOKENS = 100
 
 
@@ -36,14 +41,26 @@ def with_answers(
 ) -> list[FactScores]:
     """The scores with what the model says, greedily, after every prompt of every fact, and whether it begins with the right answer.
 
-    As many tokens as the right answer has, and at least 12. With ``chat``, or for a fact that is given in one, the prompt is a user's
+    It says 6 tokens, and goes on while more could change the verdict: to as many as the right answer has, or 12 if that is more. With ``chat``, or for a fact that is given in one, the prompt is a user's
     message in the model's own chat template, and the answer is what the assistant says.
     """
     encoder = Encoder(loaded.tokenizer)
     asked = [question for fact in facts for question in questions(fact)]
-    sizes = [max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1])) for question in asked]
     coded = [encoder.asked(question.prompt, chat or question.chat, question.right.system).ids for question in asked]
-    said = continuations(loaded, coded, sizes, max_tokens, reporter, end=True)
+    shown = [_ANSWER_TOKENS if chat or question.chat else _SHOWN_TOKENS for question in asked]
+    said = continuations(loaded, coded, shown, max_tokens, reporter, end=True)
+    more = {
+        index: size - len(said[index])
+        for index, question in enumerate(asked)
+        if len(said[index]) == shown[index]
+        and (size := max(_ANSWER_TOKENS, len(question.right.after(question.prompt, encoder)[1]))) > shown[index]
+        and _is_open(loaded, encoder, question, coded[index], said[index], chat)
+    }
+    if more:
+        rows = [[*coded[index], *said[index]] for index in more]
+        rest = continuations(loaded, rows, list(more.values()), max_tokens, reporter, "longer answers", end=True)
+        for index, ids in zip(more, rest, strict=True):
+            said[index] += ids
     pairs = iter(zip(asked, coded, said, strict=True))
     found = []
     for fact, score in zip(facts, scores, strict=True):
@@ -83,6 +100,20 @@ def _told(
     return replace(score, said=said, begins=begins)
 
 
+def _is_open(
+    loaded: LoadedModel, encoder: Encoder, question: Question, before: list[int], ids: list[int], chat: bool
+) -> bool:
+    """Whether what was said so far, ``ids`` after ``before``, leaves it open if it begins with a right answer."""
+    ends, answer = answer_ends(loaded, encoder, chat or question.chat), question.right
+    if not ends.isdisjoint(ids):
+        return False
+    if answer.ids is not None:
+        wanted = until_end(answer.ids, ends)
+        return (question.chat or not chat) and len(ids) < len(wanted) and ids == wanted[: len(ids)]
+    text = _said(loaded.tokenizer, before, ids, special=True)
+    return any(could_begin_with(told, wanted) for told, wanted in _to_compare(text, question, chat))
+
+
 def _said(tokenizer: Any, before: list[int], ids: list[int], special: bool) -> str:
     """The text of ``ids`` as they stand after ``before``; some tokenizers drop a text's first space when they decode it alone."""
     whole, lead, alone = (
@@ -93,22 +124,36 @@ def _said(tokenizer: Any, before: list[int], ids: list[int], special: bool) -> s
 
 
 def _begins(text: str, question: Question, chat: bool) -> bool:
-    """Whether the whole text, seam included, begins with the prompt and a right answer.
+    """Whether the whole text, seam included, begins with the prompt and a right answer."""
+    return any(begins_with(told, wanted) for told, wanted in _to_compare(text, question, chat))
+
+
+def _to_compare(text: str, question: Question, chat: bool) -> Iterator[tuple[str, str]]:
+    """What was said and each right answer, both behind the prompt.
 
     In a chat, and in runs begun before facts kept their separator, spaces at the seam do not count.
     """
     answer = question.right
     plain = not (chat or question.chat) and answer.separator is not None
     prompt = question.prompt if plain else ""
-    wanted = [f"{right.separator if plain else ''}{right.text}" for right in (answer, *answer.others)]
-    return any(begins_with(prompt + text, prompt + right) for right in wanted)
+    for right in (answer, *answer.others):
+        yield prompt + text, f"{prompt}{right.separator if plain else ''}{right.text}"
 
 
 def begins_with(said: str, answer: str) -> bool:
     """Whether a text begins with an answer, whatever the case and the spaces, and does not go on within its last word."""
-    told, wanted = " ".join(said.split()).casefold(), " ".join(answer.split()).casefold()
+    told, wanted = _folded(said), _folded(answer)
     rest = told[len(wanted) :]
     return told.startswith(wanted) and not (wanted[-1:].isalnum() and rest[:1].isalnum() and rest[:1].isascii())
+
+
+def could_begin_with(said: str, answer: str) -> bool:
+    """Whether a text may yet begin with an answer, or not, by what follows it: it is no longer, and the same so far."""
+    return _folded(answer).startswith(_folded(said).rstrip("� "))  # the sign of a character that is cut
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def continuations(
@@ -120,8 +165,13 @@ def continuations(
     title: str = "generation",
     **options: Any,
 ) -> list[list[int]]:
-    """What the model says after each prompt, all token ids, at most so many; greedily unless ``options`` say otherwise."""
+    """What the model says after each prompt, all token ids, at most so many; greedily unless ``options`` say otherwise.
+
+    Prompts of several lengths go together, unless the model cannot take them so, or tokens are drawn, which other batches would change.
+    """
     asked = list(zip(prompts, lengths, strict=True))
+    apart = options.get("do_sample", False) or not pads_on_the_left(loaded, prompts, max(lengths, default=0))
+    cut = same_length_batches if apart else partial(batches_by_length, rows=_ROWS)
     with reporter.bar(title, len(prompts), "prompts") as advance, ranks.told(advance) as tell:
 
         def go_on(chunk: list[tuple[list[int], int]]) -> Iterator[list[int]]:
@@ -129,7 +179,7 @@ def continuations(
             tell(len(chunk))
             return (row[len(prompt) :][:length] for row, (prompt, length) in zip(rows, chunk, strict=True))
 
-        return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), same_length_batches)
+        return over_batches(asked, max_tokens, go_on, lambda pair: len(pair[0]), cut)
 
 
 def check_chat(loaded: LoadedModel) -> None:

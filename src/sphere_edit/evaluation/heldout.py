@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
-from sphere_edit.models.forward import last_hidden, next_token_scores
+from sphere_edit.models.forward import head_rows, last_hidden
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
-
-_HEAD_ROWS = 512  # positions whose two distributions exist at one time; changes memory, not results
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,28 @@ def score_heldout(
     reporter: Reporter,
     title: str = "held-out text",
     unedited: Mapping[int, Tensor] | None = None,
+    positions: int | None = None,
 ) -> HeldoutScores:
     """Read passages of token ids one by one on the model as it stands.
 
     ``unedited`` is ``hidden`` of the unedited model on the same passages. Nothing behind the last layer is edited, so the head
-    makes the unedited distributions of it, and no second pass through the model is needed.
+    makes the unedited distributions of it, and no second pass through the model is needed. Of more than so many ``positions``
+    every second one is looked at, or every third, …: of a large vocabulary the head is most of the work.
     """
     passages = [passage for passage in passages if len(passage) > 1]
+    stride = 1 if positions is None else max(1, -(-sum(len(passage) - 1 for passage in passages) // positions))
     kept: dict[int, Tensor] = {}
 
     def read(part: tuple[int, list[Sequence[int]]]) -> tuple[float, float, int]:
         number, rows = part
         batch = TokenBatch.of(rows, loaded.device)
-        predicted = batch.mask[:, 1:].bool()
+        predicted = _every(batch.mask[:, 1:].bool(), stride)
         hidden = last_hidden(loaded, batch)[:, :-1][predicted]
-        losses, _ = next_token_scores(loaded, hidden, batch.ids[:, 1:][predicted])
-        apart = 0.0 if unedited is None else _divergence(loaded, unedited[number].to(hidden.device), hidden)
+        before = None if unedited is None else unedited[number].to(hidden.device)
+        lost, apart = _sums(loaded, hidden, batch.ids[:, 1:][predicted], before)
         kept[number] = hidden.cpu()
         tell(int(batch.mask.sum()))
-        return float(losses.double().sum()), apart, len(losses)
+        return lost, apart, len(hidden)
 
     with reporter.bar(title, sum(map(len, passages)), "tokens") as advance, ranks.told(advance) as tell:
         found = ranks.dealt(list(enumerate(batches_of(passages, max_tokens))), read)
@@ -75,11 +76,29 @@ def score_heldout(
     )
 
 
+def _every(chosen: Tensor, stride: int) -> Tensor:
+    """Every so many-th of the places that are ``chosen [B, S]``."""
+    return chosen & (chosen.flatten().cumsum(0).view_as(chosen) % stride == 1 % stride)
+
+
 @torch.no_grad()
-def _divergence(loaded: LoadedModel, first: Tensor, second: Tensor) -> float:
-    """Sum over positions of KL(p ‖ q), p and q what the head makes of ``first`` and ``second [positions, d_model]``."""
-    total = 0.0
-    for ours, theirs in zip(first.split(_HEAD_ROWS), second.split(_HEAD_ROWS), strict=True):
-        p, q = (loaded.architecture.head(loaded.model, part).float().log_softmax(-1) for part in (ours, theirs))
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
-    return total
+def _sums(loaded: LoadedModel, hidden: Tensor, tokens: Tensor, unedited: Tensor | None) -> tuple[float, float]:
+    """Over positions, the sum of −log q of the ``tokens [positions]`` that follow, and that of KL(p ‖ q); 0 without p.
+
+    q and p are what the head makes of ``hidden`` and ``unedited [positions, d_model]``.
+    """
+    loss = divergence = 0.0
+    size = head_rows(loaded)
+    for first in range(0, len(hidden), size):
+        rows = slice(first, first + size)
+        q = _log_probabilities(loaded, hidden[rows])
+        loss -= float(q.gather(1, tokens[rows, None]).double().sum())
+        if unedited is not None:
+            p = _log_probabilities(loaded, unedited[rows])
+            divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return loss, divergence
+
+
+def _log_probabilities(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """Of the next token ``[positions, V]``, float32."""
+    return loaded.architecture.head(loaded.model, hidden).float().log_softmax(-1)

@@ -26,11 +26,14 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.models.configuration import positions
-from sphere_edit.models.forward import last_hidden, next_token_scores
+from sphere_edit.models.forward import next_token_scores
 from sphere_edit.models.generation import end_tokens, greedy_continuations
 from sphere_edit.models.loading import LoadedModel
-from sphere_edit.models.tokens import Predictions, TokenBatch, over_batches
-from sphere_edit.progress import Reporter
+from sphere_edit.models.prefix import SharedPrefix
+from sphere_edit.models.tokens import Predictions, over_batches
+from sphere_edit.progress import Quiet, Reporter
+
+_ANSWER_TOKENS = 4096  # in one batch of `score_answers`
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,14 @@ def score_facts(
     return [grouped(fact, map(score, several)) for fact, several in zip(facts, asked, strict=True)]
 
 
+def score_answers(loaded: LoadedModel, prompt: str, answers: Sequence[Answer]) -> list[float]:
+    """−log of the probability (nats) of each of some answers after a prompt, all its tokens together, by the model as it stands."""
+    asked = list(dict.fromkeys(answers))
+    encoder = Encoder(loaded.tokenizer)
+    scored = _answer_scores(loaded, [(prompt, answer) for answer in asked], _ANSWER_TOKENS, Quiet(), "answers")
+    return [scored[prompt, answer][0] * len(answer.after(prompt, encoder)[1]) for answer in answers]
+
+
 def with_other_form(
     loaded: LoadedModel, facts: Sequence[Fact], scores: Sequence[FactScores], max_tokens: int, reporter: Reporter
 ) -> list[FactScores]:
@@ -304,12 +315,15 @@ def _answer_scores(
     encoder = Encoder(loaded.tokenizer)
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
     hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
+    shared = SharedPrefix(loaded, list(hosts), min((len(before) - 1 for before, _ in coded), default=0))
     with reporter.bar(title, len(pairs), "answers") as advance, ranks.told(advance) as tell:
 
         def read(chunk: list[tuple[int, ...]]) -> Iterator[list[tuple[float, float]]]:
-            hidden = last_hidden(loaded, TokenBatch.of(chunk, loaded.device))
+            hidden, lead = shared.last_hidden(chunk), shared.length + 1
             guests = [(row, index) for row, host in enumerate(chunk) for index in hosts[host]]
-            answers = [(at, row, len(coded[index][0]) - 1, coded[index][1]) for at, (row, index) in enumerate(guests)]
+            answers = [
+                (at, row, len(coded[index][0]) - lead, coded[index][1]) for at, (row, index) in enumerate(guests)
+            ]
             where = Predictions.of(answers, len(guests), hidden.device)
             losses, likeliest = next_token_scores(loaded, hidden[where.rows, where.columns], where.tokens)
             sizes = [len(answer) for *_, answer in answers]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sphere_edit.errors import SphereEditError, refused_records
@@ -125,7 +126,9 @@ def _fact_set(
     limit: int | None,
     skip_bad: bool,
     zsre_target: ZsreTarget,
+    even_none: bool = False,
 ) -> FactSet:
+    """The facts of some records; with ``even_none``, a set without facts where none of them can be used."""
     facts: list[Fact] = []
     bad: list[str] = []
     protocols: dict[str, None] = {}
@@ -153,7 +156,7 @@ def _fact_set(
     if bad and not skip_bad:
         many = "one record" if len(bad) == 1 else f"{len(bad)} records"
         raise refused_records(f"{source}: {many} cannot be used (--skip-bad goes on without)", bad)
-    if not facts:
+    if not facts and not (bad and even_none):
         raise SphereEditError(f"{source}: no usable fact in it" + (f" ({len(bad)} bad records)" if bad else ""))
     if zsre_target == "alternative" and not alternative:
         raise SphereEditError(
@@ -161,6 +164,32 @@ def _fact_set(
             f"Its facts were read as {'; '.join(protocols)}"
         )
     return FactSet(facts, bad, "; ".join(protocols), source, _digest(facts), {} if source == "demo" else ignored)
+
+
+def read_pasted(text: str, name: str = "the text") -> FactSet:
+    """Facts from text that somebody pasted: a JSON list, objects a line, or CSV with a header; what cannot be used is in ``bad``.
+
+    Raises:
+        SphereEditError: there is no record in it, or it is none of these.
+    """
+    first = text.lstrip()[:1]
+    suffix = ".json" if first == "[" else ".jsonl" if first == "{" else ".csv"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"pasted{suffix}"
+        path.write_text(text, "utf-8", errors="surrogatepass")
+        return read_named(path, name)
+
+
+def read_named(path: Path, name: str) -> FactSet:
+    """Facts from a file that is called ``name`` where something is said of it; what cannot be used is in ``bad``, be it all.
+
+    Raises:
+        SphereEditError: it is no file of facts, or has no record.
+    """
+    try:
+        return _fact_set(name, enumerate(read_records(path, name), 1), None, True, "answer", even_none=True)
+    except SphereEditError as error:
+        raise SphereEditError(str(error).replace(str(path), name)) from None
 
 
 def _digest(facts: Iterable[Fact]) -> str:

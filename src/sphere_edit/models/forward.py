@@ -15,7 +15,8 @@ from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.sites import Keys, entering
 from sphere_edit.models.tokens import TokenBatch
 
-_HEAD_ROWS = 512  # positions whose logits exist at one time; changes memory, not results
+_HEAD_ROWS = 512  # positions whose logits exist at one time, at most; changes memory, not results
+_HEAD_NUMBERS = 2**25  # and fewer of a large vocabulary: so many logits, 128 MiB in float32
 
 
 @contextmanager
@@ -56,9 +57,18 @@ def activations(
 
 def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
     """Output of the last decoder layer, ``[B, S, d_model]``, before the final norm."""
-    _, hidden = activations(loaded, batch, output_of=loaded.architecture.last_layer(loaded.model))
-    assert hidden is not None
-    return hidden
+    return until_last(loaded, batch, use_cache=False)
+
+
+@torch.no_grad()
+def until_last(loaded: LoadedModel, batch: TokenBatch, **call: Any) -> Tensor:
+    """The same, with more arguments for the model; the mask covers what a cache holds too."""
+    with watched((), loaded.architecture.last_layer(loaded.model), (len(batch.ids), batch.ids.shape[1])) as (
+        _,
+        outputs,
+    ):
+        loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **call)
+    return outputs[0]
 
 
 class Graph:
@@ -109,12 +119,18 @@ class Graph:
         self.hidden = found[0]
 
 
+def head_rows(loaded: LoadedModel) -> int:
+    """Positions whose logits may exist at one time."""
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    return max(1, min(_HEAD_ROWS, _HEAD_NUMBERS // vocabulary))
+
+
 @torch.no_grad()
 def next_token_scores(loaded: LoadedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats, float32) of ``targets [M]`` and the likeliest token, from ``hidden [M, d_model]``."""
-    losses, likeliest = [], []
-    for start in range(0, len(hidden), _HEAD_ROWS):
-        logits = loaded.architecture.head(loaded.model, hidden[start : start + _HEAD_ROWS]).float()
-        losses.append(nn.functional.cross_entropy(logits, targets[start : start + _HEAD_ROWS], reduction="none"))
+    losses, likeliest, size = [], [], head_rows(loaded)
+    for start in range(0, len(hidden), size):
+        logits = loaded.architecture.head(loaded.model, hidden[start : start + size]).float()
+        losses.append(nn.functional.cross_entropy(logits, targets[start : start + size], reduction="none"))
         likeliest.append(logits.argmax(-1))
     return torch.cat(losses), torch.cat(likeliest)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import at, last_hidden, next_token_scores
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.pretrained import first_lines, is_out_of_memory
@@ -75,9 +76,10 @@ def generate(
     end: bool = False,
     **options: Any,
 ) -> list[list[int]]:
-    """Rows of token ids, all of one length, continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
+    """Rows of token ids continued by transformers' ``generate``: greedily unless ``options`` say otherwise.
 
-    The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends;
+    Shorter rows are padded on the left, so that all end together; they must be of one length where the model does not take that
+    (`pads_on_the_left`). The model's own generation settings (temperature, penalties, …) are left out, all but its end of text, at which a row ends;
     with ``end``, the token that ends it is kept (`until_end`). They are not touched, so that several threads can ask one model.
 
     Raises:
@@ -86,7 +88,8 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_tokens(loaded)
-    ids, sampled = torch.tensor(rows, device=loaded.device), bool(processors) or options.get("do_sample", False)
+    ids, mask = _ending_together(rows, loaded.device)
+    sampled = bool(processors) or options.get("do_sample", False)
     # transformers fills whatever a request leaves at None from the model's own settings, and some can only be None (a list of
     # forbidden words). So another view of the model, of the same layers and weights, is asked, whose own settings are none
     view = copy.copy(loaded.model)
@@ -95,13 +98,50 @@ def generate(
         loaded,
         view,
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         generation_config=GenerationConfig(max_new_tokens=new_tokens, **options),
         logits_processor=LogitsProcessorList([_finite, *processors] if sampled else processors),
     ).tolist()
-    given = len(rows[0])
-    found = [row[:given] + until_end(row[given:], ends) for row in said]
-    return found if end else [row[:-1] if len(row) > given and row[-1] in ends else row for row in found]
+    given = ids.shape[1]
+    added = [until_end(whole[given:], ends) for whole in said]
+    if not end:
+        added = [new[:-1] if new and new[-1] in ends else new for new in added]
+    return [[*row, *new] for row, new in zip(rows, added, strict=True)]
+
+
+def pads_on_the_left(loaded: LoadedModel, rows: Sequence[Sequence[int]], new_tokens: int) -> bool:
+    """Whether rows of several lengths can be continued together: the shortest gives the same scores beside the longest as alone.
+
+    Not where a model keeps more of a prefix than keys and values, or where rows with what is generated reach beyond a sliding window.
+    """
+    window = getattr(text_config(loaded.model), "sliding_window", None)
+    short, long = min(rows, key=len, default=()), max(rows, key=len, default=())
+    if loaded.architecture.whole_rows or (window is not None and len(long) + new_tokens > window):
+        return False
+    if len(short) == len(long):
+        return True
+    seen: list[Tensor] = []
+
+    def look(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(scores[0].float())
+        return scores
+
+    try:
+        for together in ([short, long], [short]):
+            generate(loaded, together, 1, [look])
+    except SphereEditError:  # padding alone may make infinite numbers
+        return False
+    beside, alone = seen
+    tolerance = 1e-3 if loaded.dtype in (torch.float32, torch.float64) else 5e-2
+    return float((beside - alone).norm() / alone.norm()) <= tolerance
+
+
+def _ending_together(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids ``[B, S]`` padded on the left, and their attention mask."""
+    missing = [max(map(len, rows)) - len(row) for row in rows]
+    ids = torch.tensor([[0] * count + list(row) for row, count in zip(rows, missing, strict=True)], device=device)
+    mask = torch.tensor([[0] * count + [1] * len(row) for row, count in zip(rows, missing, strict=True)], device=device)
+    return ids, mask
 
 
 def _finite(ids: Tensor, scores: Tensor) -> Tensor:

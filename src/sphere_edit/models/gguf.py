@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import mmap
-from functools import partial
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,25 +48,47 @@ def converted(folder: str, name: str) -> str:
 
     Reading GGUF takes transformers many times as long as reading the safetensors it makes of it.
     """
-    return ranks.once(partial(_converted, folder, name))
+    return ranks.once(functools.partial(_converted, folder, name))
 
 
 def _converted(folder: str, name: str) -> str:
     from transformers import __version__ as version
 
     with (Path(folder) / name).open("rb") as file:
-        _refuse_others(file.name, name)
         digest = hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     target = cache_dir() / "gguf" / f"{digest.hexdigest()[:32]}-transformers-{version}-both"
-    if not target.is_dir():
+    if target.is_dir():  # which a file that is refused never was
+        return str(target)
+    with _read_once():
+        _refuse_others(file.name, name)
         tokenizer, model = from_pretrained(name, folder, torch.float32, gguf=name)
         _restore_rope(model.config, Path(folder) / name)
-        model.config.__dict__.pop("_name_or_path", None)
-        with folder_in_place(target) as temporary, quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            spell_both(temporary)
+    model.config.__dict__.pop("_name_or_path", None)
+    with folder_in_place(target) as temporary, quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        spell_both(temporary)
     return str(target)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """What gguf makes of a file's header, and of a family's names, is made once.
+
+    transformers asks for the header four times, for the configuration, the tokenizer and the weights, and for the names once for each
+    of the model's modules; a vocabulary takes seconds to read.
+    """
+    import gguf
+
+    library: Any = gguf
+    kept = library.GGUFReader, library.get_tensor_name_map
+    read = functools.cache(library.GGUFReader)
+    library.GGUFReader = lambda path: read(os.path.realpath(path))
+    library.get_tensor_name_map = functools.cache(library.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        library.GGUFReader, library.get_tensor_name_map = kept
 
 
 def _refuse_others(path: str, name: str) -> None:

@@ -59,12 +59,16 @@ class Predictions:
         return cls(rows.to(device), columns.to(device), tokens.to(device), means.to(device))
 
 
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least)."""
+def batches_by_length(lengths: Sequence[int], max_tokens: int, rows: int | None = None) -> list[list[int]]:
+    """Indices sorted by length and cut so that no padded batch holds more than ``max_tokens`` (one row at least), or more ``rows``."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     batches: list[list[int]] = []
     for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+        if (
+            batches
+            and (len(batches[-1]) + 1) * lengths[index] <= max_tokens
+            and (rows is None or len(batches[-1]) < rows)
+        ):
             batches[-1].append(index)
         else:
             batches.append([index])

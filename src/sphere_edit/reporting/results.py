@@ -232,6 +232,12 @@ def _events(title: str, events: Sequence[stories.Event], of: str) -> Table:
     return table
 
 
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The words of a table alone: its headers, and its rows."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    return [str(column.header) for column in table.columns], [list(row) for row in zip(*columns, strict=True)]
+
+
 def trials_table(trials: Sequence[Mapping[str, Any]], title: str) -> Table:
     """What each setting came to in a calibration, the chosen one first; a trial as its summary says it."""
     by_name = {metric.name: metric for metric in catalogue.of_prompts()}

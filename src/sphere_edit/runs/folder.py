@@ -56,6 +56,9 @@ _JOURNAL = "journal.jsonl"
 _NOT_STARTED = "nothing has been decided for this run yet"
 
 
+Watcher = Callable[["RunFolder", Record], None]  # told of every line of a journal once it is committed; must not raise
+
+
 class RunFolder:
     """One run on disk. Open it to read; take the lock to write.
 
@@ -66,6 +69,7 @@ class RunFolder:
         self.path, self._config = path, config
         self.records, self._history = records, History.of(records)
         self._inputs: dict[str, str] = {}
+        self.watchers: list[Watcher] = []
         self.writable = False  # whether the lock is held
         self._lock = FileLock(str(path / ".lock"))
 
@@ -236,6 +240,8 @@ class RunFolder:
         record = ranks.once(partial(self._commit, record))
         self.records.append(record)
         self._history.take(record)
+        for watcher in self.watchers:
+            watcher(self, record)
 
     def _commit(self, record: Record) -> Record:
         record = record.model_copy(update={"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})

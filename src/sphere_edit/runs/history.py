@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,15 @@ from sphere_edit.runs.records import (
 
 class Inconsistent(SphereEditError):
     """A record that cannot follow those before it."""
+
+
+@dataclass(frozen=True)
+class GoneBack:
+    """What a rollback does: the batches it takes back, the facts it withdraws, and those that stand again by it (superseded or removed since)."""
+
+    batches: tuple[int, ...]
+    withdrawn: tuple[int, ...]
+    again: tuple[int, ...]
 
 
 @dataclass
@@ -92,13 +102,14 @@ class History:
 
     def state_of(self, index: int) -> str:
         """Where a fact that was accepted stands, in a word."""
-        if index in self.removed:
-            return "removed"
-        if index in self.superseded:
-            return "superseded"
-        if index in self.batch_of:
-            return "stands"
-        return "withdrawn" if index in self.withdrawn else "waiting"
+        return self.states[index]
+
+    @property
+    def states(self) -> list[str]:
+        """Where each fact that was accepted stands, in a word, by index."""
+        of = [(self.removed, "removed"), (self.superseded, "superseded"), (set(self.batch_of), "stands")]
+        of.append((self.withdrawn, "withdrawn"))
+        return [next((word for those, word in of if index in those), "waiting") for index in range(self.total)]
 
     @property
     def written_back(self) -> set[int]:
@@ -214,6 +225,13 @@ class History:
                 if last.setdefault(task, kind) == kind:
                     found.setdefault(task, {}).setdefault(ability.after, score)
         return {task: sorted(scores.items()) for task, scores in found.items()}
+
+    def back_to(self, batch: int) -> GoneBack:
+        """What a rollback to after a batch would do to the facts; nothing is changed here."""
+        then = copy(self)
+        then.take(Rollback(to=batch))
+        now, later = {*self.retained, *self.pending}, set(then.retained)
+        return GoneBack(tuple(range(batch + 1, self.head + 1)), tuple(sorted(now - later)), tuple(sorted(later - now)))
 
     def take(self, record: Record) -> None:
         """Fold in one more.

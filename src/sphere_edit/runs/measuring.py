@@ -39,7 +39,7 @@ from sphere_edit.runs.records import Ability, Evaluation, Unedited
 from sphere_edit.runs.trust import refuse_untrusted
 
 METRICS_SCHEMA = 2
-_SCORING = 4  # to be raised whenever the same model and facts would get other scores
+_SCORING = 5  # to be raised whenever the same model and facts would get other scores
 _AGES = 10  # classes of age that retention tells apart
 
 

@@ -34,6 +34,17 @@ class Proof:
     files: int = 0
     batches: int = 0
 
+    def sentence(self, path: Path, said: str) -> str:
+        """What came of it: that all is whole, with what else was compared; or the first fault, and how many more there are."""
+        if not self.faults:
+            return f"{path} is whole: {self.files} files as they were written; {said}"
+        more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
+        return f"{self.faults[0]}{more}"
+
+    def verdict(self, run: RunFolder) -> str:
+        """The same of a run."""
+        return self.sentence(run.path, f"{self.batches} of {run.history.head} batches rebuilt to their recorded hashes")
+
     def check(self, work: Callable[[], object]) -> bool:
         """Do something that raises what is wrong; whether nothing was."""
         try:

@@ -264,6 +264,42 @@ def superseded_by(facts: Sequence[Fact], new: Sequence[int], standing: Sequence[
     return [index for index in standing if facts[index].key in keys]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What there is to say of a fact before it is edited.
+
+    Attributes:
+        fault: why it cannot be edited, in a sentence; empty where it can.
+        supersedes: facts of the run that it would replace, by index.
+    """
+
+    fact: Fact
+    fault: str = ""
+    supersedes: tuple[int, ...] = ()
+
+
+def judge(session: Session, facts: Sequence[Fact], run: RunFolder | None = None) -> list[Judged]:
+    """Each of some facts by itself, as `admit` would take or refuse it; the facts' records must be numbered from 1.
+
+    Raises:
+        SphereEditError: a fact is about a chat, and the model has no chat template that can be used.
+    """
+    usable, unreadable = readable(session, in_forms(session, facts), skip_bad=True)
+    plan = plan_batches(usable, session.settings.batch_size, skip_bad=True)
+    faults = dict(numbered(sentence) for sentence in (*unreadable, *plan.bad))
+    known = [] if run is None else run.facts()
+    standing: dict[tuple[str, str], list[int]] = {}
+    for index in () if run is None else run.history.retained:
+        standing.setdefault(known[index].key, []).append(index)
+    return [Judged(fact, faults.get(fact.record, ""), tuple(standing.get(fact.key, ()))) for fact in facts]
+
+
+def numbered(sentence: str) -> tuple[int, str]:
+    """The number of the record that a sentence about a bad one begins with, and what it says of it."""
+    record, _, said = sentence.partition(": ")
+    return int(record.removeprefix("record ")), said
+
+
 def would_supersede(run: RunFolder, facts: Sequence[Fact]) -> int:
     """How many facts that stand in a run now these would replace."""
     known = run.facts()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from threading import Event
 
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.guard import stopped
@@ -33,11 +34,23 @@ _LIKELY = 0.5  # mean probability of an answer's tokens under its target alone, 
 _SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
 
 
+class Stopped(SphereEditError):
+    """Work ended between two batches, as somebody asked; what is left waits in the run."""
+
+
 class Stream:
     """A run at work: its model in memory, with the weights and the method's state of its last batch."""
 
-    def __init__(self, session: Session, evaluator: Evaluator, run: RunFolder, trust_run: bool = False):
+    def __init__(
+        self,
+        session: Session,
+        evaluator: Evaluator,
+        run: RunFolder,
+        trust_run: bool = False,
+        stopping: Event | None = None,
+    ):
         self.session, self.evaluator, self.run, self.reporter = session, evaluator, run, session.reporter
+        self.stopping = stopping or Event()  # set by another thread to have the work end after its batch
         evaluator.trusted = trust_run or is_own(run.config)
         if not evaluator.trusted:
             self.reporter.say(f"This run was begun elsewhere, on '{run.config.model.source}'")
@@ -66,10 +79,12 @@ class Stream:
                 self.committer.check_statistics()
             while run.history.pending:
                 self.evaluator.checkpoint(run)
+                self._unless_stopped()
                 self._edit_next(facts)
             if run.history.closing:
                 self._close(facts)
             self.committer.keep()
+            self._unless_stopped()
             self.evaluator.finish(run)
             if not run.history.finished:
                 run.append(Finished(after=run.history.head))
@@ -116,6 +131,7 @@ class Stream:
         steps = repair_steps(settings.repair or 0, history.unrepaired)
         if not steps:
             return
+        self._unless_stopped()
         self.reporter.say(f"Batch {history.head + 1}: repair, {steps} steps", "bold")
         retained = [facts[index] for index in history.retained]
         share = history.unrepaired / len(history.edited)
@@ -136,6 +152,7 @@ class Stream:
         """Write again what the final recheck found forgotten, in batches without new facts."""
         history = self.run.history
         while (waiting := history.forgotten) and history.guard is None:
+            self._unless_stopped()
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
             self.reporter.say(f"Batch {history.head + 1}: {len(rewritten)} of {len(asked)} facts asked, again", "bold")
@@ -187,6 +204,20 @@ class Stream:
             self.evaluator.refresh_metrics(run)
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _unless_stopped(self) -> None:
+        """End here, where somebody asked for that.
+
+        Raises:
+            Stopped: saying what is kept and what waits.
+        """
+        if self.stopping.is_set():
+            self.stopping.clear()
+            history = self.run.history
+            raise Stopped(
+                f"stopped after batch {history.head}, as asked; {len(history.pending)} facts wait. "
+                f"To go on: sphere-edit edit {self.run.path} --resume"
+            )
 
     def _due_before(self, batch: Sequence[int], replaced: Sequence[int]) -> list[int]:
         """The earlier facts that are rechecked before a batch: so many for each of its own, those asked longest ago first."""

@@ -1,0 +1,75 @@
+"""Rows that begin alike, such as prompts in one chat template: what they have in common is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.models.forward import last_hidden, until_last
+from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.tokens import TokenBatch
+
+_LEAST = 8  # tokens in common that are worth it
+_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+class SharedPrefix:
+    """Keys and values of what all rows begin with, and the last layer's output for what follows in each.
+
+    Attributes:
+        length: tokens in common; 0 where there are too few, or where this model does not go on from a prefix as it runs whole rows.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[int]], most: int):
+        """Find at most so many tokens that all ``rows`` of ids begin with, and run them; each row must have one more."""
+        self._loaded, self.length = loaded, 0
+        length = min(most, common_length(rows)) if len(rows) > 1 else 0
+        if length < _LEAST or loaded.architecture.whole_rows:
+            return
+        try:
+            self._layers = self._run(rows[0][:length])
+            self.length = length
+            self.length = length if self._fits(rows[0]) else 0
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError):
+            self.length = 0  # what this model keeps of a prefix is something else
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        batch = TokenBatch.of([ids], self._loaded.device)
+        until_last(self._loaded, batch, past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _fits(self, row: Sequence[int]) -> bool:
+        """Whether one row goes on from the prefix to what the whole row gives."""
+        batch = TokenBatch.of([row], self._loaded.device)
+        whole = last_hidden(self._loaded, batch)[:, self.length :].float()
+        found = self.last_hidden([row]).float()
+        tolerance = _TOLERANCES.get(self._loaded.dtype, 5e-2)
+        return found.shape == whole.shape and float((found - whole).norm() / whole.norm()) <= tolerance
+
+    @torch.no_grad()
+    def last_hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The last layer's output ``[B, S, d_model]`` behind the prefix, rows padded on the right; column 0 follows the prefix."""
+        if self.length == 0:
+            return last_hidden(self._loaded, TokenBatch.of(rows, self._loaded.device))
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        for number, parts in enumerate(self._layers):
+            cache.update(*(part.expand(len(rows), -1, -1, -1) for part in parts), number)
+        batch = TokenBatch.of([row[self.length :] for row in rows], self._loaded.device)
+        before = torch.ones(len(rows), self.length, dtype=batch.mask.dtype, device=batch.mask.device)
+        seen = TokenBatch(batch.ids, torch.cat([before, batch.mask], dim=1))
+        return until_last(self._loaded, seen, past_key_values=cache, use_cache=True)
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # of rows in order, these two differ soonest
+    return next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
