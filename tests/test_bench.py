@@ -230,7 +230,7 @@ def test_shipped_configs_are_valid_but_for_data_and_models_far_away(shared, tmp_
         assert len(cells) == len({cell.name for cell in cells}) >= 4
         assert all(len(cell.name) < 100 for cell in cells)
     assert sorted(path.name for path in CONFIGS.iterdir()) == [
-        "ablation-eta-alpha.yaml", "paper-llama3-8b.yaml", "paper-qwen2.5-7b.yaml", "quality-200.yaml",
+        "ablation-eta-alpha.yaml", "leads.yaml", "paper-llama3-8b.yaml", "paper-qwen2.5-7b.yaml", "quality-200.yaml",
         "quality.yaml", "smollm2-grid.yaml", "smollm2-zsre.yaml", "smollm2.yaml",
     ]  # fmt: skip
 

@@ -156,7 +156,7 @@ def _written(
 def wording_in(said: str, fact: Fact) -> str | None:
     """The wording in what a model said: its first line, without quotes and what ends a sentence, with ``{}`` for the subject; None if it has none.
 
-    It must name the subject once, say something else than the prompt, and not give an answer.
+    It must name the subject once and in one piece, not repeat the prompt, and not give an answer.
     """
     line = next((line for line in said.splitlines() if line.strip()), "")
     text = re.sub(r"[\s.…\"“”']+$", "", re.sub(r"^[\s\"“”']+", "", line))
@@ -164,6 +164,7 @@ def wording_in(said: str, fact: Fact) -> str | None:
     if len(places) != 1 or "{" in text.replace(fact.subject, ""):
         return None
     wording = text[: places[0]] + "{}" + text[places[0] + len(fact.subject) :]
-    answers = [answer for answer in (fact.target_new, fact.target_true) if answer]
-    told = any(folded(answer) in folded(wording) for answer in answers)
-    return None if told or folded(wording) == folded(fact.prompt) else wording
+    rest = folded(wording)
+    pieces = {piece for piece in folded(fact.subject).split() if len(piece) > 2} & set(re.findall(r"\w+", rest))
+    told = any(folded(answer) in rest for answer in (fact.target_new, fact.target_true) if answer)
+    return None if pieces or told or folded(fact.prompt) in rest else wording

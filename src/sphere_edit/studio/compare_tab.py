@@ -26,7 +26,15 @@ def compare_tab(room: Room, notice: Any) -> None:
     ask = gr.Button("Ask both", variant="primary", elem_id="ask")
     with gr.Row():
         sides = [
-            gr.HighlightedText(label=label, color_map=_COLOURS, min_width=280, elem_id=name, show_legend=False)
+            gr.HighlightedText(
+                label=label,
+                color_map=_COLOURS,
+                min_width=280,
+                elem_id=name,
+                show_legend=False,
+                show_inline_category=False,
+                combine_adjacent=True,
+            )
             for label, name in (("Unedited", "unedited"), ("Edited", "edited"))
         ]
     chances = gr.Dataframe(

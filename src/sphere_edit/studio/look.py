@@ -132,16 +132,17 @@ def drafted(desk: Desk, page: int = 1) -> Book:
 def previewed(desk: Desk) -> tuple[Grid, Grid]:
     """What the last preview found of prompts, and of ordinary text."""
     found = desk.previewed
-    headers = ["", "prompt", "should say", "said before", "says then", "probability before", "then", "holds"]
+    headers = ["", "prompt", "should say", "probability before", "then", "holds", "said before", "says then"]
     if found is None:
         return (headers, []), (["", "before", "then", "change"], [])
     rows = [
         [
             row.kind,
-            *map(cell, (row.prompt, row.right, row.said_before, row.said_after)),
+            *map(cell, (row.prompt, row.right)),
             percent(100 * row.before),
             percent(100 * row.after),
             yes(row.holds),
+            *map(cell, (row.said_before, row.said_after)),
         ]
         for row in found.rows[: 5 * PAGE]
     ]
@@ -180,16 +181,17 @@ def chances(found: Compared) -> Grid:
 
 def facts(desk: Desk, which: str = "current", batch: int | None = None, text: str = "", page: int = 1) -> Book:
     """The facts of the run, those that fail first."""
-    headers = ["fact", "prompt", "new answer", "said before", "says now", "batch", "state", catalogue.STRICT.label]
+    headers = ["fact", "prompt", "new answer", "says now", catalogue.STRICT.label, "state", "batch", "said before"]
     run = desk.run()
     found = [] if run is None else sought(desk.kept("ledger", lambda: ledger(run)), which, batch, text)
     rows = [
         [
             str(entry.index),
-            *map(cell, (entry.prompt, entry.answer, entry.before, entry.now)),
-            "–" if entry.batch is None else str(entry.batch),
-            entry.state + (", forgotten" if entry.forgotten else ""),
+            *map(cell, (entry.prompt, entry.answer, entry.now)),
             "–" if entry.strict is None else yes(entry.strict),
+            entry.state + (", forgotten" if entry.forgotten else ""),
+            "–" if entry.batch is None else str(entry.batch),
+            cell(entry.before),
         ]
         for entry in found
     ]

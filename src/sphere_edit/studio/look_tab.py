@@ -11,7 +11,7 @@ from sphere_edit.studio.room import Room, grid, whole
 from sphere_edit.studio.views_of import Refreshed
 
 _WHICH = ["current", "all", "failing", "forgotten", "stands", "superseded", "removed", "withdrawn", "waiting"]
-_FACTS = ["fact", "prompt", "new answer", "said before", "says now", "batch", "state", "strict"]
+_FACTS = ["fact", "prompt", "new answer", "says now", "strict", "state", "batch", "said before"]
 _EVENTS = ["time (UTC)", "batch", "what happened"]
 
 

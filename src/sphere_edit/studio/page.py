@@ -26,7 +26,10 @@ CSS = """
 .light { flex: 1 1 13rem; padding: .6rem .8rem; border-left: .4rem solid #808080; background: var(--block-background-fill); }
 .light.green { border-color: #009e73; } .light.amber { border-color: #e69f00; } .light.red { border-color: #d55e00; }
 .light b, .light small { display: block; } .light small { opacity: .8; } .light span + span { font-weight: 600; padding-left: .6rem; }
-.gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(72rem, 100vw) !important; width: 100%; margin: 0 auto !important; }
+.gradio-container .main, .gradio-container main, .gradio-container .wrap, .gradio-container main > .column,
+.gradio-container .tabs, .gradio-container .tabitem, .gradio-container .tabitem > .column,
+.gradio-container .tabitem .block { min-width: 0 !important; max-width: 100%; } /* wide tables scroll, the page does not */
 footer { display: none !important; }
 """
 

@@ -47,7 +47,7 @@ class Places:
         return self.home / name
 
     def inside(self, path: str | Path) -> Path:
-        """A path that lies in a chosen folder.
+        """A path that lies in a chosen folder, from here on if it lies below where the studio was started.
 
         Raises:
             SphereEditError: it lies elsewhere.
@@ -57,7 +57,8 @@ class Places:
         except (OSError, RuntimeError, ValueError):
             raise SphereEditError(f"'{short(str(path))}' is no path") from None
         if any(found.is_relative_to(folder) for folder in self.folders):
-            return found
+            here = Path.cwd()
+            return found.relative_to(here) if found.is_relative_to(here) else found
         folders = ", ".join(str(folder) for folder in self.folders)
         raise SphereEditError(
             f"'{short(str(path))}' lies outside the folders that this page may open ({folders}); start the studio with --folder DIR"
