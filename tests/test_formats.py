@@ -519,7 +519,7 @@ def test_methods_that_write_at_the_subject_refuse_facts_without_and_others_edit_
     editor = Editor.from_pretrained(model, tmp_path / "memit", method="memit", **quick)
     with pytest.raises(
         SphereEditError,
-        match=r"record 1: 'The river there is the' comes without a 'subject', and memit .*\(ft, ultraedit\)",
+        match=r"record 1: 'The river there is the' comes without a 'subject', and memit .*\(ft, locft, ultraedit\)",
     ):
         editor.edit(given)
     assert not (tmp_path / "memit").exists()

@@ -12,7 +12,7 @@ from mixtures import FEW, MIXTURES, TRANSPOSED, save_mixture, tiny_mixture
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader
 from sphere_edit.editing.losses import FromGradients, TargetGradients
 from sphere_edit.editing.methods.memit import Memit
-from sphere_edit.editing.moments import _Sums, second_moments
+from sphere_edit.editing.moments import _products, _Sums, second_moments
 from sphere_edit.editing.problem import LayerProblem, Statistics
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import TargetSettings
@@ -209,7 +209,8 @@ def test_sums_under_way_are_stored_with_the_tokens_that_reached_each_expert(tmp_
     name, sums = name_of(loaded), _Sums()
     batch = TokenBatch.of(rows(loaded), loaded.device)
     ((keys,), _) = activations(loaded, batch, [module_of(loaded.model, loaded.architecture, name)])
-    sums.add({name: keys}, batch.mask.bool())
+    real = batch.mask.bool()
+    sums.add({name: _products(keys, real)}, int(real.sum()))
     sums.windows += 1
     sums.write(tmp_path / "partial.safetensors")
     again = _Sums.read(tmp_path / "partial.safetensors", loaded.device)

@@ -16,6 +16,7 @@ from conftest import fact_records
 from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_tokenizer
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
+from sphere_edit.editing.answers import target_rows
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, context_token_keys
 from sphere_edit.editing.losses import FromGradients, TargetGradients, TargetLoss
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
@@ -163,7 +164,11 @@ def test_gradients_by_outputs_and_by_weights_are_those_of_the_loss(family):
         assert float((by_weight[name] * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-3)
     # the last edited matrix's input at the predicting positions is all through which it acts on the loss there
     keys, residual = gradients.layer(len(names) - 1)
-    assert keys.shape[1] == residual.shape[1] == sum(len(row.predictions.tokens) for _, row in loss._chunks)
+    assert (
+        keys.shape[1]
+        == residual.shape[1]
+        == sum(len(row.predictions.tokens) for _, row in target_rows(loaded, loss._coded, 64))
+    )
     assert float(residual.norm()) > 0
 
 

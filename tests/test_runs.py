@@ -395,8 +395,13 @@ def test_metrics_hold_what_the_model_says_before_and_after(model, tmp_path):
     before = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
     metrics = editor.edit(records)
     after = [editor.generate(record["prompt"].replace("{}", record["subject"]), 12) for record in records]
-    assert [fact["unedited"]["rewrite"]["said"] for fact in metrics["per_fact"]] == before
-    assert [fact["edited"]["rewrite"]["said"] for fact in metrics["per_fact"]] == after
+    for side, whole in (("unedited", before), ("edited", after)):
+        for fact, answer in zip(
+            metrics["per_fact"], whole, strict=True
+        ):  # shown as far as a verdict needs it; a cut may halve a character
+            said = fact[side]["rewrite"]["said"].rstrip("\ufffd")
+            assert len(said) > 3
+            assert answer.startswith(said)
 
 
 def _work(model: str, run: str) -> None:

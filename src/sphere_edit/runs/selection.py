@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sphere_edit.editing.ingredients import ContextTokens
 from sphere_edit.editing.methods import METHODS, Method
+from sphere_edit.editing.methods.unedited import Unedited
 from sphere_edit.editing.rewording import NEAR, reworded
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.chat import chat_frame, has_chat_template
@@ -159,7 +160,8 @@ def readable(
 def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float, edited: bool) -> None:
     if edited and session.method.needs.feed.at_subjects:
         if not fact.subject:
-            free = ", ".join(sorted(name for name, kind in METHODS.items() if not kind().needs.feed.at_subjects))
+            editing = {name: kind for name, kind in METHODS.items() if name != Unedited.name}
+            free = ", ".join(sorted(name for name, kind in editing.items() if not kind().needs.feed.at_subjects))
             raise SphereEditError(
                 f"'{short(fact.prompt)}' comes without a 'subject', and {session.method.name} writes at its last token; add it, or take a method "
                 f"that needs none ({free})"
