@@ -60,21 +60,24 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def typed(page: Page) -> None:
+    """A fact in the form."""
+    fill(page, "subject", "Taj Mahal")
+    fill(page, "prompt", "The {} is located in the city of")
+    fill(page, "answer", "Lisbon")
+
+
 def story(page: Page, camera: Camera) -> None:
     """Look at what was found of the model, preview a fact, ask both models, look at the facts, verify."""
     shown(page, "status", "done")
     page.get_by_text("What was found of the model").click()
     camera.picture("start")
     tab(page, "Edit")
-    fill(page, "subject", "Taj Mahal")
-    fill(page, "prompt", "The {} is located in the city of")
-    fill(page, "answer", "Lisbon")
+    typed(page)
     page.wait_for_function("document.querySelector('#says-now textarea').value.includes('Lisbon')")
     page.locator("#add").click()
     shown(page, "draft", "good")
-    fill(page, "subject", "Taj Mahal")
-    fill(page, "prompt", "The {} is located in the city of")
-    fill(page, "answer", "Lisbon")
+    typed(page)  # the form is empty again, and would be so in the picture
     page.locator("#preview").click()
     shown(page, "previewed", "Taj Mahal")
     camera.picture("edit")

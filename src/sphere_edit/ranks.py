@@ -27,9 +27,8 @@ from sphere_edit.errors import SphereEditError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-_PATIENCE = timedelta(
-    days=2
-)  # for what one rank does alone; that a rank has died is noticed at once, by its connection
+# for what one rank does alone; that a rank has died is noticed at once, by its connection
+_PATIENCE = timedelta(days=2)
 _WHY = "why-rank-{}-ended"
 
 
@@ -268,7 +267,9 @@ def _alone() -> Iterator[None]:
 def _portable(error: Exception) -> Exception:
     """The error itself, or its words where it cannot be sent."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(
+            pickle.dumps(error)
+        )  # made here, one line ago: some errors cannot be made again from what they send
     except Exception:
         return SphereEditError(f"{type(error).__name__}: {error}")
     return error
@@ -302,4 +303,8 @@ def _packed(value: Any) -> bytes:
 
 
 def _unpacked(data: bytes) -> Any:
+    """What `_packed` has sent. It comes from a process of this very run, by the group that torchrun made, and from nowhere else.
+
+    torch.distributed unpickles what these processes send one another anyway: who can write into the group has them already.
+    """
     return pickle.loads(data)

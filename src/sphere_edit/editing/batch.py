@@ -241,10 +241,11 @@ class Solver:
     def _find_directions(self, clock: Clock) -> None:
         """SPHERE's directions for all matrices, side by side, where they are asked for within the layer loop."""
         if self._per_layer is not None:
-            ranks.dealt(self.weights.names, lambda name: self._kept_directions(name))
+            ranks.dealt(self.weights.names, self._keep_directions)
             clock.lap("sphere")
 
-    def _kept_directions(self, name: str) -> None:
+    def _keep_directions(self, name: str) -> None:
+        """Nothing is handed on: the rank that finds a matrix's directions solves that matrix too."""
         self.directions(name, self.weights.working[name])
 
     def _solved(

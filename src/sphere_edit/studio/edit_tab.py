@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.studio.room import Room, good, grid
 from sphere_edit.studio.views_of import Refreshed
+
+if TYPE_CHECKING:
+    from sphere_edit.facts.readers import FactSet
 
 _PASTED = 2_000_000  # characters
 _ROWS = ["row", "subject", "prompt", "new answer", "what stands against it"]
@@ -80,23 +83,27 @@ def _form(room: Room, notice: Any) -> None:
     )
 
     def added(subject: str, prompt: str, answer: str, paraphrases: str, neighbours: str) -> list[Any]:
-        from sphere_edit.facts.readers import facts_from
-
-        record: dict[str, Any] = {"prompt": prompt, "target_new": answer}
-        record |= {"subject": subject} if subject.strip() else {}
-        more = {"paraphrases": paraphrases, "neighbors": neighbours}
-        record |= {
-            name: lines for name, text in more.items() if (lines := [one for one in text.split("\n") if one.strip()])
-        }
-        try:
-            given = facts_from([record])
-        except SphereEditError as error:
-            raise SphereEditError(str(error).split("record 1: ")[-1]) from None
-        room.desk.add(given)
+        room.desk.add(_typed(subject, prompt, answer, paraphrases, neighbours))
         return ["", "", "", "", ""]
 
     every = [*fields, paraphrases, neighbours]
     add.click(room.tell(added, 5), every, [notice, *every], api_visibility="private")
+
+
+def _typed(subject: str, prompt: str, answer: str, paraphrases: str, neighbours: str) -> FactSet:
+    """What was typed, as a file with one record is read."""
+    from sphere_edit.facts.readers import facts_from
+
+    record: dict[str, Any] = {"prompt": prompt, "target_new": answer}
+    record |= {"subject": subject} if subject.strip() else {}
+    more = {"paraphrases": paraphrases, "neighbors": neighbours}
+    record |= {
+        name: lines for name, text in more.items() if (lines := [one for one in text.split("\n") if one.strip()])
+    }
+    try:
+        return facts_from([record])
+    except SphereEditError as error:
+        raise SphereEditError(str(error).split("record 1: ")[-1]) from None
 
 
 def _filled(subject: str, prompt: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 from rich.console import Group
@@ -17,7 +17,7 @@ from sphere_edit.facts.fact import short
 from sphere_edit.inspection import tables as inspection_tables
 from sphere_edit.progress import duration
 from sphere_edit.reporting import plots, views
-from sphere_edit.reporting.ledger import ledger, sought
+from sphere_edit.reporting.ledger import Entry, ledger, sought
 from sphere_edit.reporting.lights import lights
 from sphere_edit.reporting.results import cells, draw
 from sphere_edit.reporting.series import Series
@@ -26,10 +26,11 @@ from sphere_edit.reporting.words import one_line, percent, yes
 from sphere_edit.runs.removal import chosen, named, with_superseded
 from sphere_edit.runs.summary import MetricsContent
 from sphere_edit.studio.desk import Desk
-from sphere_edit.studio.draft import said_of
+from sphere_edit.studio.draft import Row, said_of
 from sphere_edit.text import html, visible
 
 Grid = tuple[list[str], list[list[str]]]  # headers and rows
+_Item = TypeVar("_Item")
 
 PAGE = 100  # facts shown at once
 _CELL = 300  # characters of a cell
@@ -51,11 +52,12 @@ class Book:
     words: str
 
 
-def _book(headers: list[str], rows: list[list[str]], page: int, what: str) -> Book:
-    pages = max(1, -(-len(rows) // PAGE))
+def _book(headers: list[str], items: Sequence[_Item], row: Callable[[_Item], list[str]], page: int, what: str) -> Book:
+    """A page of some items; only what stands on it is made into rows."""
+    pages = max(1, -(-len(items) // PAGE))
     page = min(max(1, page), pages)
-    shown = rows[PAGE * (page - 1) : PAGE * page]
-    return Book((headers, shown), page, pages, f"{len(rows):,} {what}; page {page} of {pages}")
+    shown = [row(item) for item in items[PAGE * (page - 1) : PAGE * page]]
+    return Book((headers, shown), page, pages, f"{len(items):,} {what}; page {page} of {pages}")
 
 
 # --- where everything stands --------------------------------------------------------------------------------------
@@ -118,15 +120,16 @@ def drafted(desk: Desk, page: int = 1) -> Book:
     """The facts to be edited next, each with what stands against it."""
     run = desk.run()
     known = [] if run is None else run.facts()
-    rows = []
-    for number, row in enumerate(desk.draft.rows, 1):
+
+    def shown(numbered: tuple[int, Row]) -> list[str]:
+        number, row = numbered
         fact = row.fact
         words = (row.source, "", "") if fact is None else (fact.subject, fact.prompt, fact.target_new.strip())
-        rows.append([str(number), *map(cell, words), cell(said_of(row, known))])
+        return [str(number), *map(cell, words), cell(said_of(row, known))]
+
     faults = sum(not row.usable for row in desk.draft.rows)
-    return _book(
-        ["row", "subject", "prompt", "new answer", "what stands against it"], rows, page, f"facts, {faults} with faults"
-    )
+    headers = ["row", "subject", "prompt", "new answer", "what stands against it"]
+    return _book(headers, list(enumerate(desk.draft.rows, 1)), shown, page, f"facts, {faults} with faults")
 
 
 def previewed(desk: Desk) -> tuple[Grid, Grid]:
@@ -184,18 +187,18 @@ def facts(desk: Desk, which: str = "current", batch: int | None = None, text: st
     headers = ["fact", "prompt", "new answer", "says now", catalogue.STRICT.label, "state", "batch", "said before"]
     run = desk.run()
     found = [] if run is None else sought(desk.kept("ledger", lambda: ledger(run)), which, batch, text)
-    rows = [
-        [
-            str(entry.index),
-            *map(cell, (entry.prompt, entry.answer, entry.now)),
-            "–" if entry.strict is None else yes(entry.strict),
-            entry.state + (", forgotten" if entry.forgotten else ""),
-            "–" if entry.batch is None else str(entry.batch),
-            cell(entry.before),
-        ]
-        for entry in found
+    return _book(headers, found, _fact, page, "facts")
+
+
+def _fact(entry: Entry) -> list[str]:
+    return [
+        str(entry.index),
+        *map(cell, (entry.prompt, entry.answer, entry.now)),
+        "–" if entry.strict is None else yes(entry.strict),
+        entry.state + (", forgotten" if entry.forgotten else ""),
+        "–" if entry.batch is None else str(entry.batch),
+        cell(entry.before),
     ]
-    return _book(headers, rows, page, "facts")
 
 
 def story(desk: Desk, fact: int) -> list[tuple[str, Grid]]:
