@@ -192,7 +192,8 @@ def second_moments(
         partial: a file that keeps the sums every few minutes, and is gone on from if it is there.
     """
     modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
-    sums = _Sums.read(partial, loaded.device) if partial is not None and is_whole(partial) else _Sums()
+    home = loaded.device if loaded.placement is None else torch.device("cpu")
+    sums = _Sums.read(partial, home) if partial is not None and is_whole(partial) else _Sums(home)
     total = sum(map(len, passages))
     stored = time.monotonic()
     windows = _windows(passages, _WINDOW_BATCHES * max_tokens)
@@ -247,6 +248,7 @@ class _Since:
 class _Sums:
     """``Σ k kᵀ`` by matrix (float64) in two halves, the tokens in each, and how many windows went in."""
 
+    home: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the sums lie
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     windows: int = 0
@@ -257,10 +259,10 @@ class _Sums:
         turn = self.windows % 2
         half = self.halves[turn]
         for name, (single, reached) in products.items():
-            product = single.double()
+            product = single.to(self.home, torch.float64)
             half[name] = product if name not in half else half[name].add_(product)
             if reached is not None:
-                self.routed[name] = reached + self.routed.get(name, 0)
+                self.routed[name] = reached.to(self.home) + self.routed.get(name, 0)
         self.tokens[turn] += tokens
 
     def moment(self, name: str) -> Tensor:
@@ -305,7 +307,7 @@ class _Sums:
         """What `write` stored."""
         tensors = read_tensors(path)
         windows, *tokens = tensors.pop("counts").tolist()
-        sums = cls(tokens=tokens, windows=windows)
+        sums = cls(device, tokens=tokens, windows=windows)
         for key, value in tensors.items():
             turn, name = key.split("/", 1)
             (sums.routed if turn == "routed" else sums.halves[int(turn)])[name] = value.to(device)
@@ -319,6 +321,7 @@ _Products = tuple[
 
 def _products(keys: Keys, real: Tensor) -> _Products:
     """Of the keys at the ``real`` tokens ``[B, S]`` of a batch."""
+    real = real.to(keys.device)
     if isinstance(keys, JointKeys):
         return _of_experts(keys, real)
     rows = keys[real].float()

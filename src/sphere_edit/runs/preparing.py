@@ -20,7 +20,6 @@ from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import readable_passages
 from sphere_edit.editing.settings import make_settings, placed
-from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import read_facts
@@ -127,7 +126,7 @@ def session_of(
 def committer_of(session: Session, run: RunFolder) -> Committer:
     """What writes the run's batches, with the weights and the state of its last one in memory."""
     run.check_inputs()
-    statistics = load_statistics(run.path / "statistics", session.weights.names, session.loaded.device)
+    statistics = session.statistics(run.path / "statistics")
     _check_shapes(session, statistics, run.path / "statistics")
     source = session.make_source(run.config.templates, session.settings.targets, statistics)
     committer = Committer(run, session.make_solver(source, statistics), session.settings.guard)
