@@ -14,7 +14,7 @@ from sphere_edit.editing.batch import Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.ingredients import Planned, SecondMoment, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
-from sphere_edit.editing.moments import ready_text, sample_text
+from sphere_edit.editing.moments import HELDOUT_PASSAGES, MomentSettings, heldout_tokens, ready_text, sample_text
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Report, Source
@@ -110,9 +110,16 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         timed = Trial(next(iter(source.values())) / len(trial), reading, tokens, len(read_facts("demo").facts))
         for row in session.ingredients:
             seconds.update(row.seconds(timed))
-    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
-    seconds["perplexity"] = evaluations * heldout * reading
+    seconds["perplexity"] = evaluations * _heldout_tokens(moments, len(facts)) * reading
     return Estimate(seconds, memory_of(session), _disk(session, facts))
+
+
+def _heldout_tokens(moments: MomentSettings, facts: int) -> float:
+    """Of the text that perplexity is measured on, about."""
+    if moments.heldout is not None and moments.corpus is not None:
+        return moments.heldout * _PASSAGE_TOKENS
+    kept = moments.sampled_tokens / 8 if moments.corpus is None else HELDOUT_PASSAGES * _PASSAGE_TOKENS
+    return kept if moments.heldout is not None else min(kept, heldout_tokens(facts))
 
 
 def _timed_batch(session: Session) -> float:
