@@ -78,7 +78,7 @@ def test_an_interrupted_run_is_resumed(folder):
         (FINISHED, {"resume": True, "facts": None, "dry_run": True}, "--dry-run tells about facts to come"),
         (FINISHED, {"model": "owner/model", "facts": "b.json", "resume": True}, "has the facts of .*, not those of b.json"),
         (FINISHED, {"model": "owner/other", "facts": "facts.json", "resume": True}, "edits 'owner/model', not 'owner/other'"),
-        (FINISHED, {"settings": [{"seed": 4}, {"device": "cpu"}]}, "these would change: seed, device"),
+        (FINISHED, {"settings": [{"seed": 4}, {"device": "cpu"}]}, "these would change: seed. Start"),
         ([FACTS], {}, "was interrupted with 2 facts waiting"),
         ([FACTS], {"dry_run": True}, "was interrupted with 2 facts waiting"),
     ],

@@ -18,6 +18,7 @@ from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import FactSet, facts_from
 from sphere_edit.models.generation import generate
 from sphere_edit.models.loading import LoadedModel
+from sphere_edit.models.placement import DeviceMap, Memory
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter, RichReporter
 from sphere_edit.runs.folder import RunFolder, Watcher
@@ -93,6 +94,8 @@ class Editor:
         model: str | Path | None = None,
         trust_run: bool = False,
         only_to_read: bool = False,
+        device_map: DeviceMap | None = None,
+        max_memory: Memory | None = None,
     ) -> Editor:
         """Load the model of a run as it stands after its last batch; unfinished work waits for `resume`.
 
@@ -101,6 +104,7 @@ class Editor:
             model: where the original model is now, if it has moved; its weights must be the same.
             trust_run: use what a run that was begun elsewhere names outside its folder (tasks, references).
             only_to_read: to evaluate, generate or export; the folder need not be writable then.
+            device_map, max_memory: spread the model so, in place of the run's device or map (`Settings`).
 
         Raises:
             SphereEditError: no run there, another process is at work in it, or its model is not what it was.
@@ -108,7 +112,8 @@ class Editor:
         folder = RunFolder.open(run)
         folder.lock(only_to_read)
         try:
-            session = session_of(folder, reporter or RichReporter(), device, trust_remote_code, model)
+            places = {"device": device, "device_map": device_map, "max_memory": max_memory}
+            session = session_of(folder, reporter or RichReporter(), places, trust_remote_code, model)
             editor = cls(session, folder.path)
             editor._attach(folder, trust_run)
         except BaseException:

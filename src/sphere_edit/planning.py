@@ -19,6 +19,7 @@ from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.evaluation.generation import with_answers
+from sphere_edit.evaluation.natural import with_lines
 from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
@@ -96,6 +97,11 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         chat = settings.evaluation.generation == "chat"
         answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
         seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
+    if settings.evaluation.natural:
+        scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
+        tokens, chat = settings.evaluation.natural, settings.evaluation.generation == "chat"
+        going_on = partial(with_lines, loaded, trial, scores, tokens, chat, settings.tokens_per_batch, Quiet())
+        seconds["whole answers"] = (share * 2 + known / len(trial)) * _timed(going_on)
     if moments.corpus is None and run is None and ready_text(loaded, moments.sampled_tokens, settings.seed) is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling

@@ -18,6 +18,7 @@ from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
 from sphere_edit.cli.inspect import inspect
+from sphere_edit.cli.judge import judge
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
@@ -83,6 +84,7 @@ for _command in (
     methods,
     evaluate,
     ability,
+    judge,
     chat,
     show,
     history,

@@ -43,6 +43,7 @@ from sphere_edit.cli.options import (
     Device,
     Forms,
     Limit,
+    MaxMemory,
     ModelDtype,
     Service,
     SkipBad,
@@ -50,6 +51,7 @@ from sphere_edit.cli.options import (
     Target,
     TrustRemoteCode,
     TrustRun,
+    WhichMap,
     ZsreTarget,
 )
 from sphere_edit.cli.screen import out, reporter, say_bad
@@ -81,6 +83,8 @@ def edit(
     matrices: WhichMatrices = None,
     corpus: Corpus = None,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     dtype: ModelDtype = None,
     seed: Seed = None,
     limit: Limit = None,
@@ -101,7 +105,7 @@ def edit(
 ) -> None:
     """Edit MODEL with FACTS into a new run folder; or continue a finished RUN with more FACTS."""
     said = locals()  # every option by its name
-    from sphere_edit.editing.settings import read_settings_file
+    from sphere_edit.editing.settings import PLACES, read_settings_file
     from sphere_edit.facts.readers import read_facts
     from sphere_edit.runs.admission import Act, admit
 
@@ -119,7 +123,9 @@ def edit(
     else:
         from sphere_edit.editor import Editor
 
-        editor = Editor.open(decision.folder, reporter(), device, trust_remote_code, trust_run=trust_run)
+        places = {name: value for part in over for name, value in part.items() if name in PLACES}
+        options = {**places, "trust_remote_code": trust_remote_code, "trust_run": trust_run}
+        editor = Editor.open(decision.folder, reporter(), **options)
     with _telling(editor, tracker):
         _work(editor, more, decision.act is Act.START, skip_bad, skip_known, dry_run)
 

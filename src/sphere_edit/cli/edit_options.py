@@ -74,7 +74,7 @@ _SETS = {
         name: (name,)
         for name in (
             "method", "batch_size", "chat", "forms", "system", "rewordings", "layers", "matrices", "device", "dtype",
-            "seed", "guard",
+            "seed", "guard", "device_map", "max_memory",
         )
     },
 }  # fmt: skip
@@ -83,14 +83,16 @@ _SETS = {
 def settings_of(said: Mapping[str, Any]) -> dict[str, Any]:
     """What was said on the command line, by the options' names, as settings; the rest is left to their own defaults."""
     from sphere_edit.editing.settings import read_layers
+    from sphere_edit.models.placement import read_map, read_memory
 
+    read = {"layers": read_layers, "device_map": read_map, "max_memory": read_memory}
     settings: dict[str, Any] = {}
     for option, (*groups, name) in _SETS.items():
         value = said[option]
         if value is None:
             continue
-        if option == "layers":
-            value = read_layers(value)
+        if option in read:
+            value = read[option](value)
         elif option == "forms":
             value = [form.strip() for form in value.split(",")]
         place = settings

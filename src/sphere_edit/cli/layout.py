@@ -79,7 +79,7 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
     table = make_table("Settings", "", " ", left=("", " "), head=False)
     unknown = "found by calibration first" if editor.session.would_calibrate else "none: the method's defaults"
     rows = {
-        "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.device})",
+        "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.where})",
         "facts": f"{len(planned)} in batches of {settings.batch_size}",
         "preset": editor.session.preset or unknown,
         "method": ": ".join(filter(None, (settings.method, _flow(editor.session.method)))),

@@ -69,6 +69,17 @@ Corpus = Annotated[
     typer.Option(help="Text for the second moments: .txt, .jsonl or a hub data set. \\[default: the model's own]"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … \\[default: what is there]")]
+WhichMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread a model larger than the device: auto, balanced, sequential, or a JSON or YAML file with each module's place.",
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="With a map that is found, bytes of weights at each place: '0=20GB,cpu=60GB,disk'."),
+]
 ModelDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Numbers the model computes with. \\[default: its own]")
 ]

@@ -46,7 +46,7 @@ def tune(
     start = make_settings(read_settings_file(config) if config else {}, options)
     check_tunable(start)
     calibration = read_facts(facts)
-    loaded = load_model(model, start.device, start.dtype, trust_remote_code, reporter())
+    loaded = load_model(model, start.device, start.dtype, trust_remote_code, reporter(), start.placement())
     trials = find(loaded, start, reporter(), calibration.facts)
     out.print(trials_table([trial.summary for trial in trials], start.method))
     if trials[0].score == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,11 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, Form, chosen_forms, short
 from sphere_edit.files import yaml_value
 from sphere_edit.models.architecture import EXPERTS, WRITERS, Architecture
+from sphere_edit.models.placement import Placement
 from sphere_edit.numerics.projection import Sphere
 
 Matrix = tuple[int, str]  # layer and role
+PLACES = ("device", "device_map", "max_memory")  # the settings that may be others when a run goes on
 
 
 class SphereSettings(BaseModel):
@@ -56,6 +58,12 @@ class EvaluationSettings(BaseModel):
     )
     generation: Literal["plain", "chat", "off"] = Field(
         "plain", description="at the end, what the model says after each prompt: as it is, or as a message in a chat"
+    )
+    natural: int = Field(
+        0,
+        ge=0,
+        description="at the end, let the model go on for up to so many tokens after each prompt that an edit is to change, until it stops by "
+        "itself: exact match and ROUGE-L of the whole line",
     )
     retrieval: int = Field(
         0,
@@ -137,6 +145,15 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampled templates and text")
     dtype: str = Field("auto", description="float32, bfloat16, float16, or the checkpoint's own")
     device: str = Field("auto", description="a PyTorch device, or the one that is there")
+    device_map: str | dict[str, int | str] | None = Field(
+        None,
+        description="for a model larger than the device: auto, balanced, balanced_low_0 or sequential, or the place of each module by its "
+        "name (an accelerator's number, cpu or disk)",
+    )
+    max_memory: dict[str, int | str | None] | None = Field(
+        None,
+        description="for a map that is found: bytes of weights at each place, {cpu: 8GB, disk: null}; a place that is not named gets none",
+    )
 
     @model_validator(mode="after")
     def _one_choice_of_forms(self) -> Settings:
@@ -145,6 +162,24 @@ class Settings(BaseModel):
         except BadRecord as error:
             raise ValueError(str(error)) from None
         return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Settings:
+        try:
+            self.placement()
+        except SphereEditError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def placement(self) -> Placement | None:
+        """How the model is spread; None where it lies whole on its device."""
+        if self.device_map is None:
+            if self.max_memory is not None:
+                raise SphereEditError("max_memory is for a device map; add device_map: auto")
+            return None
+        if self.device != "auto":
+            raise SphereEditError("a device map says which devices; leave the device out")
+        return Placement(self.device_map, self.max_memory).checked()
 
     def default_forms(self) -> tuple[Form, ...]:
         """The forms that facts are edited in which do not say; none where nothing was set."""
@@ -314,6 +349,21 @@ def make_settings(*layers: dict[str, Any]) -> Settings:
         raise SphereEditError(first_error("settings", error)) from None
     settings.diagnostic_sphere()
     return settings
+
+
+def placed(settings: Settings, places: Mapping[str, Any]) -> Settings:
+    """The same settings for a model in another place: on a device, or spread by a map; what is None was not said.
+
+    Raises:
+        SphereEditError: these do not go together.
+    """
+    said = {name: value for name, value in places.items() if value is not None}
+    if not said:
+        return settings
+    kept = {name: value for name, value in settings.model_dump(exclude_unset=True).items() if name not in PLACES}
+    if set(said) == {"max_memory"} and settings.device_map is not None:
+        said["device_map"] = settings.device_map
+    return make_settings(kept, said)
 
 
 def with_preset(given: Settings, config: Any, fingerprint: str) -> tuple[Settings, str | None]:

@@ -25,7 +25,8 @@ from sphere_edit.exports.manifest import Manifest
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.files import plain_errors
 from sphere_edit.models.gguf import embedded_model_file
-from sphere_edit.models.loading import EMBEDDED, load_model
+from sphere_edit.models.loading import EMBEDDED, load_beside
+from sphere_edit.models.offload import fetched
 from sphere_edit.models.source import refuse_pointer
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.runs.weights import RunWeights
@@ -105,7 +106,7 @@ def write_gguf(shipment: Shipment, folder: Path, base: Path, gauge: Gauge | None
         )
         if gauge is None:
             return Note("gguf", text)
-        measured = gauge.measure(load_model(written / file, str(shipment.loaded.device)), "the GGUF file")
+        measured = gauge.measure(load_beside(written / file, shipment.loaded), "the GGUF file")
         return Note("gguf", text, {"this file, loaded as float32": measured})
 
     with shipment.folder(folder, manifest, note) as temporary:
@@ -187,8 +188,8 @@ def _names(reader: Any, base: Path) -> Any:
 def _check_embedding(reader: Any, shipment: Shipment, base: Path) -> None:
     """The token embeddings too must be the model's: another model of the family can have much the same matrices."""
     tensor = next((one for one in reader.tensors if one.name == "token_embd.weight"), None)
-    embedding = shipment.loaded.model.get_input_embeddings().weight
     if tensor is not None:
+        embedding = fetched(shipment.loaded.model.get_input_embeddings(), "weight")
         _compare(tensor, embedding.detach()[: int(tensor.shape[-1])], base, "the token embedding")
 
 

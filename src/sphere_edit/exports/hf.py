@@ -14,7 +14,7 @@ from sphere_edit.exports.manifest import Manifest
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.models.checkpoint import Checkpoint
 from sphere_edit.models.configuration import CAUSAL, loader_of
-from sphere_edit.models.loading import load_model
+from sphere_edit.models.loading import load_beside
 from sphere_edit.models.replica import Replica
 from sphere_edit.models.source import read_config
 from sphere_edit.runs.weights import RunWeights
@@ -43,9 +43,7 @@ def write_hf(
     def note(written: Path) -> Note:
         if gauge is None:
             return Note()
-        return Note(
-            measured={"this folder": gauge.measure(load_model(written, str(shipment.loaded.device)), "the export")}
-        )
+        return Note(measured={"this folder": gauge.measure(load_beside(written, shipment.loaded), "the export")})
 
     with shipment.folder(folder, manifest, note, replica.companions) as temporary:
         replica.write(temporary)

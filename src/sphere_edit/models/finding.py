@@ -21,6 +21,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import EXPERTS, Architecture, LayerParts, Matrix, logit_cap
 from sphere_edit.models.hooks import Call, first_output, hidden_first
 from sphere_edit.models.norms import Norm
+from sphere_edit.models.offload import hold, home, shared_maps
 
 _LARGEST_COPY = 4 << 30  # bytes of a float32 copy of one layer; a larger one is looked at in its own numbers
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -86,7 +87,7 @@ class _Trace:
         head = model.get_output_embeddings()
         if head is None or getattr(head, "weight", None) is None:
             raise NotFound("it has no output embedding, so it does not predict tokens")
-        row = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
+        row = torch.tensor([list(ids)], device=home(model.get_input_embeddings()))
         trace = cls(model, row, {module: name for name, module in model.named_modules()})
 
         def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -246,7 +247,10 @@ class _Layer:
         self.width = width
         size = 4 * sum(parameter.numel() for parameter in layer.parameters())
         self.dtype = torch.float32 if size <= _LARGEST_COPY and output.dtype != torch.float64 else output.dtype
-        self.layer = layer if self.dtype == output.dtype else copy.deepcopy(layer).to(self.dtype)
+        fetched = any(parameter.is_meta for parameter in layer.parameters())
+        same = self.dtype == output.dtype and not fetched
+        self.layer = layer if same else copy.deepcopy(layer, shared_maps(layer)).to(self.dtype)
+        hold(self.layer)
         self.args, self.kwargs = _cast(call, self.dtype)
         self.tolerance = _TOLERANCES.get(self.dtype, 1e-3)
         self.names = {module: name for name, module in self.layer.named_modules()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphere_edit.models.offload import Stored
+
 # case, spaces, digits, accents and other scripts: what tokenizers differ in
 _SHOWING = " Ada's 1,234 cafés\n\tin  TOKYO (東京) — don’t! ﬁ 🙂"
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    _hash_into(digest, model.state_dict())
+    digest, stored = hashlib.sha256(), Stored(model)
+    _hash_into(digest, stored, stored)
     return digest.hexdigest()
 
 
 def fingerprints(model: Any, path: str, layers: Sequence[int]) -> dict[int, str]:
     """For each of ``layers``, a SHA-256 over the weights outside the layers (which are at ``path``) and those of the layers up to it."""
     prefix = f"{path}."
-    outside: dict[str, torch.Tensor] = {}
-    inside: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict().items():
+    stored = Stored(model)
+    outside: list[str] = []
+    inside: dict[int, list[str]] = {}
+    for name in stored:
         if name.startswith(prefix):
-            inside.setdefault(int(name[len(prefix) :].split(".")[0]), {})[name] = tensor
+            inside.setdefault(int(name[len(prefix) :].split(".")[0]), []).append(name)
         else:
-            outside[name] = tensor
+            outside.append(name)
     digest = hashlib.sha256(repr(sorted(config_values(model).items())).encode())
-    _hash_into(digest, outside)
+    _hash_into(digest, stored, outside)
     found = {}
     for layer in range(max(layers) + 1):
-        _hash_into(digest, inside[layer])
+        _hash_into(digest, stored, inside[layer])
         if layer in layers:
             found[layer] = digest.hexdigest()
     return found
@@ -105,8 +108,9 @@ def device_name(device: torch.device) -> str:
     return str(device) if named is None else str(named(device))
 
 
-def _hash_into(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _hash_into(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+    for name in names:
+        tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
 

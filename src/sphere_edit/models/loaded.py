@@ -8,17 +8,20 @@ from typing import Any
 import torch
 
 from sphere_edit.models.architecture import Architecture
+from sphere_edit.models.offload import home
+from sphere_edit.models.placement import Placement, spoken
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to be edited: evaluation mode, no gradients on its weights, on one device."""
+    """A model ready to be edited: evaluation mode, no gradients on its weights, on one device or spread over several."""
 
     model: Any
     tokenizer: Any
     architecture: Architecture
     source: str
     fingerprint: str
+    placement: Placement | None = None  # how it was spread; None where it lies whole on one device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -26,6 +29,12 @@ class LoadedModel:
         return next(self.model.parameters()).dtype
 
     @property
+    def where(self) -> str:
+        """Its device, or how many of its parts are where."""
+        places = getattr(self.model, "hf_device_map", None)
+        return str(self.device) if self.placement is None or places is None else spoken(places)
+
+    @property
     def device(self) -> torch.device:
-        """Where the model's first parameter lives."""
-        return next(self.model.parameters()).device
+        """Where token ids go: where the model's embedding computes. Each layer has hidden states where its own weights are."""
+        return home(self.model.get_input_embeddings())

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.offload import Stored, hold_vectors, shared_maps
+from sphere_edit.models.placement import Place, Placement, spoken
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
 from sphere_edit.models.probe import architecture_of, check_head, with_replay
 from sphere_edit.models.soundness import (
@@ -58,7 +61,7 @@ def cast_copy(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
         id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
         for parameter in loaded.model.parameters()
     }
-    model = copy.deepcopy(loaded.model, dict(parameters))
+    model = copy.deepcopy(loaded.model, {**parameters, **shared_maps(loaded.model)})
     if loaded.device.type == "cpu":
         use_plain_attention(model)
     return replace(loaded, model=model)
@@ -107,6 +110,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
+    placement: Placement | None = None,
 ) -> LoadedModel:
     """Load ``source`` whole with transformers and hash its weights; what cannot be edited is refused before weights are fetched.
 
@@ -115,14 +119,15 @@ def load_model(
         device: see `resolve_device`.
         dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``; fp8 and mxfp4 to bfloat16.
         trust_remote_code: run code that comes with the model; off unless the user asks.
-        reporter: told what a quantised model takes in memory, before it is loaded.
+        reporter: told what a quantised model takes in memory, before it is loaded; and where a model is that is spread.
+        placement: spread it so over devices, CPU memory and disk; in place of ``device``.
 
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
     source = full_name(source)
     where, gguf = _locate(source)
-    target = resolve_device(device)
+    target = None if placement is not None else resolve_device(device)
     chosen = resolve_dtype(dtype)
     local = gguf is not None or Path(where).is_dir()
     if gguf is not None:
@@ -142,15 +147,44 @@ def load_model(
         chosen = torch.bfloat16 if chosen == "auto" else chosen
         if bones is not None:
             _say_memory(reporter or Quiet(), source, found, bones, chosen)
-    tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found)
+    places = None if placement is None else _places(placement, where, loader, trust_remote_code, chosen, source)
+    tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found, places=places)
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
     model.config._name_or_path = source
+    if places is not None:
+        hold_vectors(model)
+        (reporter or Quiet()).say(f"'{source}' is spread: {spoken(places)}")
+    else:
+        _move(model, target, source)
+    return replace(prepare(model, tokenizer, source), placement=placement)
+
+
+def load_beside(source: str | os.PathLike[str], other: LoadedModel) -> LoadedModel:
+    """Load ``source``, of the layout of another loaded model, where that one is."""
+    where = str(other.device) if other.placement is None else "auto"
+    return load_model(source, where, placement=other.placement)
+
+
+def _move(model: nn.Module, device: torch.device | None, source: str) -> None:
     try:
-        model.to(target)
+        model.to(device)
     except RuntimeError as error:
-        raise SphereEditError(f"model '{source}' does not fit {target}: {first_lines(error)}") from None
-    return prepare(model, tokenizer, source)
+        raise SphereEditError(f"model '{source}' does not fit {device}: {first_lines(error)}") from None
+
+
+def _places(
+    placement: Placement, where: str, loader: str, trust: bool, dtype: torch.dtype | str, source: str
+) -> dict[str, Place]:
+    """Where the model's modules go, told by their shapes."""
+    if ranks.count() > 1:
+        raise SphereEditError(
+            "a device map spreads the model of one process; start it without torchrun, or leave the map out"
+        )
+    resolve_device()  # sets up what has to be before the first product
+    bones = skeleton(where, loader, trust, None if isinstance(dtype, str) else dtype)
+    bones.tie_weights()
+    return placement.checked().resolved(bones, source)
 
 
 def _built(where: str, loader: str, trust: bool) -> Any:
@@ -225,7 +259,9 @@ def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
             f"the tokenizer of '{source}' gives token ids that its model, with {rows} tokens, does not have"
         )
     model.eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
+    stored = Stored(model)
+    for name, _ in model.named_parameters():
+        weight = stored[name]
         if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):  # NaN carries over to both ends
             raise SphereEditError(
                 f"the weights of '{source}' are broken: {name} holds numbers that are infinite or undefined; get the model again"

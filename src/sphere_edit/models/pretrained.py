@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from sphere_edit.errors import SphereEditError
+from sphere_edit.files import cache_dir, plain_errors
 from sphere_edit.models.configuration import CAUSAL
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.soundness import refuse_scales
@@ -22,6 +26,7 @@ def from_pretrained(
     loader: str = CAUSAL,
     quantised: Mapping[str, Any] | None = None,
     gguf: str | None = None,
+    places: Mapping[str, int | str] | None = None,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer from a folder or hub id ``where``; ``source`` is what the user called it.
 
@@ -30,6 +35,7 @@ def from_pretrained(
         loader: the auto class of transformers that builds it.
         quantised: how its weights are quantised, which is undone.
         gguf: the name of a GGUF file in the folder, to be read in its place.
+        places: where each of its modules goes (`placement.Placement.resolved`); all on the CPU without.
 
     Raises:
         SphereEditError: it cannot be loaded, or its files lack weights that its configuration describes.
@@ -48,9 +54,12 @@ def from_pretrained(
                     options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             elif quantised is not None:
                 options["config"] = _undone(where, quantised, trust)
+            folder = None if places is None else _spread_over(options, places)
             model, found = getattr(transformers, loader).from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **options
             )
+            if folder is not None:
+                weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
             if quantised is not None:  # saving would take the steps of loading back, and quantise the weights again
                 model._weight_conversions = None
     except Exception as error:  # whatever the library, its tokenizers and its checks of a configuration raise
@@ -65,6 +74,18 @@ def from_pretrained(
             f"first: {lacking[0]}. Is it a whole checkpoint of a causal language model?"
         )
     return tokenizer, model
+
+
+def _spread_over(options: dict[str, Any], places: Mapping[str, int | str]) -> str | None:
+    """Let the loader put modules there; the folder for what the disk gets and the model's files do not have as it is (experts)."""
+    options["device_map"] = dict(places)
+    if "disk" not in places.values():
+        return None
+    parent = cache_dir() / "offload"
+    with plain_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        options["offload_folder"] = tempfile.mkdtemp(dir=parent)
+    return str(options["offload_folder"])
 
 
 def _undone(where: str, quantised: Mapping[str, Any], trust: bool) -> Any:

@@ -15,6 +15,7 @@ from sphere_edit.models.architecture import Architecture, described, row_of
 from sphere_edit.models.finding import NotFound, found_layout
 from sphere_edit.models.hooks import first_output
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.offload import home
 from sphere_edit.models.replay import UpperLayers, WholeRows, fits
 
 _TOKENS, _MOST = 8, 12
@@ -88,7 +89,7 @@ def check_head(model: Any, architecture: Architecture, ids: Sequence[int], sourc
         seen.append(first_output(output))
 
     hook = architecture.last_layer(model).register_forward_hook(keep)
-    device = model.get_input_embeddings().weight.device
+    device = home(model.get_input_embeddings())
     try:
         row = torch.tensor([list(ids[:_TOKENS]) or [0]], device=device)
         theirs = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits

@@ -14,6 +14,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.files import plain_errors, write_json
 from sphere_edit.models.identity import tensor_bytes
 from sphere_edit.models.loading import LoadedModel, whole_folder
+from sphere_edit.models.offload import Stored
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.source import (
     INDEX,
@@ -122,7 +123,7 @@ class Replica:
     def _write_anew(self, folder: Path) -> None:
         """All weights from memory by transformers; the configuration stays the source's, but for the numbers' name."""
         model = self._loaded.model
-        weights = {name: self._cast(name, value) for name, value in model.state_dict().items()} if self._other else None
+        weights = {name: self._cast(name, value) for name, value in Stored(model).items()} if self._other else None
         with quiet():
             model.save_pretrained(folder, state_dict=weights)
             if self.source is None:

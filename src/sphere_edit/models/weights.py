@@ -17,6 +17,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.experts import why_not
 from sphere_edit.models.identity import tensor_bytes
+from sphere_edit.models.offload import hold
 from sphere_edit.models.sites import module_of, parameter_name, parameter_of
 from sphere_edit.numerics.update import Update
 
@@ -37,6 +38,8 @@ class EditedWeights:
         self.names = tuple(names)
         self._matrices = {name: architecture.named(name) for name in self.names}
         self.stored_as = {name: parameter_name(architecture, name) for name in self.names}
+        for name in self.names:  # an edited matrix is never offloaded
+            hold(module_of(model, architecture, name))
         self._parameters = {name: parameter_of(model, architecture, name) for name in self.names}
         for name, parameter in self._parameters.items():
             if self._matrices[name].experts and (why := why_not(module_of(model, architecture, name))):

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.editing.settings import make_settings
+from sphere_edit.editing.settings import PLACES, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import require_utf8
 from sphere_edit.models.loading import full_name
@@ -123,11 +123,12 @@ def _check_facts(run: RunFolder, model: str | None, facts: str) -> None:
 
 
 def _check_settings(run: RunFolder, settings: Sequence[dict[str, Any]]) -> None:
-    """A run keeps its settings; only the device may be another."""
+    """A run keeps its settings; only where its model lies may be another."""
     saved = make_settings(run.config.settings)
-    wanted = make_settings(run.config.settings, *settings)
+    elsewhere = [{name: value for name, value in part.items() if name not in PLACES} for part in settings]
+    wanted = make_settings(run.config.settings, *elsewhere)
     changed = [name for name in type(saved).model_fields if getattr(wanted, name) != getattr(saved, name)]
-    if set(changed) - {"device"}:
+    if changed:
         raise SphereEditError(
             f"a run keeps its settings; these would change: {', '.join(changed)}. Start a new run instead"
         )

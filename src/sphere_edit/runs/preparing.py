@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,7 @@ from sphere_edit.editing.ingredients import Ingredient, Unedited, measure
 from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import readable_passages
-from sphere_edit.editing.settings import make_settings
+from sphere_edit.editing.settings import make_settings, placed
 from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import sample_context_templates
@@ -88,21 +89,25 @@ def measure_ingredients(
 
 
 def session_of(
-    run: RunFolder, reporter: Reporter, device: str | None, trust_remote_code: bool, model: str | Path | None
+    run: RunFolder,
+    reporter: Reporter,
+    places: Mapping[str, Any],
+    trust_remote_code: bool,
+    model: str | Path | None,
 ) -> Session:
     """The model that a run edits, as it was before its first batch, and the run's settings.
 
     Args:
-        device: to use in place of the run's.
+        places: a device, or a device map and its memory, in place of the run's.
         model: where the original model is now, if it has moved.
 
     Raises:
         SphereEditError: it cannot be loaded, or its weights are not what they were.
     """
     config = run.config
-    settings = make_settings(config.settings)
+    settings = placed(make_settings(config.settings), places)
     source = str(model or config.model.source)
-    loaded = load_model(source, device or settings.device, settings.dtype, trust_remote_code, reporter)
+    loaded = load_model(source, settings.device, settings.dtype, trust_remote_code, reporter, settings.placement())
     if loaded.fingerprint != config.model.fingerprint:
         raise SphereEditError(
             f"the model at '{source}' is not the one this run edited (its weights have another hash); "

@@ -99,7 +99,7 @@ def original_weights(
         for name in run.config.matrices:
             checkpoint.weight(name)
         return lambda name: checkpoint.weight(name).to(dtype).float()
-    return session_of(run, reporter, device, False, model).weights.original
+    return session_of(run, reporter, {"device": device}, False, model).weights.original
 
 
 def _files(run: RunFolder) -> Iterator[tuple[Path, str | None]]:

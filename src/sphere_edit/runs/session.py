@@ -41,7 +41,7 @@ class Session:
     @classmethod
     def load(cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False) -> Session:
         """Load a model, and take a preset's settings for it where nothing else was given."""
-        loaded = load_model(model, given.device, given.dtype, trust_remote_code, reporter)
+        loaded = load_model(model, given.device, given.dtype, trust_remote_code, reporter, given.placement())
         session = cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)
         if session.preset is not None:
             kept = "; what you set stays" if given.model_fields_set - {"method"} else ""

@@ -31,7 +31,7 @@ from sphere_edit.runs.taking_back import TakingBack
 from sphere_edit.runs.trust import is_own
 
 _LIKELY = 0.5  # mean probability of an answer's tokens under its target alone, below which something is wrong with that
-_SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
+_SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/LOG.md)
 
 
 class Stopped(SphereEditError):
