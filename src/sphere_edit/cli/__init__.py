@@ -53,6 +53,9 @@ def _shown() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            if getattr(error, "option_name", None) == "--plugin":
+                message = "--plugin stands before the command: sphere-edit --plugin FILE COMMAND …"
+                error.possibilities = None  # type: ignore[attr-defined]
             error.message = visible(message, keep="\n")  # type: ignore[attr-defined]
         raise
 
@@ -139,7 +142,10 @@ def _common(
     ] = False,
     plugin: Annotated[
         list[Path] | None,
-        typer.Option("--plugin", help="Run this Python file, which registers editing methods; repeatable."),
+        typer.Option(
+            "--plugin",
+            help="Run this Python file, which registers methods or data formats; repeatable, before COMMAND.",
+        ),
     ] = None,
 ) -> None:
     if ranks.started() > 1:

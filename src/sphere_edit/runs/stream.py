@@ -155,7 +155,8 @@ class Stream:
             self._unless_stopped()
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
-            self.reporter.say(f"Batch {history.head + 1}: {len(rewritten)} of {len(asked)} facts asked, again", "bold")
+            said = f"Batch {history.head + 1}: rewrites {len(rewritten)} of the {len(asked)} facts that were asked"
+            self.reporter.say(said, "bold")
             self._write(facts, [], rewritten, [], [], [], Clock())
 
     # --- back -----------------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ class Stream:
             )
         if min(sizes) <= LONG_ANSWER:
             said.append(
-                f"This model does not read such facts in layer {self.session.layers[-1]}: `sphere-edit tune` finds layers and a step for a model"
+                f"This model does not read such facts in layer {self.session.layers[-1]}: layers and a step for it are found by "
+                f"`sphere-edit tune {self.session.loaded.source}`"
             )
         return ". ".join(said)
 
