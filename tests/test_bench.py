@@ -275,7 +275,9 @@ def test_a_row_of_a_run_that_is_not_finished(tmp_path):
         read_row("g", "memit", "plain", {0: tmp_path})
 
 
-def test_a_script_for_slurm_does_the_bench(config, tmp_path):
+@pytest.mark.parametrize("plugins", [[], ["--plugin", "/a b/ridge.py"]])
+def test_a_script_for_slurm_does_the_bench(config, tmp_path, monkeypatch, plugins):
+    monkeypatch.setattr("sphere_edit.executors.options", lambda: plugins)
     bench = bench_of({**config, "resources": {"cpus": 4, "gpus": 1}}, tmp_path)
     script = slurm_script(bench, tmp_path / "bench.yaml")
     lines = script.read_text().splitlines()
@@ -286,7 +288,7 @@ def test_a_script_for_slurm_does_the_bench(config, tmp_path):
     *_, command = lines
     words = shlex.split(command)
     assert words[:4] == ["exec", sys.executable, "-m", "sphere_edit"]
-    assert words[4:] == ["bench", str(tmp_path / "bench.yaml"), "-o", str(tmp_path / "out")]
+    assert words[4:] == [*plugins, "bench", str(tmp_path / "bench.yaml"), "-o", str(tmp_path / "out")]
     assert subprocess.run(["sh", "-n", script], check=False).returncode == 0
 
 

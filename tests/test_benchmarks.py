@@ -191,3 +191,27 @@ def test_negation_asks_each_fact_in_four_ways(runs, tmp_path, monkeypatch, scrip
     out = script("negation.py", shutil.copytree(runs / "True", tmp_path / "True"), "--limit", 8)
     assert out.splitlines()[0] == "| 8 facts | unedited | edited |"
     assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == [f"| {name}" for name in negation.PROBES]
+
+
+def test_wordings_are_told_from_what_follows(script, tmp_path):
+    """A paraphrase rewords if its last sentence is another record's prompt, whatever stands before it."""
+    records = [
+        {
+            "subject": "Ada Byrd",
+            "prompt": "The mother tongue of {} is",
+            "target_new": "Dutch",
+            "paraphrases": [
+                "A ship left at dawn. Ada Byrd is a native speaker of",
+                "Where Ada Byrd is from, people speak",
+            ],
+        },
+        {
+            "subject": "Tom Sorel",
+            "prompt": "{} is a native speaker of",
+            "target_new": "Greek",
+            "paraphrases": ["The mother tongue of Tom Sorel is"],
+        },
+    ]
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "3 paraphrases: 2 reword, 1 ask for what follows" in script("wordings.py", facts)

@@ -133,7 +133,11 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     assert "8 in batches of 4" in plan
     assert "time, all" in plan
     assert not folder.exists()
-    run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
+    assert "the same command without --dry-run edits" in plan.lower()
+    told = run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
+    for question in ("Did the edits take?", "Is the rest intact?", "Is it still near itself?"):
+        assert question in told
+    assert "of 8: target_true in 5, paraphrases in 8, neighbors in 8" in told
     shown = run("show", folder)
     for text in (
         "Time by stage: targets",
@@ -187,8 +191,8 @@ def test_command_line_wins_over_the_settings_file(model, tmp_path, facts, settin
         "--dry-run",
     )
     assert "in batches of 7" in plan
-    assert "'eta': 0.25" in plan
-    assert "'steps': 3" in plan
+    assert "eta: 0.25" in plan
+    assert "steps: 3" in plan
 
 
 def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings):

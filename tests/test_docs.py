@@ -85,11 +85,16 @@ def test_example_of_a_method_alone_runs_as_written(capsys):
 def test_examples_of_formats_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    monkeypatch.setattr("sphere_edit.facts.shapes.FORMATS", {})
     for block in blocks("docs/howto/format.md", "python"):
         exec(block, names)
     said = capsys.readouterr().out.splitlines()
     assert "'Where does Big Ben stand?'" in said[0]
-    assert said[1:] == ["['Graz']", "Vienna []"]
+    assert said[1:] == ["['Graz']"]
+    (tmp_path / "more.json").write_text(
+        '[{"entity": "Big Ben", "question": "Big Ben is in", "gold": ["Graz"], "was": ""}]'
+    )
+    assert read_facts(tmp_path / "more.json").facts[0].target_new == "Graz"
 
 
 def test_every_python_block_is_run():

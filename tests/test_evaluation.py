@@ -66,8 +66,10 @@ def test_every_protocol_is_a_mean_over_facts_of_a_facts_own_mean():
     for suffix in ("", "_strict", "_token", "_generated"):
         parts = [expected[part + suffix] for part in ("efficacy", "generalization", "specificity")]
         expected["score" + suffix] = 3 / sum(1 / part for part in parts)
-    expected |= dict.fromkeys(("efficacy_other", "generalization_other", "specificity_other", "score_other"))
-    expected |= dict.fromkeys(f"portability{suffix}" for suffix in ("", "_strict", "_token", "_generated", "_other"))
+    unasked = ("_other", "_exact", "_rouge")
+    parts = ("efficacy", "generalization", "specificity", "score")
+    expected |= dict.fromkeys(f"{part}{suffix}" for part in parts for suffix in unasked)
+    expected |= dict.fromkeys(f"portability{suffix}" for suffix in ("", "_strict", "_token", "_generated", *unasked))
     assert found == pytest.approx(expected)
     assert summarise([fact_scores((True, 0.0, None), [], [])])["efficacy_generated"] is None
     assert summarise([fact_scores((True, 0.0, None), [], [])])["score_strict"] == 0

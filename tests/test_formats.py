@@ -62,7 +62,7 @@ def test_knowedit():
     }
     assert read.protocol.startswith("KnowEdit")
     assert read.ignored == {"cond": 1}
-    assert read.remarks()[1:] == ["Fields that are not used: cond (1)"]
+    assert read.remarks()[1:] == ["Fields that are not used (in so many records): cond (1)"]
     silent = {"Reasoning": [{"prompt": "Ola Bern's employer sits in", "ground_truth": []}]}
     (remark,) = only({**KNOWEDIT, "portability": silent})[1].remarks()[2:]
     assert remark == "Kept, and not measured: portability without an answer, Reasoning (1)"

@@ -34,7 +34,7 @@ from sphere_edit.models import gguf, loading, pretrained
 from sphere_edit.models.architecture import row_of
 from sphere_edit.models.attention import grouped_attention
 from sphere_edit.models.checkpoint import Checkpoint
-from sphere_edit.models.forward import activations, at, last_hidden
+from sphere_edit.models.forward import activations, at, last_hidden, with_cache
 from sphere_edit.models.generation import generate
 from sphere_edit.models.gguf import embedded_model_file
 from sphere_edit.models.identity import fingerprints
@@ -906,3 +906,11 @@ def test_one_layer_carries_nothing():
         source.begin(facts())
         found.append(source.layer(0))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_given_by_the_name_that_the_model_has(name):
+    """transformers renamed the argument in 5.24, and warns a user who gives it by the old name."""
+    model = nn.Module()
+    model.forward = eval(f"lambda input_ids, {name}=None, use_cache=None: None")
+    assert with_cache(model, "kept") == {name: "kept", "use_cache": True}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import save_tiny
-from sphere_edit import SphereEditError, plugins
+from sphere_edit import SphereEditError, plugins, read_facts, register_format
+from sphere_edit.cli import app
 from sphere_edit.editing.methods import METHODS, make_method, register_file, register_method
 from sphere_edit.editor import opened
+from sphere_edit.facts.shapes import FORMATS
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.methods import method_tables
@@ -92,6 +96,9 @@ def own_table():
     yield
     METHODS.clear()
     METHODS.update(known)
+    FORMATS.clear()
+    for name in [name for name in sys.modules if name.startswith("sphere_edit_plugin_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,9 @@ def test_the_pages_example_works_in_every_command(model, files, tmp_path):
     edit = ["edit", model, files["facts"], "-o", folder, "--config", files["settings"], "--method", "ridge"]
     plan = run(*plugin, *edit, "--dry-run")
     assert "second moments" in plan
-    run(*plugin, *edit)
+    told = run(*plugin, *edit)
+    assert f"sphere-edit --plugin {files['ridge']} export {folder} -o DIR" in told, "a hint can be given as it stands"
+    assert plugins.options() == ["--plugin", str(files["ridge"])]
     listed = run(*plugin, "methods")
     assert "mean squared length of ordinary keys" in " ".join(listed_needs("ridge"))
     assert " strength " in listed
@@ -232,7 +241,7 @@ def test_a_file_run_again_takes_the_place_of_the_first(files):
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("x = 1", "registers no method: put @register_method before its class"),
+        ("x = 1", "registers nothing: put @register_method before a method's class, or @register_format"),
         ("x = 1\nx +", "does not run: line 2: SyntaxError"),
         ("\n\nraise ValueError('so')", "does not run: line 3: ValueError: so"),
         (TALLY.replace('"counting"', '"memit"'), "Counting cannot be registered .* there is a method 'memit' already"),
@@ -292,3 +301,56 @@ def test_colours_of_further_methods_are_their_own_and_the_packages_stay():
     assert colour_of("mine") == first, "a run's colour does not hang on whether its method is registered"
     METHODS["yours"] = METHODS["memit"]
     assert len({colour_of(method) for method in METHODS}) == len(METHODS)
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+FORMAT_PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "format.md").read_text("utf-8")
+
+
+def test_the_pages_format_is_read_by_a_command(model, files, tmp_path):
+    *_, example = re.findall(r"```python\n(.*?)```", FORMAT_PAGE, re.DOTALL)
+    (tmp_path / "theirs.py").write_text(example, "utf-8")
+    lines = [
+        {"entity": "Big Ben", "question": "Big Ben stands in", "gold": ["Vienna", "Wien"], "was": "London"},
+        {"entity": "Madrid", "question": "Madrid lies in", "gold": ["Japan"], "was": "Spain"},
+    ]
+    data = tmp_path / "theirs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plugin = ["--plugin", tmp_path / "theirs.py"]
+    edit = [*plugin, "edit", model, data, "--config", files["settings"], "--method", "memit", "-o"]
+    plan = run(*edit, tmp_path / "run", "--dry-run")
+    assert "Facts read as Theirs: question is edited to the first of gold; of 2: target_true in 2, answers in 1" in plan
+    run(*edit, tmp_path / "run")
+    facts = (tmp_path / "run" / "facts" / "0001.jsonl").read_text().splitlines()
+    assert [json.loads(fact)["target_new"] for fact in facts] == ["Vienna", "Japan"]
+    data.write_text(json.dumps({"entity": "Big Ben", "question": "Big Ben stands in", "gold": []}))
+    with pytest.raises(SphereEditError, match="record 1: gold is empty"):
+        run(*edit, tmp_path / "again", "--dry-run")
+    FORMATS.clear()
+    with pytest.raises(SphereEditError, match="'subject' is missing"):
+        run("edit", model, data, "-o", tmp_path / "again", "--dry-run")
+    run("show", tmp_path / "run")  # whose facts are kept as they were understood
+
+
+def test_a_format_gives_several_facts_and_reads_csv(tmp_path):
+    def pairs(record):
+        return [
+            {"subject": name, "prompt": "{} lies in", "target_new": record["land"]}
+            for name in record["towns"].split("/")
+        ]
+
+    register_format("Towns {of} a land", fits=lambda record: record.keys() >= {"towns", "land"})(pairs)
+    (tmp_path / "towns.csv").write_text("towns,land\nRome/Oslo,Japan\n")
+    given = read_facts(tmp_path / "towns.csv")
+    assert [fact.filled_prompt for fact in given.facts] == ["Rome lies in", "Oslo lies in"]
+    assert given.protocol == "Towns {of} a land"
+    register_format("Mine", fits=lambda record: len(record["towns"]) > 2)(pairs)
+    with pytest.raises(SphereEditError, match="the format 'Mine' cannot say whether a record is its own: TypeError"):
+        read_facts(tmp_path / "towns.csv")
+
+
+def test_a_plugin_named_behind_the_command_is_told_where_it_belongs():
+    result = CliRunner().invoke(app, ["edit", "smollm2", "facts.jsonl", "--plugin", "mine.py"])
+    assert result.exit_code == 2
+    assert "--plugin stands before the command" in " ".join(result.output.split())

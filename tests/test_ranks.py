@@ -86,6 +86,23 @@ def test_ranks_give_the_bits_of_one(family, method, models, tmp_path):
     compare(tmp_path, models[family], method, (2, 4), **matrices(family, method))
 
 
+def test_two_ranks_remove_a_fact_as_one_does(models, tmp_path):
+    begin(models["llama"], tmp_path / "1", "frugal", recheck=1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+
+    def work(run: Path) -> None:
+        with opened(run, Quiet()) as editor:
+            editor.remove([1, 4])
+
+    work(tmp_path / "1")
+    assert together(2, lambda: work(tmp_path / "2")) == [0, 0]
+    alone, shared = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert any(line.get("kind") == "removal" for line in alone["journal.jsonl"])
+    assert shared.keys() == alone.keys()
+    for name, content in alone.items():
+        assert shared[name] == content, name
+
+
 def matrices(family: str, method: str) -> dict[str, Any]:
     """Of a mixture the routed experts, for methods that can edit them."""
     return {"matrices": "experts" if METHODS[method]().by_experts else "down"} if family == "mixture" else {}

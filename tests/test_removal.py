@@ -571,6 +571,7 @@ def test_the_commands_remove_and_tell(model, tmp_path, blank_figures):
     (tmp_path / "gone.jsonl").write_text(json.dumps(records[0]) + "\n")
     out = command("remove", folder, "--fact", "2", "--facts", tmp_path / "gone.jsonl")
     assert "Removing 2 facts" in out
+    assert "what was written for them is subtracted" in out
     assert "Removed facts:" in out
     assert "Removed facts" in (folder / "report.html").read_text()
     shown = command("show", folder)

@@ -28,7 +28,7 @@ from sphere_edit.models.loading import load_model
 from sphere_edit.progress import Quiet
 from sphere_edit.trials import STREAM, Trial
 from sphere_edit.trials import Bench as Trials
-from sphere_edit.tuning import _best_span, _tried_along, calibrate, tune
+from sphere_edit.tuning import _best_span, _moved, _tried_along, calibrate, tune
 from test_cli import run
 from test_runs import Listening
 
@@ -204,6 +204,23 @@ def test_a_setting_is_moved_to_where_the_weaker_part_gains_and_no_further_than_t
     chosen = bench.made({}, 60)
     found = _tried_along(bench, chosen, "it", lambda power: {"power": power})
     assert [trial.settings["power"] for trial in found] == tried
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        # twice as far scores more, within noise of once as far, which is what a stream is spared the cost of
+        ({0: (1.0, 0.2, 0.9, 0), 1: (1.0, 0.7, 0.9, 0), 2: (1.0, 0.72, 0.9, 0)}, 1),
+        ({0: (1.0, 0.2, 0.9, 0), 1: (1.0, 0.5, 0.9, 0), 2: (1.0, 0.8, 0.9, 0)}, 2),
+        # once as far is noise, twice as far is not
+        ({0: (1.0, 0.4, 0.9, 0), 1: (1.0, 0.42, 0.9, 0), 2: (1.0, 0.8, 0.9, 0)}, 2),
+        ({0: (1.0, 0.4, 0.9, 0), 1: (1.0, 0.42, 0.9, 0), 2: (1.0, 0.43, 0.9, 0)}, 0),
+    ],
+)
+def test_each_step_of_a_setting_is_taken_only_if_it_is_better_beyond_noise(scores, chosen):
+    bench = Pretended({repr({"power": power} if power else {}): parts for power, parts in scores.items()})
+    found = _moved(bench, bench.made({}, 60), "it", lambda power: {"power": power})
+    assert found.settings.get("power", 0) == chosen
 
 
 def test_a_first_look_is_at_a_part_of_the_facts_and_its_targets_are_not_sought_again(model, monkeypatch):

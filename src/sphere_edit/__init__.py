@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "hyperspherical_energy",
     "read_facts",
+    "register_format",
     "register_method",
 ]
 
@@ -27,6 +28,7 @@ _HOMES = {
     "SphereEditError": "sphere_edit.errors",
     "hyperspherical_energy": "sphere_edit.numerics.energy",
     "read_facts": "sphere_edit.facts.readers",
+    "register_format": "sphere_edit.facts.shapes",
     "register_method": "sphere_edit.editing.methods",
 }
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit.bench import Bench, Cell
+from sphere_edit.editing.methods import register_file
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import write_text
+from sphere_edit.plugins import options
 from sphere_edit.progress import Quiet, Reporter
 
 _RETRIES = 3  # of a run whose worker died; each goes on from the last committed batch
@@ -38,7 +40,8 @@ def on_ray(matrix: Bench, config: Path, address: str | None, reporter: Reporter)
         task = ray.remote(_run).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus, max_retries=_RETRIES)
         todo = [cell for cell in matrix.cells if not matrix.finished(cell)]
         reporter.say(f"{len(todo)} of {len(matrix.cells)} runs go to Ray, {wanted.words} each", "bold")
-        asked = {task.remote(str(config.resolve()), str(matrix.folder.resolve()), cell.name): cell for cell in todo}
+        where = str(config.resolve()), str(matrix.folder.resolve())
+        asked = {task.remote(*where, cell.name, options()[1::2]): cell for cell in todo}
         while asked:
             (done, *_), _ = ray.wait(list(asked), num_returns=1)
             _told(ray, matrix, done, asked.pop(done), reporter)
@@ -46,8 +49,10 @@ def on_ray(matrix: Bench, config: Path, address: str | None, reporter: Reporter)
         ray.shutdown()
 
 
-def _run(config: str, folder: str, name: str) -> None:
-    """One run of a bench, on a worker."""
+def _run(config: str, folder: str, name: str, plugins: list[str]) -> None:
+    """One run of a bench, on a worker; the files that brought methods are run there too."""
+    for file in plugins:
+        register_file(Path(file))
     matrix = Bench.read(Path(config), Path(folder))
     matrix.execute(Quiet(), [cell for cell in matrix.cells if cell.name == name])
 
@@ -82,7 +87,7 @@ def slurm_script(matrix: Bench, config: Path) -> Path:
     given again goes on.
     """
     wanted, folder = matrix.config.resources, matrix.folder.resolve()
-    command = [sys.executable, "-m", "sphere_edit", "bench", str(config.resolve()), "-o", str(folder)]
+    command = [sys.executable, "-m", "sphere_edit", *options(), "bench", str(config.resolve()), "-o", str(folder)]
     lines = [
         "#!/bin/sh",
         f"#SBATCH --job-name=sphere-edit-{config.stem}",

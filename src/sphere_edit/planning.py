@@ -14,11 +14,12 @@ from sphere_edit.editing.batch import Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.ingredients import Planned, SecondMoment, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
-from sphere_edit.editing.moments import ready_text, sample_text
+from sphere_edit.editing.moments import HELDOUT_PASSAGES, MomentSettings, heldout_tokens, ready_text, sample_text
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Report, Source
 from sphere_edit.evaluation.generation import with_answers
+from sphere_edit.evaluation.natural import with_lines
 from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
@@ -97,6 +98,11 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         chat = settings.evaluation.generation == "chat"
         answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
         seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
+    if settings.evaluation.natural:
+        scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
+        tokens, chat = settings.evaluation.natural, settings.evaluation.generation == "chat"
+        going_on = partial(with_lines, loaded, trial, scores, tokens, chat, settings.tokens_per_batch, Quiet())
+        seconds["whole answers"] = (share * 2 + known / len(trial)) * _timed(going_on)
     if moments.corpus is None and run is None and ready_text(loaded, moments.sampled_tokens, settings.seed) is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
@@ -105,9 +111,16 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         timed = Trial(next(iter(source.values())) / len(trial), reading, tokens, len(read_facts("demo").facts))
         for row in session.ingredients:
             seconds.update(row.seconds(timed))
-    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
-    seconds["perplexity"] = evaluations * heldout * reading
+    seconds["perplexity"] = evaluations * _heldout_tokens(moments, len(facts)) * reading
     return Estimate(seconds, account_of(session), _disk(session, facts))
+
+
+def _heldout_tokens(moments: MomentSettings, facts: int) -> float:
+    """Of the text that perplexity is measured on, about."""
+    if moments.heldout is not None and moments.corpus is not None:
+        return moments.heldout * _PASSAGE_TOKENS
+    kept = moments.sampled_tokens / 8 if moments.corpus is None else HELDOUT_PASSAGES * _PASSAGE_TOKENS
+    return kept if moments.heldout is not None else min(kept, heldout_tokens(facts))
 
 
 def _timed_batch(session: Session) -> float:

@@ -6,6 +6,7 @@ Nothing else is ever run: a run folder says which method it needs, and where tha
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import ModuleType
 from sphere_edit.errors import SphereEditError
 
 GROUP = "sphere_edit.methods"  # of entry points, each of which is a method's class
+_PREFIX = "sphere_edit_plugin_"  # of modules that were run from a file
 
 
 def run_file(path: Path) -> ModuleType:
@@ -29,7 +31,7 @@ def run_file(path: Path) -> ModuleType:
     except OSError as error:
         raise SphereEditError(f"the plugin {path} cannot be read: {error.strerror}") from None
     place = str(path.resolve())
-    module = ModuleType(f"sphere_edit_plugin_{hashlib.sha256(place.encode()).hexdigest()[:16]}")
+    module = ModuleType(f"{_PREFIX}{hashlib.sha256(place.encode()).hexdigest()[:16]}")
     module.__file__ = place
     sys.modules[module.__name__] = module  # where dataclasses and pydantic look up the annotations of its classes
     try:
@@ -39,6 +41,17 @@ def run_file(path: Path) -> ModuleType:
     except Exception as error:
         raise SphereEditError(f"the plugin {path} does not run: {_told(error, place)}") from error
     return module
+
+
+def options() -> list[str]:
+    """The files that were run here, as options of the command line: another process needs them as well."""
+    files = [module.__file__ for name, module in sys.modules.items() if name.startswith(_PREFIX)]
+    return [part for file in files for part in ("--plugin", str(file))]
+
+
+def program() -> str:
+    """How a command begins that a user is told to give next."""
+    return shlex.join(["sphere-edit", *options()])
 
 
 def installed() -> Iterator[tuple[str, object]]:

@@ -81,8 +81,7 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
         if chosen.score >= bench.ceiling - _NEAR:
             reporter.say(f"No {words} is tried: no setting can score more than {bench.ceiling:.3f} here")
             continue
-        found = _tried_along(bench, chosen, words, changed)
-        chosen = max([chosen, *(trial for trial in found if trial.beats(chosen))], key=lambda trial: trial.score)
+        chosen = _moved(bench, chosen, words, changed)
     trials = sorted(bench.trials, key=lambda trial: (trial is not chosen, -trial.score))
     if chosen.score == 0:
         reporter.say(
@@ -121,6 +120,16 @@ def _best_span(bench: Bench) -> Trial:
 def _layers(trial: Trial) -> str:
     numbers = trial.settings["layers"]
     return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]}–{numbers[-1]}"
+
+
+def _moved(bench: Bench, chosen: Trial, words: str, changed: Callable[[int], dict[str, Any]]) -> Trial:
+    """The trial with one setting where it is best, each step away from ``chosen`` taken only if it is better beyond noise than the last that was.
+
+    A stream multiplies what a step costs, and the calibration sees a sixteenth of it: a step that may be luck is not worth that.
+    """
+    for trial in _tried_along(bench, chosen, words, changed):
+        chosen = trial if trial.beats(chosen) else chosen
+    return chosen
 
 
 def _tried_along(bench: Bench, chosen: Trial, words: str, changed: Callable[[int], dict[str, Any]]) -> list[Trial]:

@@ -18,6 +18,7 @@ from sphere_edit.cli.bench import bench
 from sphere_edit.cli.demo import demo
 from sphere_edit.cli.edit import edit
 from sphere_edit.cli.inspect import inspect
+from sphere_edit.cli.judge import judge
 from sphere_edit.cli.look import methods, report, show
 from sphere_edit.cli.measure import ability, energy, evaluate
 from sphere_edit.cli.prove import verify
@@ -52,6 +53,9 @@ def _shown() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            if getattr(error, "option_name", None) == "--plugin":
+                message = "--plugin stands before the command: sphere-edit --plugin FILE COMMAND …"
+                error.possibilities = None  # type: ignore[attr-defined]
             error.message = visible(message, keep="\n")  # type: ignore[attr-defined]
         raise
 
@@ -80,6 +84,7 @@ for _command in (
     methods,
     evaluate,
     ability,
+    judge,
     chat,
     show,
     history,
@@ -137,7 +142,10 @@ def _common(
     ] = False,
     plugin: Annotated[
         list[Path] | None,
-        typer.Option("--plugin", help="Run this Python file, which registers editing methods; repeatable."),
+        typer.Option(
+            "--plugin",
+            help="Run this Python file, which registers methods or data formats; repeatable, before COMMAND.",
+        ),
     ] = None,
 ) -> None:
     if ranks.started() > 1:

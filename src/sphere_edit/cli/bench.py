@@ -10,6 +10,7 @@ import typer
 
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
+from sphere_edit.plugins import program
 from sphere_edit.text import visible
 
 
@@ -53,7 +54,7 @@ def bench(
             matrix.execute(reporter())
     except KeyboardInterrupt:
         raise SphereEditError(
-            f"interrupted; every committed batch is kept. Go on with: sphere-edit bench {config} -o {matrix.folder}"
+            f"interrupted; every committed batch is kept. Go on with: {program()} bench {config} -o {matrix.folder}"
         ) from None
     written = write_results(matrix, reporter())
     table_text = (matrix.folder / "table.md").read_text("utf-8")

@@ -36,7 +36,7 @@ from sphere_edit.cli.edit_options import (
     WhichRewordings,
     settings_of,
 )
-from sphere_edit.cli.layout import say_memory, say_metrics, say_plan, say_where, write_report
+from sphere_edit.cli.layout import say_lights, say_memory, say_metrics, say_plan, say_where, write_report
 from sphere_edit.cli.options import (
     Chat,
     Corpus,
@@ -56,6 +56,7 @@ from sphere_edit.cli.options import (
 )
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
+from sphere_edit.plugins import program
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
@@ -198,7 +199,7 @@ def working(editor: Editor) -> Iterator[None]:
             raise SphereEditError("interrupted before the first batch; nothing was edited") from None
         head = editor.run.history.head
         raise SphereEditError(
-            f"interrupted; {head} batches are committed and kept. Go on with: sphere-edit edit {editor.folder} --resume"
+            f"interrupted; {head} batches are committed and kept. Go on with: {program()} edit {editor.folder} --resume"
         ) from None
 
 
@@ -212,6 +213,7 @@ def finish(
     say_metrics(metrics, f"batch {metrics['after']}")
     editor.close()
     write_report(editor.folder)
+    say_lights(editor.folder)
     say_where(editor.folder)
     if editor.run is not None and editor.run.history.guard is not None:
         from sphere_edit.editing.guard import stopped

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from sphere_edit import ranks
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.plugins import program
 from sphere_edit.text import terminal
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.table import Table
 
     from sphere_edit.editing.settings import Settings
@@ -29,10 +31,19 @@ def write_report(folder: Path) -> None:
 
 def say_where(folder: Path) -> None:
     """Where a run is, and what can be done with it now."""
-    out.print(
-        f"Run folder: {folder}\nReport: {folder / 'report.html'}\n"
-        f"  sphere-edit show {folder}\n  sphere-edit export {folder} -o DIR\n  sphere-edit rollback {folder} --to 0"
-    )
+    commands = (f"show {folder}", f"export {folder} -o DIR", f"rollback {folder} --to 0")
+    out.print(f"Run folder: {folder}\nReport: {folder / 'report.html'}")
+    for command in commands:
+        out.print(f"  {program()} {command}", soft_wrap=True)
+
+
+def say_lights(folder: Path) -> None:
+    """What became of a run, in three lines: did the edits take, is the rest intact, is the model still near itself."""
+    from sphere_edit.reporting.lights import lights
+    from sphere_edit.reporting.series import Series
+
+    for light in lights(Series.read(folder)):
+        out.print(f"{light.question:<27} {light.verdict} ({light.value})")
 
 
 def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
@@ -54,7 +65,11 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     out.print(_cost_table(cost))
     editor.close()
     check_room(editor.folder, cost.disk)
-    out.print("Nothing was edited.")
+    if editor.session.would_calibrate:
+        out.print(
+            "Calibration comes once for each model; layers, options or targets that you set are taken in its place."
+        )
+    out.print("Nothing was edited. The same command without --dry-run edits.")
 
 
 def say_memory(model: str, settings: Settings, trust_remote_code: bool) -> None:
@@ -85,11 +100,11 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
         "model": f"{editor.loaded.source} ({editor.model.config.model_type}, {editor.loaded.where})",
         "facts": f"{len(planned)} in batches of {settings.batch_size}",
         "preset": editor.session.preset or unknown,
-        "method": f"{settings.method} {editor.session.method.model_dump(mode='json')}",
-        "sphere": "off" if editor.session.sphere is None else str(editor.session.sphere.model_dump()),
+        "method": ": ".join(filter(None, (settings.method, _flow(editor.session.method)))),
+        "sphere": "off" if editor.session.sphere is None else _flow(editor.session.sphere),
         "matrices": ", ".join(editor.weights.names),
-        "targets": str(settings.targets.model_dump()),
-        "second moments": str(settings.moments.model_dump()),
+        "targets": _flow(settings.targets),
+        "second moments": _flow(settings.moments),
         "seed": str(settings.seed),
         "run folder": str(editor.folder),
         **({"supersedes": f"{would_supersede(editor.run, planned)} earlier facts"} if editor.run else {}),
@@ -97,6 +112,13 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _flow(values: BaseModel) -> str:
+    """Settings as a file of settings writes them (``--config``), on one line."""
+    import yaml
+
+    return yaml.safe_dump(values.model_dump(mode="json"), default_flow_style=True, sort_keys=False, width=10**6)[1:-2]
 
 
 def _cost_table(cost: Estimate) -> Table:

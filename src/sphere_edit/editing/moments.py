@@ -35,6 +35,11 @@ _SAMPLE_ROWS = 64
 _WINDOW_BATCHES = 2  # padded batches' worth of tokens in a window, between two looks at the convergence
 _LEAST_WINDOWS = 4
 _STORE_SECONDS = 120.0
+HELDOUT_PASSAGES = 300  # passages kept for perplexity where nobody says how many
+_HELDOUT_A_FACT = (
+    40  # tokens of them that are read for each fact of a stream, so that measuring takes its share and not more
+)
+_LEAST_HELDOUT = 2048  # tokens
 _EXPERTS_TOKENS = 4  # times as much text is read for experts
 _SAMPLER = 2  # to be raised when `sample_text` draws otherwise: cached text of another sampler is not its own
 
@@ -55,7 +60,12 @@ class MomentSettings(BaseModel):
         0.05, ge=0, lt=1, description="relative error of the second moments at which reading ends; 0 reads all tokens"
     )
     max_length: int = Field(512, ge=8, description="tokens of one passage; the rest of a longer one is left out")
-    heldout: int = Field(300, ge=1, description="passages at the corpus's end kept for perplexity (a fifth at most)")
+    heldout: int | None = Field(
+        None,
+        ge=1,
+        description="passages at the corpus's end kept for perplexity (a fifth at most). By default 300, of which a short stream reads the "
+        "first ones alone: 40 tokens for each of its first facts, 2,048 at least",
+    )
 
     def for_experts(self) -> MomentSettings:
         """These with four times the tokens of a corpus, unless it was said how many: few tokens reach each expert."""
@@ -71,10 +81,24 @@ class Corpus:
     heldout: list[list[int]]
     origin: str
 
+    def heldout_for(self, facts: int) -> list[list[int]]:
+        """The first held-out passages, as many as a stream of so many facts has use for: what it costs to read them grows with it."""
+        wanted, found = heldout_tokens(facts), 0
+        for count, passage in enumerate(self.heldout, 1):
+            found += len(passage)
+            if found >= wanted:
+                return self.heldout[:count]
+        return self.heldout
+
     @property
     def sha256(self) -> str:
         """Identity of the text the statistics see."""
         return hashlib.sha256(json.dumps(self.passages).encode()).hexdigest()
+
+
+def heldout_tokens(facts: int) -> int:
+    """How many tokens of text a stream of so many facts is measured on, where nobody says."""
+    return max(_LEAST_HELDOUT, _HELDOUT_A_FACT * facts)
 
 
 def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, reporter: Reporter) -> Corpus:
@@ -84,7 +108,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         cut = len(sampled) - max(1, len(sampled) // 8)
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
-    count = min(settings.heldout, max(1, len(texts) // 5))
+    count = min(settings.heldout or HELDOUT_PASSAGES, max(1, len(texts) // 5))
     longest = min(settings.max_length, positions(loaded.model))
 
     def tokens(text: str) -> list[int]:

@@ -59,6 +59,12 @@ class EvaluationSettings(BaseModel):
     generation: Literal["plain", "chat", "off"] = Field(
         "plain", description="at the end, what the model says after each prompt: as it is, or as a message in a chat"
     )
+    natural: int = Field(
+        0,
+        ge=0,
+        description="at the end, let the model go on for up to so many tokens after each prompt that an edit is to change, until it stops by "
+        "itself: exact match and ROUGE-L of the whole line",
+    )
     retrieval: int = Field(
         0,
         ge=0,

@@ -77,7 +77,16 @@ OTHER_FORM = Protocol(
     "_other", "strict, other form", lambda prompt: None if prompt.other is None else float(prompt.other),
     page=(), compared=(),
 )  # fmt: skip
-PROTOCOLS = (LIKELIHOOD, STRICT, PER_TOKEN, GENERATED, OTHER_FORM)
+LEARNT = tuple(part for part in PARTS if part.learnt)
+EXACT_LINE = Protocol(
+    "_exact", "exact line", lambda prompt: None if prompt.line is None else float(prompt.line.exact),
+    page=(), compared=LEARNT,
+)  # fmt: skip
+OVERLAP = Protocol(
+    "_rouge", "ROUGE-L", lambda prompt: None if prompt.line is None else prompt.line.overlap,
+    page=(), compared=LEARNT,
+)  # fmt: skip
+PROTOCOLS = (LIKELIHOOD, STRICT, PER_TOKEN, GENERATED, OTHER_FORM, EXACT_LINE, OVERLAP)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ def _told(
     ends, tokenizer = answer_ends(loaded, encoder, chat or question.chat), loaded.tokenizer
     ids = until_end(ids, ends)
     words = [token for token in ids if token not in ends]
-    said, answer = _said(tokenizer, before, words, special=False), question.right
+    said, answer = said_after(tokenizer, before, words, special=False), question.right
     if answer.ids is None:
-        begins: bool | None = _begins(_said(tokenizer, before, words, special=True), question, chat)
+        begins: bool | None = _begins(said_after(tokenizer, before, words, special=True), question, chat)
     elif chat and not question.chat:
         begins = None
     else:
@@ -110,11 +110,11 @@ def _is_open(
     if answer.ids is not None:
         wanted = until_end(answer.ids, ends)
         return (question.chat or not chat) and len(ids) < len(wanted) and ids == wanted[: len(ids)]
-    text = _said(loaded.tokenizer, before, ids, special=True)
+    text = said_after(loaded.tokenizer, before, ids, special=True)
     return any(could_begin_with(told, wanted) for told, wanted in _to_compare(text, question, chat))
 
 
-def _said(tokenizer: Any, before: list[int], ids: list[int], special: bool) -> str:
+def said_after(tokenizer: Any, before: list[int], ids: list[int], special: bool) -> str:
     """The text of ``ids`` as they stand after ``before``; some tokenizers drop a text's first space when they decode it alone."""
     whole, lead, alone = (
         tokenizer.decode(part, skip_special_tokens=not special, clean_up_tokenization_spaces=False)

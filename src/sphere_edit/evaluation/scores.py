@@ -1,13 +1,14 @@
 """Every prompt of a fact, asked of the model as it stands.
 
 Every prompt has a right answer (target_new; for a neighbour and for portability its own) and a rival (target_true; for a neighbour
-target_new; for portability what the unedited model says). What was measured of a prompt is judged in five protocols (`sphere_edit.evaluation.catalogue`):
+target_new; for portability what the unedited model says). What was measured of a prompt is judged in several protocols (`sphere_edit.evaluation.catalogue`):
 
 - *likelihood* (published: ROME, MEMIT, AlphaEdit, SPHERE on CounterFact): the mean negative log-likelihood per token of the
   right answer is lower than that of its rival;
 - *strict*: every token of a right answer is the likeliest one, given the answer's tokens before it;
 - *token*: the share of the right answer's tokens that are the likeliest, given those before (the authors' ZsRE numbers);
 - *generated*: what the model says freely and greedily begins with the right answer (`sphere_edit.evaluation.generation`);
+- *exact line*, *ROUGE-L*: what it says until it stops by itself is the right answer, or has so much of it (`sphere_edit.evaluation.natural`);
 - *strict, other form*: the strict verdict on the prompt in the form that the fact is not asked in: in a chat, or plain.
 """
 
@@ -37,6 +38,21 @@ _ANSWER_TOKENS = 4096  # in one batch of `score_answers`
 
 
 @dataclass(frozen=True)
+class Line:
+    """What the model said until it stopped by itself.
+
+    Attributes:
+        said: as many lines of it as the right answer has.
+        exact: whether that is a right answer.
+        overlap: its ROUGE-L with the right answer that it is nearest to, from 0 to 1.
+    """
+
+    said: str
+    exact: bool
+    overlap: float
+
+
+@dataclass(frozen=True)
 class PromptScore:
     """One prompt of a fact.
 
@@ -45,6 +61,7 @@ class PromptScore:
         nll_other: of its rival.
         accuracy: share of the right answer's tokens that are the likeliest, given those before.
         also: whether all tokens of one of the other right answers are, where there are any.
+        line: what it says until it stops by itself, where it was asked so.
         said: what the model says after the prompt, where it was asked.
         begins: whether that begins with the right answer.
         other: the strict verdict on the prompt in the other form (in a chat, or plain), where it was asked so.
@@ -57,6 +74,7 @@ class PromptScore:
     begins: bool | None = None
     other: bool | None = None
     also: bool | None = None
+    line: Line | None = None
 
     @property
     def prefers(self) -> bool:

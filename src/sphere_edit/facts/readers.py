@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -55,9 +55,9 @@ class FactSet:
 
     def remarks(self) -> list[str]:
         """What a user should see of how the records were understood, a sentence each."""
-        said = [f"Facts read as {self.protocol}"]
+        said = [f"Facts read as {self.protocol}{_beside(self.facts)}"]
         if self.ignored:
-            said.append(f"Fields that are not used: {_counted(self.ignored)}")
+            said.append(f"Fields that are not used (in so many records): {_counted(self.ignored)}")
         if kept := _unmeasured(self.facts):
             said.append(f"Kept, and not measured: {_counted(kept)}")
         seams = Counter(_SEAMS.get(fact.separator or "", repr(fact.separator)) for fact in self.facts)
@@ -74,6 +74,14 @@ class FactSet:
 
 
 _SEAMS = {"": "nothing", " ": "one space"}
+_OPTIONAL = ("target_true", "paraphrases", "neighbors", "portability", "generation_prompts", "rewordings", "answers")
+
+
+def _beside(facts: Sequence[Fact]) -> str:
+    """How many facts have which optional fields, so that nobody wonders whether a column was read."""
+    held = {name: sum(bool(getattr(fact, name)) for fact in facts) for name in _OPTIONAL}
+    said = ", ".join(f"{name} in {count:,}" for name, count in held.items() if count)
+    return f"; of {len(facts):,}: {said}" if said else "; none has paraphrases or neighbors to be measured by"
 
 
 def _counted(numbers: Mapping[str, int]) -> str:

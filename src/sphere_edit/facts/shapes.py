@@ -7,10 +7,11 @@ docs/facts.md has the table of what goes where.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import BadRecord, Fact, answers_of, as_list, make_fact, short, text_of
 from sphere_edit.facts.fields import Draft, Fields, Record, flat, neighbors, or_none, shown, texts
 
@@ -51,7 +52,7 @@ def shape_of(record: object) -> Shape:
     """
     if not isinstance(record, Mapping):
         raise BadRecord(f"expected an object with subject, prompt and target_new, found {type(record).__name__}")
-    shape = next((shape for shape in SHAPES if shape.fits(record)), None)
+    shape = next((shape for shape in _known() if shape.fits(record)), None)
     if shape is None:
         missing = [name for name in ("subject", "prompt", "target_new") if name not in record]
         found = ", ".join(short(repr(str(name))[1:-1], 40) for name in list(record)[:12]) or "nothing"
@@ -61,7 +62,58 @@ def shape_of(record: object) -> Shape:
 
 def is_record(content: Record) -> bool:
     """Whether an object is laid out as one of the known records."""
-    return any(shape.fits(content) for shape in SHAPES)
+    return any(shape.fits(content) for shape in _known())
+
+
+# --- from outside the package -------------------------------------------------------------------------------------
+
+Converter = Callable[[Record], Record | Sequence[Record]]
+FORMATS: dict[tuple[str, str], Shape] = {}  # filled by `register_format`, by the place of its function
+
+
+def register_format(words: str, fits: Callable[[Record], bool]) -> Callable[[Converter], Converter]:
+    """Make a layout of records known to every command; to be used as a function's decorator.
+
+        @register_format("Theirs: question is edited to gold", fits=lambda record: "gold" in record)
+        def theirs(record):
+            return {"subject": record["entity"], "prompt": record["question"], "target_new": record["gold"]}
+
+    It is asked before the layouts that the package knows. The same function once more takes the place of the first. Where it cannot use
+    a record, it raises ``ValueError`` with the reason; the user sees it with the record's number.
+
+    Args:
+        words: what the layout is called where a command says how it understood a file.
+        fits: whether a record is laid out so; of a CSV file it is also asked with the header's names alone, all of them None.
+    """
+
+    def registered(convert: Converter) -> Converter:
+        def read(fields: Fields, _: ZsreTarget) -> list[Draft]:
+            try:
+                found = convert(fields.record)
+            except ValueError as error:
+                raise BadRecord(str(error)) from None
+            fields.used |= fields.record.keys()
+            return [flat(Fields(record)) for record in ([found] if isinstance(found, Mapping) else found)]
+
+        def told(record: Record) -> bool:
+            try:
+                return bool(fits(record))
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+                raise SphereEditError(
+                    f"the format '{words}' cannot say whether a record is its own: {found}"
+                ) from error
+
+        FORMATS[convert.__module__, convert.__qualname__] = Shape(
+            told, words.replace("{", "{{").replace("}", "}}"), read
+        )
+        return convert
+
+    return registered
+
+
+def _known() -> list[Shape]:
+    return [*FORMATS.values(), *SHAPES]
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -69,6 +70,12 @@ def until_last(loaded: LoadedModel, batch: TokenBatch, **call: Any) -> Tensor:
     ):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **call)
     return outputs[0].to(loaded.device)
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments by which a model reads from a cache and writes to it; transformers calls it ``cache`` since 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
 
 
 class Graph:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.models.forward import last_hidden, until_last
+from sphere_edit.models.forward import last_hidden, until_last, with_cache
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
 
@@ -42,7 +42,7 @@ class SharedPrefix:
 
         cache: Any = DynamicCache()
         batch = TokenBatch.of([ids], self._loaded.device)
-        until_last(self._loaded, batch, past_key_values=cache, use_cache=True)
+        until_last(self._loaded, batch, **with_cache(self._loaded.model, cache))
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _fits(self, row: Sequence[int]) -> bool:
@@ -66,7 +66,7 @@ class SharedPrefix:
         batch = TokenBatch.of([row[self.length :] for row in rows], self._loaded.device)
         before = torch.ones(len(rows), self.length, dtype=batch.mask.dtype, device=batch.mask.device)
         seen = TokenBatch(batch.ids, torch.cat([before, batch.mask], dim=1))
-        return until_last(self._loaded, seen, past_key_values=cache, use_cache=True)
+        return until_last(self._loaded, seen, **with_cache(self._loaded.model, cache))
 
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:

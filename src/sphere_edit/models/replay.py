@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.configuration import text_config
-from sphere_edit.models.forward import last_hidden
+from sphere_edit.models.forward import last_hidden, with_cache
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.tokens import TokenBatch
@@ -184,8 +184,7 @@ class UpperLayers(Replay):
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(self._loaded.model, cache),
         )
 
         # before the pivot, keys and values are all that a replay needs: they take the cache's place in every call

@@ -142,7 +142,7 @@ def latex(rows: Sequence[Row]) -> str:
     for group, members in _grouped(rows):
         columns = columns_of(members)
         lines = [
-            f"% {visible(group)}",
+            f"% {visible(group)}; needs booktabs",
             rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
             r"\toprule",
             " & ".join(["", "Facts", *(in_latex(_head(column)) for column in columns)]) + r" \\",

@@ -20,6 +20,7 @@ from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
 from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
+from sphere_edit.evaluation.natural import with_lines
 from sphere_edit.evaluation.retrieval import with_retrieved
 from sphere_edit.evaluation.routing import changed_share, mixed_above, routes_of
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts, with_other_form
@@ -97,10 +98,14 @@ class Evaluator:
         scores = score_facts(self.loaded, facts, self.max_tokens, self.reporter, title)
         if say and self._chats:
             scores = with_other_form(self.loaded, facts, scores, self.max_tokens, self.reporter)
-        if not say or self.settings.generation == "off":
+        if not say:
             return scores
-        chat = self.settings.generation == "chat"
-        return with_answers(self.loaded, facts, scores, chat, self.max_tokens, self.reporter)
+        chat, size = self.settings.generation == "chat", self.max_tokens
+        if self.settings.generation != "off":
+            scores = with_answers(self.loaded, facts, scores, chat, size, self.reporter)
+        if self.settings.natural:
+            scores = with_lines(self.loaded, facts, scores, self.settings.natural, chat, size, self.reporter)
+        return scores
 
     def knows(self, facts: Sequence[Fact], title: str) -> list[bool]:
         """Whether the model as it stands gives each fact's new answer (strict), in every form that it is edited in."""
@@ -170,7 +175,7 @@ class Evaluator:
         """A hash of all that `_unedited_content` depends on: weights, numbers they compute with, facts, texts, settings."""
         settings = self.settings
         parts: list[Any] = [_SCORING, self.loaded.fingerprint, config_values(self.loaded.model)]
-        parts += [tokenizer_identity(self.loaded.tokenizer), self.max_tokens, settings.generation]
+        parts += [tokenizer_identity(self.loaded.tokenizer), self.max_tokens, settings.generation, settings.natural]
         parts += [[fact.as_dict() for fact in facts], *([self.heldout] if whole else [])]
         return cache_key(self.loaded.device, *parts)[:32]
 

@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def default_folder(model: str | Path, method: str) -> Path:
     return Path("runs") / f"{name}-{method}-{ranks.once(lambda: time.strftime('%Y%m%d-%H%M%S'))}"
 
 
-def create_run(session: Session, folder: Path) -> RunFolder:
-    """Create a run folder, with the lock taken, and all that the run needs from the unedited model."""
+def create_run(session: Session, folder: Path, facts: int) -> RunFolder:
+    """Create a run folder, with the lock taken, and all that the run needs from the unedited model; ``facts`` are those it begins with."""
     run = RunFolder.create(folder)
     try:
         settings = session.settings
@@ -56,6 +57,8 @@ def create_run(session: Session, folder: Path) -> RunFolder:
             templates = ranks.once(partial(sample_context_templates, session.loaded, settings.seed, count))
             corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
             measure_ingredients(session, session.ingredients, corpus, templates, folder / "statistics")
+        if settings.moments.heldout is None:
+            corpus = replace(corpus, heldout=corpus.heldout_for(facts))
         inputs = {_HELDOUT: write_json(folder / _HELDOUT, corpus.heldout)}
         if settings.repair:
             inputs[_PASSAGES] = write_json(folder / _PASSAGES, readable_passages(corpus.passages))

@@ -45,7 +45,8 @@ class Session:
         loaded = load_model(model, given.device, given.dtype, trust_remote_code, reporter, given.placement())
         session = cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)
         if session.preset is not None:
-            reporter.say(f"Settings of {given.method} {session.preset}, but for what you set")
+            kept = "; what you set stays" if given.model_fields_set - {"method"} else ""
+            reporter.say(f"Settings of {given.method}: {session.preset}{kept}")
         return session
 
     @classmethod

@@ -33,7 +33,7 @@ from sphere_edit.runs.taking_back import TakingBack
 from sphere_edit.runs.trust import is_own
 
 _LIKELY = 0.5  # mean probability of an answer's tokens under its target alone, below which something is wrong with that
-_SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/quality.md)
+_SATURATED = 0.25  # share of earlier facts forgotten, from which on a stream feeds on itself (docs/LOG.md)
 
 
 class Stopped(SphereEditError):
@@ -167,7 +167,8 @@ class Stream:
             self._unless_stopped()
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
-            self.reporter.say(f"Batch {history.head + 1}: {len(rewritten)} of {len(asked)} facts asked, again", "bold")
+            said = f"Batch {history.head + 1}: rewrites {len(rewritten)} of the {len(asked)} facts that were asked"
+            self.reporter.say(said, "bold")
             self._write(facts, [], rewritten, [], [], [], Clock())
 
     # --- back -----------------------------------------------------------------------------------------------------
@@ -280,7 +281,8 @@ class Stream:
             )
         if min(sizes) <= LONG_ANSWER:
             said.append(
-                f"This model does not read such facts in layer {self.session.layers[-1]}: `sphere-edit tune` finds layers and a step for a model"
+                f"This model does not read such facts in layer {self.session.layers[-1]}: layers and a step for it are found by "
+                f"`sphere-edit tune {self.session.loaded.source}`"
             )
         return ". ".join(said)
 

@@ -102,6 +102,10 @@ class TakingBack:
             batch = self._together(facts, _last_of_each(facts, removed))
             self.committer.write_back(batch, [facts[index] for index in batch], "state", removed, asked, missing)
         else:
+            self.reporter.say(
+                f"Batch {history.head + 1}: what was written for them is subtracted, in every batch that wrote them",
+                "bold",
+            )
             self.committer.subtract(removed, shares, asked, missing)
         if method.learns and not method.forgets:
             self.reporter.say(
@@ -143,7 +147,7 @@ class TakingBack:
 
     def _say_removed(self, facts: Sequence[Fact], removed: Sequence[int]) -> None:
         history = self.run.history
-        self.reporter.say(f"Removing {len(removed)} facts", "bold")
+        self.reporter.say(f"Removing {len(removed)} {'fact' if len(removed) == 1 else 'facts'}", "bold")
         for index in removed[:_LISTED]:
             older = ", superseded before" if index in history.superseded else ""
             self.reporter.say(f"  {index}: {named(facts[index])} (batch {history.batch_of[index]}{older})")

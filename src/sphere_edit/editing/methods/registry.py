@@ -14,6 +14,7 @@ from sphere_edit.editing.methods.base import JointMethod, LayerwiseMethod, Metho
 from sphere_edit.editing.sources import Source
 from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.errors import SphereEditError
+from sphere_edit.facts.shapes import FORMATS
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.plugins import installed, run_file
 
@@ -52,15 +53,18 @@ def register_method(kind: Kind) -> Kind:
 
 
 def register_file(path: Path) -> list[str]:
-    """Run a file that registers methods, because the user named it; the methods' names.
+    """Run a file that registers methods or formats, because the user named it; the methods' names.
 
     Raises:
-        SphereEditError: it does not run, or registers none.
+        SphereEditError: it does not run, or registers nothing.
     """
     module = run_file(path)
     names = [name for name, kind in METHODS.items() if kind.__module__ == module.__name__]
-    if not names:
-        raise SphereEditError(f"the plugin {path} registers no method: put @register_method before its class")
+    if not names and module.__name__ not in {place for place, _ in FORMATS}:
+        raise SphereEditError(
+            f"the plugin {path} registers nothing: put @register_method before a method's class, or @register_format(…) before a "
+            "function that reads a record"
+        )
     return names
 
 
