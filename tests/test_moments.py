@@ -11,6 +11,7 @@ import torch
 from families import tiny
 from sphere_edit.editing import moments, shipped
 from sphere_edit.editing.moments import (
+    Corpus,
     MomentSettings,
     _Sums,
     draw,
@@ -163,3 +164,12 @@ def test_an_interrupted_pass_over_the_text_goes_on_where_it_was_stored(tmp_path,
     assert calls[0] > 0, "it did not begin at the beginning"
     assert all(torch.equal(again[name], whole[name]) for name in names)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize(("facts", "passages"), [(1, 21), (51, 21), (60, 24), (500, 200), (1000, 300), (10_000, 300)])
+def test_a_short_stream_is_measured_on_less_text(facts, passages):
+    """40 tokens for each fact, 2,048 at least, in whole passages; the same first ones whatever comes later."""
+    corpus = Corpus([], [[number] * 100 for number in range(300)], "")
+    found = corpus.heldout_for(facts)
+    assert len(found) == passages
+    assert found == corpus.heldout[: len(found)]

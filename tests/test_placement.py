@@ -11,9 +11,12 @@ import torch
 from conftest import fact_records
 from families import save_tiny
 from mixtures import save_mixture
+from sphere_edit.editing.problem import Kept, Statistics
 from sphere_edit.editing.settings import make_settings, placed
+from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editor import Editor, opened
 from sphere_edit.errors import SphereEditError
+from sphere_edit.files import write_tensors
 from sphere_edit.models.offload import Stored
 from sphere_edit.models.placement import Placement, read_map, read_memory
 from sphere_edit.models.pretrained import skeleton
@@ -203,3 +206,32 @@ def test_a_run_may_go_on_elsewhere(models, tmp_path):
     assert placed(at_rest, {"max_memory": {"cpu": "2GB"}}).placement() == Placement("auto", {"cpu": "2GB"})
     with pytest.raises(SphereEditError, match="leave the device out"):
         placed(at_rest, {"device": "cpu", "device_map": "auto"})
+
+
+def test_statistics_and_states_may_stay_in_memory_and_visit_the_device(tmp_path):
+    """``meta`` stands for a device that is not the CPU: what is asked for by name comes there, what is stored does not."""
+    device = torch.device("meta")
+    for kept in (Kept({"system": torch.eye(3)}, device), Statistics({"second_moment": torch.eye(3)}, device)):
+        (name,) = kept
+        assert kept[name].device == device
+        assert [value.device.type for value in kept.values()] == ["cpu"]
+        assert {**kept}[name].device.type == "cpu", "a checkpoint writes what lies there"
+    assert kept.second_moment is not None
+    assert kept.second_moment.device == device
+    made: list[int] = []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return torch.ones(2)
+
+    assert kept.made("it", make).device == kept.made("it", make).device == device
+    assert made == [1]
+    here = Statistics(second_moment=torch.eye(3))
+    assert here["second_moment"] is here.second_moment, "without a device nothing is copied"
+    assert here.factor is here.factor
+
+    folder = tmp_path / "second_moment"
+    write_tensors(folder / "a.safetensors", {"second_moment": torch.eye(3)})
+    away = load_statistics(tmp_path, ["a"], {"a": device}, away=True)["a"]
+    assert (away["second_moment"].device, next(iter(away.values())).device.type) == (device, "cpu")
+    assert next(iter(load_statistics(tmp_path, ["a"], {"a": device})["a"].values())).device == device

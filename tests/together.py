@@ -63,6 +63,7 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def _untimed(entry: dict[str, Any]) -> dict[str, Any]:
-    entry = {name: value for name, value in entry.items() if name not in ("time", "seconds", "created", "peak_memory")}
+    changing = ("time", "seconds", "created", "peak_memory", "expected_memory")
+    entry = {name: value for name, value in entry.items() if name not in changing}
     inputs = entry.get("inputs")
     return entry | {"inputs": {k: v for k, v in inputs.items() if k != "config.json"}} if inputs else entry

@@ -48,7 +48,9 @@ from sphere_edit.runs.folder import RunFolder
 from sphere_edit.trials import Trial
 
 _MEMORY = 24 << 30  # bytes of address space: what would take more ends in an error that is seen
-_TIMES = frozenset({"seconds", "time", "peak_memory", "created", "inputs"})  # of runs that are otherwise equal
+_TIMES = frozenset(
+    {"seconds", "time", "peak_memory", "expected_memory", "created", "inputs"}
+)  # of runs that are otherwise equal
 _SHARES = {"kills": 4.0, "disks": 2.0, "flips": 2.0}  # of the time; the others get one each
 
 

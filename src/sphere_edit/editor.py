@@ -173,7 +173,7 @@ class Editor:
         given = facts_from(facts, skip_bad)
         planned, left_out = self.check(given, skip_bad, skip_known)
         if self._stream is None:
-            self._attach(create_run(self.session, self.folder))
+            self._attach(create_run(self.session, self.folder, len(planned)))
         self._at_work().accept(planned, given, left_out)
         return self.resume()
 

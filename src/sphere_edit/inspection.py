@@ -14,8 +14,8 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import EXPERTS, Architecture
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.sites import parameter_of
-from sphere_edit.planning import memory_of
 from sphere_edit.reporting.results import make_table
+from sphere_edit.runs.accounting import memory_of
 from sphere_edit.runs.session import Session
 
 

@@ -14,7 +14,7 @@ from sphere_edit.editing.batch import Written
 from sphere_edit.editing.diagnosing import BatchDiagnosis
 from sphere_edit.editing.ingredients import Planned, SecondMoment, Shape, Trial
 from sphere_edit.editing.methods.base import JointMethod
-from sphere_edit.editing.moments import ready_text, sample_text
+from sphere_edit.editing.moments import HELDOUT_PASSAGES, MomentSettings, heldout_tokens, ready_text, sample_text
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import STEP_FACTS, Descent, Repair, repair_steps
 from sphere_edit.editing.sources import Report, Source
@@ -24,11 +24,12 @@ from sphere_edit.evaluation.scores import score_facts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import read_facts
-from sphere_edit.models.configuration import positions, text_config
+from sphere_edit.models.configuration import positions
 from sphere_edit.models.forward import last_hidden
 from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.numerics.update import LowRankUpdate, Update
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.accounting import Account, account_of
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.session import Session
 from sphere_edit.trials import HELDOUT
@@ -45,7 +46,7 @@ class Estimate:
     """Seconds by stage, and bytes of memory and disk."""
 
     seconds: dict[str, float]
-    memory: int
+    memory: Account
     disk: int
 
 
@@ -110,9 +111,16 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         timed = Trial(next(iter(source.values())) / len(trial), reading, tokens, len(read_facts("demo").facts))
         for row in session.ingredients:
             seconds.update(row.seconds(timed))
-    heldout = moments.sampled_tokens / 8 if moments.corpus is None else moments.heldout * _PASSAGE_TOKENS
-    seconds["perplexity"] = evaluations * heldout * reading
-    return Estimate(seconds, memory_of(session), _disk(session, facts))
+    seconds["perplexity"] = evaluations * _heldout_tokens(moments, len(facts)) * reading
+    return Estimate(seconds, account_of(session), _disk(session, facts))
+
+
+def _heldout_tokens(moments: MomentSettings, facts: int) -> float:
+    """Of the text that perplexity is measured on, about."""
+    if moments.heldout is not None and moments.corpus is not None:
+        return moments.heldout * _PASSAGE_TOKENS
+    kept = moments.sampled_tokens / 8 if moments.corpus is None else HELDOUT_PASSAGES * _PASSAGE_TOKENS
+    return kept if moments.heldout is not None else min(kept, heldout_tokens(facts))
 
 
 def _timed_batch(session: Session) -> float:
@@ -190,27 +198,6 @@ def _with_truth(fact: Fact) -> Fact:
     neighbors = tuple(replace(n, answer=n.answer or fact.target_new) for n in fact.neighbors)
     portability = tuple(replace(p, rival=fact.target_new) for p in fact.portability)
     return replace(fact, target_true=fact.target_true or "unknown", neighbors=neighbors, portability=portability)
-
-
-def memory_of(session: Session) -> int:
-    """Bytes of memory that an edit by a session's settings takes, by shapes: the model, and all that is held beside it."""
-    model = sum(parameter.numel() * parameter.element_size() for parameter in session.loaded.model.parameters())
-    copied = session.settings.targets.compute == "bfloat16" and session.loaded.dtype != torch.bfloat16
-    if copied and session.method.needs.feed.at_subjects:
-        model += 2 * sum(parameter.numel() for parameter in session.loaded.model.parameters())
-    matrices = sum(weight.numel() for weight in session.weights.working.values())
-    shapes, needs = _shapes(session), session.method.needs
-    held = sum(row.memory(shapes) + row.state(shapes) for row in session.ingredients)
-    solving = max((row.scratch(shape) for row in needs.ingredients for shape in shapes), default=0) or matrices * 4 * 4
-    if session.settings.repair:  # change, momentum, value, and gradients of every matrix, and what its keys say
-        repairing = 6 * matrices * 4 + sum(4 * shape.square for shape in shapes)
-        solving = max(solving, repairing)
-    vocabulary = session.loaded.model.get_output_embeddings().weight.shape[0]
-    tokens = session.settings.tokens_per_batch
-    if needs.feed.at_subjects:
-        tokens = session.settings.targets.tokens_on(session.loaded.device)
-    activations = tokens * text_config(session.loaded.model).hidden_size * 16 * 4 * session.depth
-    return model + matrices * (4 + 4) + held + solving + activations + 512 * vocabulary * 4 * 3
 
 
 def _disk(session: Session, facts: Sequence[Fact]) -> int:

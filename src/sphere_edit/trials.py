@@ -20,7 +20,6 @@ from sphere_edit.editing.moments import load_corpus
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.settings import Settings, make_settings
 from sphere_edit.editing.sources import OptimisedTargets
-from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editing.targets import Targets
 from sphere_edit.evaluation.catalogue import DIVERGENCE, EFFICACY, GENERALIZATION, SPECIFICITY, STRICT, of_part
 from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
@@ -325,7 +324,7 @@ class Bench:
         """Inside, the model has some facts in it."""
         with temporary_folder() as folder:
             measure_ingredients(session, session.ingredients, self.corpus, self.templates, folder)
-            statistics = load_statistics(folder, session.weights.names, self.loaded.device)
+            statistics = session.statistics(folder)
         solver = session.make_solver(self._source(session, statistics), statistics)
         try:
             solver.write(facts, {name: {} for name in session.weights.names}, Clock())

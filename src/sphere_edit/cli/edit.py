@@ -36,7 +36,7 @@ from sphere_edit.cli.edit_options import (
     WhichRewordings,
     settings_of,
 )
-from sphere_edit.cli.layout import say_lights, say_metrics, say_plan, say_where, write_report
+from sphere_edit.cli.layout import say_lights, say_memory, say_metrics, say_plan, say_where, write_report
 from sphere_edit.cli.options import (
     Chat,
     Corpus,
@@ -119,7 +119,7 @@ def edit(
     if facts is not None and decision.act is not Act.RESUME:
         more = read_facts(facts, limit=limit, skip_bad=skip_bad, zsre_target=target.value, skip=skip, shuffle=shuffle)
     if decision.act is Act.START:
-        editor = _begun(model, decision.folder, over, trust_remote_code)
+        editor = _begun(model, decision.folder, over, trust_remote_code, dry_run)
     else:
         from sphere_edit.editor import Editor
 
@@ -172,7 +172,7 @@ def _telling(editor: Editor, tracker: Tracker | None) -> Iterator[None]:
         tracker.close()
 
 
-def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remote_code: bool) -> Editor:
+def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remote_code: bool, dry_run: bool) -> Editor:
     """A model to be edited into a new folder; what can be refused before it is loaded, is."""
     from sphere_edit.editing.settings import make_settings
     from sphere_edit.editor import Editor
@@ -184,6 +184,8 @@ def _begun(model: str, folder: Path, settings: list[dict[str, Any]], trust_remot
         read_passages(chosen.moments.corpus)
     for place in (folder, cache_dir()):
         check_room(place, 0)
+    if dry_run:
+        say_memory(model, chosen, trust_remote_code)
     return Editor.from_pretrained(model, folder, chosen, reporter(), trust_remote_code)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
+    from sphere_edit.editing.settings import Settings
     from sphere_edit.editor import Editor
     from sphere_edit.facts.fact import Fact
     from sphere_edit.facts.readers import FactSet
@@ -71,6 +72,23 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     out.print("Nothing was edited. The same command without --dry-run edits.")
 
 
+def say_memory(model: str, settings: Settings, trust_remote_code: bool) -> None:
+    """What an edit would hold in memory at most, told by a model's configuration before its weights are loaded."""
+    from sphere_edit.progress import Quiet
+    from sphere_edit.runs.accounting import account_of
+    from sphere_edit.runs.session import Session
+
+    sketched = Session.sketched(model, settings, Quiet(), trust_remote_code)
+    if sketched is None:
+        out.print("Memory is told once the model is loaded: its layout is found by running it.")
+        return
+    account = account_of(sketched)
+    said = ", ".join(
+        f"{size / 1e9:.2f} GB on {device} ({account.fullest(device)})" for device, size in account.peak.items()
+    )
+    out.print(f"Memory at most, by the model's shapes: {said}")
+
+
 def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
     from sphere_edit.reporting.results import make_table
     from sphere_edit.runs.selection import would_supersede
@@ -111,6 +129,7 @@ def _cost_table(cost: Estimate) -> Table:
     for stage, seconds in cost.seconds.items():
         table.add_row(stage, duration(seconds))
     table.add_row(terminal("time, all", "bold"), terminal(duration(sum(cost.seconds.values())), "bold"))
-    table.add_row("memory", f"{cost.memory / 1e9:.1f} GB")
+    for device, size in cost.memory.peak.items():
+        table.add_row(f"memory on {device}, at most", f"{size / 1e9:.2f} GB, at: {cost.memory.fullest(device)}")
     table.add_row("disk", f"{cost.disk / 1e9:.2f} GB")
     return table

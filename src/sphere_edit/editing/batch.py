@@ -229,6 +229,8 @@ class Solver:
             for found in of_batch:
                 given |= found.get(name, {})
             weight = self.weights.working[name]
+            keys, residual = keys.to(weight.device), residual.to(weight.device)
+            given = {part: value.to(weight.device) for part, value in given.items()}
             problem = LayerProblem(wide(weight).clone(), keys, residual, self.statistics[name], given)
             solve = partial(self._solved, method, name, problem, states[name], owed.get(name))
             group.solved[name], group.written[name] = ranks.once(solve, by=index)

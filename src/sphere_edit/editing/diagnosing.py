@@ -107,7 +107,6 @@ class BatchDiagnosis:
 
     def __init__(self, weights: EditedWeights, statistics: Mapping[str, Statistics]):
         self._weights, self._statistics = weights, statistics
-        self._metrics: dict[str, KeyMetric] = {}
         self._energies: dict[
             str, dict[str, Energy]
         ] = {}  # by matrix and hash: of the unedited one and the last one seen
@@ -156,9 +155,9 @@ class BatchDiagnosis:
         }
 
     def _metric(self, name: str, moment: Tensor | None) -> KeyMetric | None:
-        if moment is not None and name not in self._metrics:
-            self._metrics[name] = KeyMetric.of(moment)
-        return self._metrics.get(name)
+        if moment is None:
+            return None
+        return KeyMetric(self._statistics[name].made("metric", lambda: KeyMetric.of(moment).factor))
 
     def _energy(self, name: str, weight: Tensor) -> Energy:
         """A matrix's energy; that of the weights before a batch is mostly that of those after the last one."""

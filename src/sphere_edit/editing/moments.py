@@ -35,6 +35,11 @@ _SAMPLE_ROWS = 64
 _WINDOW_BATCHES = 2  # padded batches' worth of tokens in a window, between two looks at the convergence
 _LEAST_WINDOWS = 4
 _STORE_SECONDS = 120.0
+HELDOUT_PASSAGES = 300  # passages kept for perplexity where nobody says how many
+_HELDOUT_A_FACT = (
+    40  # tokens of them that are read for each fact of a stream, so that measuring takes its share and not more
+)
+_LEAST_HELDOUT = 2048  # tokens
 _EXPERTS_TOKENS = 4  # times as much text is read for experts
 _SAMPLER = 2  # to be raised when `sample_text` draws otherwise: cached text of another sampler is not its own
 
@@ -55,7 +60,12 @@ class MomentSettings(BaseModel):
         0.05, ge=0, lt=1, description="relative error of the second moments at which reading ends; 0 reads all tokens"
     )
     max_length: int = Field(512, ge=8, description="tokens of one passage; the rest of a longer one is left out")
-    heldout: int = Field(300, ge=1, description="passages at the corpus's end kept for perplexity (a fifth at most)")
+    heldout: int | None = Field(
+        None,
+        ge=1,
+        description="passages at the corpus's end kept for perplexity (a fifth at most). By default 300, of which a short stream reads the "
+        "first ones alone: 40 tokens for each of its first facts, 2,048 at least",
+    )
 
     def for_experts(self) -> MomentSettings:
         """These with four times the tokens of a corpus, unless it was said how many: few tokens reach each expert."""
@@ -71,10 +81,24 @@ class Corpus:
     heldout: list[list[int]]
     origin: str
 
+    def heldout_for(self, facts: int) -> list[list[int]]:
+        """The first held-out passages, as many as a stream of so many facts has use for: what it costs to read them grows with it."""
+        wanted, found = heldout_tokens(facts), 0
+        for count, passage in enumerate(self.heldout, 1):
+            found += len(passage)
+            if found >= wanted:
+                return self.heldout[:count]
+        return self.heldout
+
     @property
     def sha256(self) -> str:
         """Identity of the text the statistics see."""
         return hashlib.sha256(json.dumps(self.passages).encode()).hexdigest()
+
+
+def heldout_tokens(facts: int) -> int:
+    """How many tokens of text a stream of so many facts is measured on, where nobody says."""
+    return max(_LEAST_HELDOUT, _HELDOUT_A_FACT * facts)
 
 
 def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, reporter: Reporter) -> Corpus:
@@ -84,7 +108,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
         cut = len(sampled) - max(1, len(sampled) // 8)
         return Corpus(sampled[:cut], sampled[cut:], f"sampled from the model itself, seed {seed}")
     texts = read_passages(settings.corpus)
-    count = min(settings.heldout, max(1, len(texts) // 5))
+    count = min(settings.heldout or HELDOUT_PASSAGES, max(1, len(texts) // 5))
     longest = min(settings.max_length, positions(loaded.model))
 
     def tokens(text: str) -> list[int]:
@@ -192,7 +216,8 @@ def second_moments(
         partial: a file that keeps the sums every few minutes, and is gone on from if it is there.
     """
     modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
-    sums = _Sums.read(partial, loaded.device) if partial is not None and is_whole(partial) else _Sums()
+    home = loaded.device if loaded.placement is None else torch.device("cpu")
+    sums = _Sums.read(partial, home) if partial is not None and is_whole(partial) else _Sums(home)
     total = sum(map(len, passages))
     stored = time.monotonic()
     windows = _windows(passages, _WINDOW_BATCHES * max_tokens)
@@ -247,6 +272,7 @@ class _Since:
 class _Sums:
     """``Σ k kᵀ`` by matrix (float64) in two halves, the tokens in each, and how many windows went in."""
 
+    home: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the sums lie
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     windows: int = 0
@@ -257,10 +283,10 @@ class _Sums:
         turn = self.windows % 2
         half = self.halves[turn]
         for name, (single, reached) in products.items():
-            product = single.double()
+            product = single.to(self.home, torch.float64)
             half[name] = product if name not in half else half[name].add_(product)
             if reached is not None:
-                self.routed[name] = reached + self.routed.get(name, 0)
+                self.routed[name] = reached.to(self.home) + self.routed.get(name, 0)
         self.tokens[turn] += tokens
 
     def moment(self, name: str) -> Tensor:
@@ -305,7 +331,7 @@ class _Sums:
         """What `write` stored."""
         tensors = read_tensors(path)
         windows, *tokens = tensors.pop("counts").tolist()
-        sums = cls(tokens=tokens, windows=windows)
+        sums = cls(device, tokens=tokens, windows=windows)
         for key, value in tensors.items():
             turn, name = key.split("/", 1)
             (sums.routed if turn == "routed" else sums.halves[int(turn)])[name] = value.to(device)
@@ -319,6 +345,7 @@ _Products = tuple[
 
 def _products(keys: Keys, real: Tensor) -> _Products:
     """Of the keys at the ``real`` tokens ``[B, S]`` of a batch."""
+    real = real.to(keys.device)
     if isinstance(keys, JointKeys):
         return _of_experts(keys, real)
     rows = keys[real].float()

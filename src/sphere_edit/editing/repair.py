@@ -43,7 +43,7 @@ from sphere_edit.progress import Reporter
 _FACTS_A_STEP = 10  # edited ones for each step, so that a short stream has a short repair
 _RATE = 0.03  # the first step's length, as a share of ‖W − W0‖; later ones fall to zero along a cosine
 _MOMENTUM = 0.8
-_TEXT_TOKENS = 1024  # of ordinary text in each step, padded
+TEXT_TOKENS = 1024  # of ordinary text in each step, padded
 _PASSAGE_TOKENS = 256  # of one passage at most: what attention keeps for its backward pass grows with the square
 _POSITIONS = 512  # of those, next-token distributions that are compared
 _FACTS_WEIGHT = 0.3  # of their mean loss against the divergence
@@ -121,7 +121,7 @@ class Repair:
         self.templates, self.encoder = list(templates), Encoder(computing.tokenizer, ends)
         self.random, self.seed, self.curved = random.Random(seed), seed, curved
         rows = [list(passage[:_PASSAGE_TOKENS]) for passage in passages]
-        batches = batches_of(rows, min(_TEXT_TOKENS, max_tokens))
+        batches = batches_of(rows, min(TEXT_TOKENS, max_tokens))
         self.batches = cycle(self.random.sample(batches, len(batches)))
 
     def run(self, steps: int, share: float, reporter: Reporter) -> tuple[dict[str, Tensor], Descent]:
@@ -222,7 +222,7 @@ class Repair:
         """The mean loss of some facts, each in one context template, as a sum over batches of them."""
         some = self.random.sample(self.facts, min(STEP_FACTS, len(self.facts)))
         asked = in_each_form([_in_template(fact, self._context()) for fact in some])
-        most = min(2 * _TEXT_TOKENS, self.max_tokens)
+        most = min(2 * TEXT_TOKENS, self.max_tokens)
         parts = target_rows(self.loaded, coded_targets(self.encoder, asked), most)
         return [partial(self._facts_loss, rows, len(asked)) for _, rows in parts]
 

@@ -48,14 +48,23 @@ def cached_moments(
     return files
 
 
-def load_statistics(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Statistics]:
-    """What a run was started with, by matrix: everything that its ingredients have measured."""
+def load_statistics(
+    folder: Path, names: Sequence[str], devices: Mapping[str, torch.device], away: bool = False
+) -> dict[str, Statistics]:
+    """What a run was started with, by matrix: everything that its ingredients have measured.
+
+    Args:
+        devices: of each matrix.
+        away: statistics lie in CPU memory, and go to their matrix's device when they are asked for (`Kept`).
+    """
     kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = {}
     for name in names:
         files = [kind / f"{name}.safetensors" for kind in kinds]
         parts = [_checked(read_tensors(file), file) for file in files if file.is_file()]
-        found[name] = Statistics({key: value.to(device) for part in parts for key, value in part.items()})
+        measured = {key: value for part in parts for key, value in part.items()}
+        here = {key: value if away else value.to(devices[name]) for key, value in measured.items()}
+        found[name] = Statistics(here, devices[name] if away else None)
     return found
 
 

@@ -178,7 +178,7 @@ class Architecture:
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
-        logits = model.get_output_embeddings()(model.get_submodule(self.final_norm)(hidden))
+        logits = model.get_output_embeddings()(model.get_submodule(self.final_norm)(hidden)).to(hidden.device)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap

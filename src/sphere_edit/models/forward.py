@@ -69,7 +69,7 @@ def until_last(loaded: LoadedModel, batch: TokenBatch, **call: Any) -> Tensor:
         outputs,
     ):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **call)
-    return outputs[0]
+    return outputs[0].to(loaded.device)
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Graph:
             hooks.callback(last.register_forward_hook(stop).remove)
             with suppress(Stop), torch.enable_grad():
                 torch.func.functional_call(loaded.model, dict(parameters or {}), (), call)
-        self.hidden = found[0]
+        self.hidden = found[0].to(loaded.device)
 
 
 def head_rows(loaded: LoadedModel) -> int:

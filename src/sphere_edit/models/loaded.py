@@ -22,6 +22,8 @@ class LoadedModel:
     source: str
     fingerprint: str
     placement: Placement | None = None  # how it was spread; None where it lies whole on one device
+    before: int = 0  # bytes that were held before it was loaded
+    planned: torch.device | None = None  # of one without weights, where it is going to compute
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,4 +39,4 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go: where the model's embedding computes. Each layer has hidden states where its own weights are."""
-        return home(self.model.get_input_embeddings())
+        return self.planned or home(self.model.get_input_embeddings())

@@ -6,7 +6,8 @@ import copy
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import nn
 
 from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
+from sphere_edit.models.architecture import row_of
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.offload import Stored, hold_vectors, shared_maps
-from sphere_edit.models.placement import Place, Placement, spoken
+from sphere_edit.models.placement import Place, Placement, main_of, spoken
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
 from sphere_edit.models.probe import architecture_of, check_head, with_replay
 from sphere_edit.models.soundness import (
@@ -84,6 +86,15 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def held_now(device: torch.device | None) -> int:
+    """Bytes held at present, as `peak_memory` counts them; None stands for the CPU."""
+    if device is not None and device.type != "cpu":
+        return int(torch.accelerator.memory_allocated(device))
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(torch.device("cpu")) or 0  # not Linux
+
+
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: by tensors on an accelerator, by the whole process on a CPU; None where none can tell."""
     if device.type != "cpu":
@@ -125,30 +136,19 @@ def load_model(
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
-    source = full_name(source)
-    where, gguf = _locate(source)
-    target = None if placement is not None else resolve_device(device)
-    chosen = resolve_dtype(dtype)
-    local = gguf is not None or Path(where).is_dir()
-    if gguf is not None:
-        where = converted(where, gguf)
-        chosen = torch.float32 if chosen == "auto" else chosen
-    config = read_config(Path(where)) if local else check_hub(where)
-    # without a configuration, the loader says what is the matter
-    loader = CAUSAL if config is None else loader_of(config, source, trust_remote_code)
-    found = None if config is None else undone_by_loading(config, source, Path(where) if local else None)
-    folder = Path(where) if local else fetched(where)
-    if folder is not None and gguf is None:
-        check_stored(folder, source)
-    bones = _built(where, loader, trust_remote_code)
-    if bones is not None and folder is not None:
-        check_extent(bones, folder, source, packed=found is not None)
-    if found is not None:
-        chosen = torch.bfloat16 if chosen == "auto" else chosen
-        if bones is not None:
-            _say_memory(reporter or Quiet(), source, found, bones, chosen)
-    places = None if placement is None else _places(placement, where, loader, trust_remote_code, chosen, source)
-    tokenizer, model = from_pretrained(source, where, chosen, trust_remote_code, loader, found, places=places)
+    known, target = _looked_up(source, dtype, trust_remote_code), None if placement else resolve_device(device)
+    source, before = known.source, held_now(target)
+    if known.folder is not None and known.gguf is None:
+        check_stored(known.folder, source)
+    bones = known.built()
+    if bones is not None and known.folder is not None:
+        check_extent(bones, known.folder, source, packed=known.quantised is not None)
+    if known.quantised is not None and bones is not None:
+        _say_memory(reporter or Quiet(), source, known.quantised, bones, known.dtype)
+    places = None if placement is None else _places(placement, known)
+    tokenizer, model = from_pretrained(
+        source, known.where, known.dtype, trust_remote_code, known.loader, known.quantised, places=places
+    )
     if getattr(model, "hf_quantizer", None) is not None:
         raise quantised(source, model.config.to_dict(), "and transformers computes with it as it is")
     model.config._name_or_path = source
@@ -157,7 +157,83 @@ def load_model(
         (reporter or Quiet()).say(f"'{source}' is spread: {spoken(places)}")
     else:
         _move(model, target, source)
-    return replace(prepare(model, tokenizer, source), placement=placement)
+    return replace(prepare(model, tokenizer, source), placement=placement, before=before)
+
+
+def sketch(
+    source: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    placement: Placement | None = None,
+) -> LoadedModel | None:
+    """A model without its weights, of which the shapes are known; None where its layout is found by running it, which takes weights.
+
+    What can be told of a model that cannot be edited is told here, as by `load_model`.
+    """
+    known, target = (
+        _looked_up(source, dtype, trust_remote_code, fetch=False),
+        None if placement else resolve_device(device),
+    )
+    bones = known.sized()
+    row = row_of(bones.config.model_type)
+    if row is None:
+        return None
+    places = None if placement is None else placement.checked().resolved(bones, known.source)
+    bones.hf_device_map = places or {"": str(target)}
+    try:
+        architecture = row.architecture(bones)
+    except AttributeError:  # laid out otherwise than its family
+        return None
+    return LoadedModel(
+        bones, None, architecture, known.source, "", placement, held_now(target), target or main_of(places)
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a model before its weights are read: how it is called, where it is, and how it is loaded."""
+
+    source: str
+    where: str
+    gguf: str | None
+    folder: Path | None
+    loader: str
+    dtype: torch.dtype | str
+    quantised: Mapping[str, Any] | None
+    trust: bool
+
+    def built(self) -> Any:
+        """The model without weights; None where it cannot be built, which is told when it is loaded."""
+        try:
+            return skeleton(self.where, self.loader, self.trust)
+        except SphereEditError:
+            return None
+
+    def sized(self) -> Any:
+        """The model without weights, of the numbers that it will have."""
+        bones = skeleton(self.where, self.loader, self.trust, None if isinstance(self.dtype, str) else self.dtype)
+        bones.tie_weights()
+        return bones
+
+
+def _looked_up(source: str | os.PathLike[str], dtype: str, trust: bool, fetch: bool = True) -> _Known:
+    """Look at a model's configuration, and with ``fetch`` have its files here."""
+    source = full_name(source)
+    where, gguf = _locate(source)
+    chosen = resolve_dtype(dtype)
+    local = gguf is not None or Path(where).is_dir()
+    if gguf is not None:
+        where = converted(where, gguf)
+        chosen = torch.float32 if chosen == "auto" else chosen
+    config = read_config(Path(where)) if local else check_hub(where)
+    # without a configuration, the loader says what is the matter
+    loader = CAUSAL if config is None else loader_of(config, source, trust)
+    found = None if config is None else undone_by_loading(config, source, Path(where) if local else None)
+    if found is not None:
+        chosen = torch.bfloat16 if chosen == "auto" else chosen
+    folder = Path(where) if local else fetched(where) if fetch else None
+    return _Known(source, where, gguf, folder, loader, chosen, found, trust)
 
 
 def load_beside(source: str | os.PathLike[str], other: LoadedModel) -> LoadedModel:
@@ -173,26 +249,14 @@ def _move(model: nn.Module, device: torch.device | None, source: str) -> None:
         raise SphereEditError(f"model '{source}' does not fit {device}: {first_lines(error)}") from None
 
 
-def _places(
-    placement: Placement, where: str, loader: str, trust: bool, dtype: torch.dtype | str, source: str
-) -> dict[str, Place]:
+def _places(placement: Placement, known: _Known) -> dict[str, Place]:
     """Where the model's modules go, told by their shapes."""
     if ranks.count() > 1:
         raise SphereEditError(
             "a device map spreads the model of one process; start it without torchrun, or leave the map out"
         )
     resolve_device()  # sets up what has to be before the first product
-    bones = skeleton(where, loader, trust, None if isinstance(dtype, str) else dtype)
-    bones.tie_weights()
-    return placement.checked().resolved(bones, source)
-
-
-def _built(where: str, loader: str, trust: bool) -> Any:
-    """The model without weights; None where it cannot be built, which is told when it is loaded."""
-    try:
-        return skeleton(where, loader, trust)
-    except SphereEditError:
-        return None
+    return placement.checked().resolved(known.sized(), known.source)
 
 
 def _say_memory(

@@ -164,6 +164,17 @@ def spoken(places: Mapping[str, Place]) -> str:
     return ", ".join(f"{count} parts on {place}" for place, count in counts.items())
 
 
+def main_of(places: Mapping[str, Place] | None) -> torch.device:
+    """Where a model that is spread computes what lies elsewhere: its first accelerator, or the CPU."""
+    found = next((place for place in (places or {}).values() if place not in ("cpu", "disk")), "cpu")
+    return torch.empty(0, device=found).device
+
+
+def place_of(name: str, places: Mapping[str, Place]) -> Place:
+    """Where a map puts a module or a parameter: the longest of its names that leads to it says."""
+    return places[max((key for key in places if _within(name, key)), key=len)]
+
+
 def _numbered(place: str) -> Place:
     return int(place) if place.isdigit() else place
 

@@ -80,7 +80,8 @@ class Replay:
             hooks.callback(final.register_forward_hook(take_last).remove)
             with suppress(Stop):
                 self._loaded.model(**inputs)
-        return values[0], last[0]
+        here = self._loaded.device  # a model that is spread has them elsewhere
+        return values[0].to(here), last[0].to(here)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
@@ -97,11 +98,11 @@ class Replay:
                 if len(item) == heads and (len(item) != size or alone):
                     return item
                 if len(item) == size * heads:
-                    return item.unflatten(0, (size, heads))[rows].flatten(0, 1)
-            return item[rows] if len(item) == size else item
+                    return item.unflatten(0, (size, heads))[rows.to(item.device)].flatten(0, 1)
+            return item[rows.to(item.device)] if len(item) == size else item
 
         self._calls = _mapped(pick, self._calls)
-        self.value, self._start = self.value[rows], self._start[rows]
+        self.value, self._start = self.value[rows], self._start[rows.to(self._start.device)]
         self._clean, self._real = self._clean[rows], self._real[rows]
 
     def hidden(self, delta: Tensor) -> Tensor:
@@ -145,13 +146,13 @@ class Replay:
     def _through_layers(self, hidden: Tensor) -> Tensor:
         for layer, (args, kwargs) in zip(self._layers, self._calls, strict=True):
             hidden = first_output(layer(hidden, *args[1:], **kwargs))
-        return hidden
+        return hidden.to(self._loaded.device)
 
     @contextmanager
     def _added_at_site(self, delta: Tensor) -> Iterator[None]:
         def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             first = first_output(output)
-            changed = self._added(folded(first, len(delta)), delta).view_as(first)
+            changed = self._added(folded(first, len(delta)).to(delta.device), delta).view_as(first).to(first.device)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         handle = self._site.register_forward_hook(add)
@@ -327,7 +328,8 @@ class _Prefix:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
-        self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
+        chosen = [rows.to(keys.device) for keys, _ in self._layers]
+        self._layers = [(keys[here], values[here]) for (keys, values), here in zip(self._layers, chosen, strict=True)]
 
 
 def _mapped(change: Callable[[Any], Any], item: Any, known: dict[int, Any] | None = None) -> Any:

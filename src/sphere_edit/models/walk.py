@@ -40,6 +40,7 @@ class LayerWalk:
         self._layers = loaded.architecture.running(loaded.model, first, last)
         self._numbers = {layer: number for number, layer in self._layers.items()}
         self._first, self._at = first, first
+        self._home = loaded.device  # where all that is read goes
         self._cut = list(enumerate(batches_by_length([len(row) for row in rows], max_tokens)))
         self._chunks: dict[int, _WalkedChunk] = {}  # by its number, those of this rank
 
@@ -115,13 +116,14 @@ class LayerWalk:
 
     def _carried(self, chunk: _WalkedChunk, deltas: Tensor) -> list[Tensor]:
         hidden, found = chunk.entering, []
-        rows = torch.arange(len(hidden), device=hidden.device)
+        rows = torch.arange(len(hidden))
         for number in self._layers:
             hidden = self._run(chunk, number, hidden)
             if number == self._first:
                 hidden = hidden.clone()
-                hidden[rows, chunk.last] = (at(hidden, chunk.last).float() + deltas[chunk.rows]).to(hidden.dtype)
-            found.append(at(hidden, chunk.last).float())
+                added = at(hidden, chunk.last).float() + deltas[chunk.rows].to(hidden.device)
+                hidden[rows, chunk.last.to(hidden.device)] = added.to(hidden.dtype)
+            found.append(at(hidden, chunk.last).float().to(self._home))
         return found
 
     def _read(
@@ -132,7 +134,7 @@ class LayerWalk:
         with watched(inputs_of, output_of, (len(hidden), hidden.shape[1])) as (inputs, outputs):
             for number in range(self._at, last + 1):
                 hidden = self._run(chunk, number, hidden)
-        return [at(seen, chunk.last).float() for seen in (*inputs, *outputs)]
+        return [at(seen, chunk.last).float().to(self._home) for seen in (*inputs, *outputs)]
 
     def _run(self, chunk: _WalkedChunk, number: int, hidden: Tensor) -> Tensor:
         if number not in self._layers:  # a layer that a text does not run through

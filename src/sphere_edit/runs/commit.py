@@ -16,7 +16,7 @@ from sphere_edit.editing.compensation import TAKEN
 from sphere_edit.editing.diagnosing import BatchDiagnosis, MatrixEntry
 from sphere_edit.editing.guard import objection
 from sphere_edit.editing.ingredients import seen_of, unmeasured
-from sphere_edit.editing.problem import Seen, State
+from sphere_edit.editing.problem import Kept, Seen, State
 from sphere_edit.editing.sources import Report
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -286,7 +286,8 @@ class Committer:
         self.weights.restore(weights)
         for name, state in states.items():
             device = self.weights.working[name].device
-            self.states[name] = {part: value.to(device) for part, value in state.items()}
+            away = self.statistics[name].device is not None
+            self._keep(name, state if away else {part: value.to(device) for part, value in state.items()})
         return start
 
     @contextmanager
@@ -330,7 +331,7 @@ class Committer:
             for row in self.method.needs.ingredients:
                 here |= row.of_weights(self.weights, name)
             if here:
-                self.states[name] = fold(self.states[name], here, self.statistics[name])
+                self._keep(name, fold(self.states[name], here, self.statistics[name]))
 
     def _forget(self, chosen: set[int], batch: int) -> None:
         """Take the keys of facts that ``batch`` supersedes, removes or writes again out of the method's state, as last written."""
@@ -350,9 +351,12 @@ class Committer:
             gone -= {*here, *earlier.superseded, *earlier.removed}  # of the latter the state knows nothing any more
         for name, parts in old.items():
             if parts:
-                self.states[name] = self.method.forget(
-                    self.states[name], torch.cat(parts, dim=1), self.statistics[name]
-                )
+                state, statistics = self.states[name], self.statistics[name]
+                self._keep(name, self.method.forget(state, torch.cat(parts, dim=1), statistics))
+
+    def _keep(self, name: str, state: State) -> None:
+        """A method's state lies where the statistics of its matrix do."""
+        self.states[name] = Kept(state, self.statistics[name].device)
 
     def _owe(self, taken: Mapping[str, Tensor]) -> None:
         """What the last batch lost to the projection, which the next one is given back; nothing changes where it lost nothing."""

@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from sphere_edit.editing.moments import Corpus, load_corpus
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import readable_passages
 from sphere_edit.editing.settings import make_settings, placed
-from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.prompts import sample_context_templates
 from sphere_edit.facts.readers import read_facts
@@ -46,8 +46,8 @@ def default_folder(model: str | Path, method: str) -> Path:
     return Path("runs") / f"{name}-{method}-{ranks.once(lambda: time.strftime('%Y%m%d-%H%M%S'))}"
 
 
-def create_run(session: Session, folder: Path) -> RunFolder:
-    """Create a run folder, with the lock taken, and all that the run needs from the unedited model."""
+def create_run(session: Session, folder: Path, facts: int) -> RunFolder:
+    """Create a run folder, with the lock taken, and all that the run needs from the unedited model; ``facts`` are those it begins with."""
     run = RunFolder.create(folder)
     try:
         settings = session.settings
@@ -57,6 +57,8 @@ def create_run(session: Session, folder: Path) -> RunFolder:
             templates = ranks.once(partial(sample_context_templates, session.loaded, settings.seed, count))
             corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
             measure_ingredients(session, session.ingredients, corpus, templates, folder / "statistics")
+        if settings.moments.heldout is None:
+            corpus = replace(corpus, heldout=corpus.heldout_for(facts))
         inputs = {_HELDOUT: write_json(folder / _HELDOUT, corpus.heldout)}
         if settings.repair:
             inputs[_PASSAGES] = write_json(folder / _PASSAGES, readable_passages(corpus.passages))
@@ -127,7 +129,7 @@ def session_of(
 def committer_of(session: Session, run: RunFolder) -> Committer:
     """What writes the run's batches, with the weights and the state of its last one in memory."""
     run.check_inputs()
-    statistics = load_statistics(run.path / "statistics", session.weights.names, session.loaded.device)
+    statistics = session.statistics(run.path / "statistics")
     _check_shapes(session, statistics, run.path / "statistics")
     source = session.make_source(run.config.templates, session.settings.targets, statistics)
     committer = Committer(run, session.make_solver(source, statistics), session.settings.guard)

@@ -258,10 +258,12 @@ class Rollback(Record):
 
 
 class Finished(Record):
-    """Nothing is left to do."""
+    """Nothing is left to do; of the process that came so far, the most bytes held on its device, and what its shapes said."""
 
     event: Literal["finished"] = "finished"
     after: int
+    peak_memory: int | None = None
+    expected_memory: int | None = None
 
 
 AnyRecord = Annotated[

@@ -12,8 +12,9 @@ from sphere_edit.editing.ingredients import Ingredient, SecondMoment
 from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.settings import Settings, with_preset
 from sphere_edit.editing.sources import Source
+from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editing.targets import TargetSettings
-from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model
+from sphere_edit.models.loading import LoadedModel, fast_bfloat16, load_model, sketch
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.progress import Reporter
 
@@ -48,10 +49,26 @@ class Session:
             reporter.say(f"Settings of {given.method}: {session.preset}{kept}")
         return session
 
+    @classmethod
+    def sketched(
+        cls, model: str | Path, given: Settings, reporter: Reporter, trust_remote_code: bool = False
+    ) -> Session | None:
+        """The same without weights, to be counted and not to be run; None where the layout is not known without them."""
+        loaded = sketch(model, given.device, given.dtype, trust_remote_code, given.placement())
+        if loaded is None:
+            return None
+        return cls(loaded, *with_preset(given, loaded.model.config, loaded.fingerprint), reporter)
+
     @property
     def depth(self) -> int:
         """How many decoder layers the model has."""
         return len(self.loaded.architecture.parts)
+
+    def statistics(self, folder: Path) -> dict[str, Statistics]:
+        """What was measured before the first batch, as it lies in ``folder``; of a model that is spread in CPU memory."""
+        devices = {name: weight.device for name, weight in self.weights.working.items()}
+        elsewhere = any(device.type != "cpu" for device in devices.values())
+        return load_statistics(folder, self.weights.names, devices, self.loaded.placement is not None and elsewhere)
 
     @property
     def ingredients(self) -> tuple[Ingredient, ...]:

@@ -19,6 +19,8 @@ from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.forms import written_forms
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.files import remove_file
+from sphere_edit.models.loading import peak_memory
+from sphere_edit.runs.accounting import account_of
 from sphere_edit.runs.commit import Committer
 from sphere_edit.runs.folder import METRICS, RunFolder
 from sphere_edit.runs.measuring import Evaluator
@@ -87,11 +89,21 @@ class Stream:
             self._unless_stopped()
             self.evaluator.finish(run)
             if not run.history.finished:
-                run.append(Finished(after=run.history.head))
+                self._finished()
         except BaseException:  # an interruption too must leave the model in memory as the journal says
             with suppress(SphereEditError):
                 self.committer.settle()
             raise
+
+    def _finished(self) -> None:
+        """Say that nothing is left to do, and what it took of memory."""
+        device = self.session.loaded.device
+        peak, expected = peak_memory(device), account_of(self.session).peak[str(device)]
+        if peak:
+            self.reporter.say(
+                f"Memory: {peak / 1e9:.2f} GB at most on {device}; {expected / 1e9:.2f} GB were expected ({expected / peak - 1:+.0%})"
+            )
+        self.run.append(Finished(after=self.run.history.head, peak_memory=peak, expected_memory=expected))
 
     def _edit_next(self, facts: Sequence[Fact]) -> None:
         """Edit the next facts waiting, and with them those earlier ones that are not answered."""

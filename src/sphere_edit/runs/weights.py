@@ -75,7 +75,7 @@ class RunWeights:
         Raises:
             SphereEditError: it is there, and damaged.
         """
-        return load_statistics(self.run.path / "statistics", [name], torch.device("cpu"))[name].second_moment
+        return load_statistics(self.run.path / "statistics", [name], {name: torch.device("cpu")})[name].second_moment
 
     def last_batch(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """The weight before the last batch that has a ΔW, its ΔW as solved, and as the model got it.

@@ -1,0 +1,85 @@
+"""Memory is told by shapes alone, before a model is loaded, and compared with what a run took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import fact_records
+from families import save_tiny
+from mixtures import save_mixture
+from sphere_edit.editing.settings import make_settings
+from sphere_edit.editor import Editor
+from sphere_edit.progress import Quiet
+from sphere_edit.runs.accounting import account_of, memory_of
+from sphere_edit.runs.session import Session
+
+MOMENTS = {"sampled_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    found = {family: save_tiny(family, tmp_path_factory.mktemp(family)) for family in ("llama", "gpt2")}
+    return found | {"mixtral": save_mixture("mixtral", tmp_path_factory.mktemp("mixture"))}
+
+
+def stages(session: Session) -> dict[str, int]:
+    return {name: held["cpu"] - session.loaded.before for name, held in account_of(session).stages.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["frugal", "alphaedit", "ft", "ultraedit"])
+def test_shapes_say_what_the_loaded_model_does(family, method, models):
+    given = make_settings({"method": method, "device": "cpu", "moments": MOMENTS})
+    sketched = Session.sketched(models[family], given, Quiet())
+    assert sketched is not None
+    assert all(parameter.is_meta for parameter in sketched.loaded.model.parameters())
+    loaded = Session.load(models[family], given, Quiet())
+    assert stages(sketched) == stages(loaded)
+    assert sketched.loaded.before > 0
+    assert "targets" in stages(loaded) or method in ("ft", "ultraedit")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.loaded.model.parameters())
+    assert min(stages(loaded).values()) > weights
+    assert memory_of(loaded) == max(stages(loaded).values())
+
+
+def test_a_layout_that_is_found_by_running_is_not_told_by_shapes(models):
+    given = make_settings({"method": "frugal", "device": "cpu"})
+    assert Session.sketched(models["mixtral"], given, Quiet()) is None
+    assert stages(Session.load(models["mixtral"], given, Quiet()))["targets"] > 0
+
+
+def test_what_lies_on_disk_is_counted_while_it_is_in_memory_only(models):
+    common: dict[str, Any] = {"method": "frugal", "layers": [1], "targets": {"compute": "model"}}
+    whole = Session.sketched(models["llama"], make_settings({**common, "device": "cpu"}), Quiet())
+    places = {"": "cpu", "model.layers.0": "disk", "model.layers.3": "disk"}
+    spread = Session.sketched(models["llama"], make_settings({**common, "device_map": places}), Quiet())
+    assert whole is not None
+    assert spread is not None
+    layer = whole.loaded.model.get_submodule("model.layers.0")
+    matrices = sum(4 * parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
+    size = sum(4 * parameter.numel() for parameter in layer.parameters())
+    # two layers are away, of which one at a time comes in; a target keeps the one above it
+    assert stages(whole)["loading"] - stages(spread)["loading"] == 2 * matrices - size
+    assert stages(whole)["targets"] - stages(spread)["targets"] == 2 * matrices - 2 * size
+
+
+def test_a_run_says_how_right_it_was(models, tmp_path):
+    said: list[str] = []
+
+    class Heard(Quiet):
+        def say(self, text: str, style: str = "") -> None:
+            said.append(text)
+
+    settings: dict[str, Any] = {"targets": {"steps": 2}, "moments": MOMENTS, "recheck": 0, "repair": 0}
+    editor = Editor.from_pretrained(models["llama"], tmp_path / "run", reporter=Heard(), **settings)
+    editor.edit(fact_records(2))
+    (line,) = [text for text in said if text.startswith("Memory: ")]
+    assert " GB at most on cpu; " in line
+    assert line.endswith("%)")
+    record = editor.run.entries[-1]
+    assert record["event"] == "finished"
+    assert record["peak_memory"] > 0
+    assert record["expected_memory"] == account_of(editor.session).peak["cpu"]
