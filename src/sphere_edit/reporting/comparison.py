@@ -142,7 +142,7 @@ def latex(rows: Sequence[Row]) -> str:
     for group, members in _grouped(rows):
         columns = columns_of(members)
         lines = [
-            f"% {visible(group)}; needs booktabs",
+            f"% {visible(group)}; needs booktabs; ± is half of a 95 % bootstrap interval over facts",
             rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
             r"\toprule",
             " & ".join(["", "Facts", *(in_latex(_head(column)) for column in columns)]) + r" \\",
