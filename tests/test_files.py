@@ -86,3 +86,16 @@ def test_tensors_are_read_to_where_torch_would_put_them(tmp_path):
     found = read_tensors(tmp_path / "some.safetensors")
     assert {name for name, value in found.items() if value.data_ptr() % 64} == set()
     assert all(torch.equal(found[name], value) for name, value in written.items())
+
+
+def test_a_tensor_under_another_name_is_not_missed_by_who_reads_some(tmp_path):
+    """One flipped bit in the header makes another name of it, which no wish for names finds."""
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, {"a/keys": torch.ones(2), "a/left": torch.zeros(2)})
+    data = path.read_bytes()
+    assert data.count(b'"a/keys":') == 1  # the hashes stand in a text of their own, with their quotes escaped
+    path.write_bytes(data.replace(b'"a/keys":', b'"a/ceys":'))
+    for wanted in (None, lambda name: name.endswith("/keys"), lambda name: name.endswith("/left")):
+        with pytest.raises(SphereEditError, match=r"'a/.eys' in it is not what was written"):
+            read_tensors(path, wanted)
+    assert not is_whole(path)

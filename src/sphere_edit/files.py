@@ -185,6 +185,12 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
     """
     with plain_errors(path, "read"), safe_open(path, "pt") as file:
         sums: dict[str, str] = json.loads((file.metadata() or {}).get(_SUMS, "{}"))
+        if sums and (
+            strange := sums.keys() ^ set(file.keys())
+        ):  # one under another name would not be missed by who wants some
+            raise _Damaged(
+                f"{path} is damaged: '{min(strange)}' in it is not what was written; put the file back from a backup"
+            )
         found: dict[str, Tensor] = {
             name: _aligned(file.get_tensor(name))
             for name in file.keys()  # noqa: SIM118
