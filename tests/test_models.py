@@ -275,7 +275,7 @@ def test_finished_facts_leave_the_optimisation_early_and_clamping_holds():
 @pytest.mark.parametrize("rule", ["normalised", "polyak"])
 def test_steps_in_l2_are_no_longer_than_their_share_of_h(rule):
     loaded = tiny("llama")
-    settings = TargetSettings(rule=rule, lr=0.2, steps=4, stop_loss=0.0, kl_factor=0.0, weight_decay=0.0)
+    settings = TargetSettings(rule=rule, lr=0.2, steps=4, patience=1, stop_loss=0.0, kl_factor=0.0, weight_decay=0.0)
     found = optimise_targets(loaded, facts(4), TEMPLATES, LAYER, settings)
     h = found.values - found.deltas
     shares = found.deltas.norm(dim=0) / h.norm(dim=0)
@@ -848,6 +848,22 @@ def test_long_answers_take_steps_in_proportion_and_short_ones_as_before():
     settings = TargetSettings(rule="normalised")
     assert [settings.steps_for(tokens) for tokens in (1, 8, 10, 25)] == [13, 13, 26, 65]
     assert TargetSettings().steps_for(25) == 13, "Adam's are as published"
+    assert [settings.most_steps(tokens) for tokens in (1, 10)] == [39, 78], "where the answer is not likely by then"
+    assert TargetSettings().most_steps(25) == 13
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_a_fact_that_is_hard_to_find_is_given_time_and_others_are_not(patience):
+    """With no loss to stop at, what is likely by the usual number of steps ends there, and what is not goes on, to the limit or until it is."""
+    loaded, chosen = tiny("llama"), facts(4)
+    settings = TargetSettings(rule="normalised", lr=0.1, steps=4, stop_loss=0.0, patience=patience)
+    found = optimise_targets(loaded, chosen, TEMPLATES, LAYER, settings)
+    for losses in found.losses:
+        assert 4 <= len(losses) <= 4 * patience
+        late = losses[3:]
+        assert len(late) == 1 or all(loss >= 0.1 for loss in late[:-1]), "none goes on that was likely"
+        assert len(losses) == 4 * patience or losses[-1] < 0.1
+    assert any(len(losses) > 4 for losses in found.losses) == (patience > 1)
 
 
 @pytest.mark.parametrize("contexts", ["mean", "each"])

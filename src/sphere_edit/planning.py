@@ -165,7 +165,7 @@ def _source_times(session: Session, trial: Sequence[Fact]) -> dict[str, float]:
     """Seconds that what the method feeds on takes for some facts."""
     settings, method = session.settings, session.method
     templates = _PADDING[: 1 + 5 * min(settings.templates, 1)]
-    short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0})
+    short = settings.targets.model_copy(update={"steps": _TRIAL_STEPS, "stop_loss": 0.0, "patience": 1})
     source = session.make_source(templates, short)
     begin = _timed(lambda: source.begin(trial))
     if isinstance(method, JointMethod):

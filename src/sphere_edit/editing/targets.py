@@ -30,6 +30,7 @@ _TOKENS = {"cpu": 512}  # replayed at once: what stays in a processor's cache
 _MANY_TOKENS = 4096
 _CAREFUL = 5  # how much smaller steps are that only bring back what an unedited model says
 LONG_ANSWER = 8  # tokens beyond which an answer takes more steps
+_LIKELY_LOSS = 0.1  # nats, from which on an answer counts as likely: e^−0.1 = 0.9
 _TOKENS_A_ROUND = (
     5  # then, as many tokens as ``steps`` suffice for: measured on answers of 15 to 50 tokens (docs/LOG.md)
 )
@@ -54,6 +55,11 @@ class TargetSettings(BaseModel):
         ge=2,
         description="loss evaluations; one update fewer (v_num_grad_steps), so two at least. With normalised and polyak, more for "
         "answers of more than 8 tokens: in proportion, so many for each five",
+    )
+    patience: int = Field(
+        3,
+        ge=1,
+        description="with normalised and polyak, so many times these steps for a fact whose answer is not likely by then (loss below 0.1)",
     )
     weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
@@ -100,9 +106,18 @@ class TargetSettings(BaseModel):
             else self.steps * max(tokens if tokens > LONG_ANSWER else 0, _TOKENS_A_ROUND) // _TOKENS_A_ROUND
         )
 
+    def most_steps(self, tokens: int) -> int:
+        """The same for a target that is hard to find: with some patience, but for Adam's."""
+        return self.steps_for(tokens) * (1 if self.rule == "adam" else self.patience)
+
     def carefully(self) -> TargetSettings:
         """For answers that are all but the likeliest already: smaller steps, and a fact is finished once they are, a step to spare."""
-        update = {"lr": self.step_rule().rate / _CAREFUL, "steps": _CAREFUL * self.steps, "most_probable": 2}
+        update = {
+            "lr": self.step_rule().rate / _CAREFUL,
+            "steps": _CAREFUL * self.steps,
+            "most_probable": 2,
+            "patience": 1,
+        }
         return self.model_copy(update=update)
 
     def step_rule(self) -> StepRule:
@@ -333,8 +348,11 @@ class _Descent:
 
     def run(self, advance: Advance) -> list[_Found]:
         found = [_Found(h, torch.empty(0)) for h in self.h]
-        allowed = torch.tensor([self.settings.steps_for(fact.answer_tokens) for fact in self.prompts])
-        for step in range(1, int(allowed.max()) + 1):
+        usual, most = (
+            torch.tensor([limit(fact.answer_tokens) for fact in self.prompts])
+            for limit in (self.settings.steps_for, self.settings.most_steps)
+        )
+        for step in range(1, int(most.max()) + 1):
             evaluation = self._evaluate()
             now = evaluation.loss
             for index, value, chance in zip(self.active, now.tolist(), evaluation.probability.tolist(), strict=True):
@@ -344,8 +362,9 @@ class _Descent:
             self.sure += evaluation.surest.int()
             if self.settings.most_probable:
                 finished |= self.sure >= self.settings.most_probable
-            limits = allowed[self.active]
-            finished |= (limits <= step).to(finished.device)
+            limits = most[self.active]
+            late = (usual[self.active] <= step).to(finished.device)
+            finished |= (late & (now < _LIKELY_LOSS)) | (limits <= step).to(finished.device)
             for number in finished.nonzero().flatten().tolist():
                 found[self.active[number]].delta = self.delta[number].detach()
             done = torch.where(finished.cpu(), limits - step + 1, 1) / limits

@@ -337,6 +337,17 @@ class RunConfig(BaseModel):
     threads: int
     layout: Layout | None = None  # runs begun before it was kept lack it
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_begun(cls, content: Any) -> Any:
+        """Targets of runs that do not say otherwise had no patience yet (`TargetSettings`)."""
+        if not isinstance(content, dict) or not isinstance(settings := content.get("settings"), dict):
+            return content
+        targets = settings.get("targets")
+        if not isinstance(targets, dict) or "patience" in targets:
+            return content
+        return {**content, "settings": {**settings, "targets": {**targets, "patience": 1}}}
+
     @property
     def architecture(self) -> Architecture | None:
         """The layout of the model, where the run keeps it."""

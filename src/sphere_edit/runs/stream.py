@@ -276,7 +276,7 @@ class Stream:
         longest, said = max(sizes), []
         if longest > LONG_ANSWER:
             said.append(
-                f"An answer of {longest} tokens is not found in {targets.steps_for(longest)} steps: set targets.steps above {targets.steps}, "
+                f"An answer of {longest} tokens is not found in {targets.most_steps(longest)} steps: set targets.steps above {targets.steps}, "
                 "or give shorter answers"
             )
         if min(sizes) <= LONG_ANSWER:
