@@ -77,7 +77,7 @@ def main() -> None:
 def prepared(model: str, run: Path, **settings: Any) -> Editor:
     """An editor whose statistics are ready, so that editing alone is timed."""
     editor = Editor.from_pretrained(model, run, reporter=Quiet(), method="alphaedit", **settings)
-    editor._attach(create_run(editor.session, editor.folder))
+    editor._attach(create_run(editor.session, editor.folder, editor.settings.batch_size))
     return editor
 
 

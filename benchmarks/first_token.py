@@ -102,7 +102,7 @@ def main() -> None:
         editor = Editor.from_pretrained(
             args.model, Path(folder) / "run", reporter=Quiet(), method=args.method, moments=moments
         )
-        editor._attach(create_run(editor.session, editor.folder))
+        editor._attach(create_run(editor.session, editor.folder, editor.settings.batch_size))
         bench = Bench(editor, args.length)
         print("| | facts | KL, 10⁻⁴ nats: mean (largest) | perplexity × | bare | sentence | siblings bare | sentence |")
         print("|---|---|---|---|---|---|---|---|")

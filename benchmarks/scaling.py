@@ -101,7 +101,7 @@ def started(folder: Path, batch_size: int, inner: int = 512, layers: Sequence[in
         model, folder / "run", reporter=Quiet(), method="alphaedit", batch_size=batch_size, layers=list(layers),
         options=options, **settings,
     )  # fmt: skip
-    editor._attach(create_run(editor.session, editor.folder))
+    editor._attach(create_run(editor.session, editor.folder, batch_size))
     return editor
 
 

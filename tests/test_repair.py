@@ -71,7 +71,7 @@ def the_repair(loaded, weights, count=6, seed=0, metrics=None):
 def test_the_gradient_is_that_of_the_definition(edited, monkeypatch):
     """KL(unedited ‖ edited) at all positions of all passages and the mean loss of all facts, from the model's own logits in float64."""
     loaded, weights = edited
-    monkeypatch.setattr(repair_module, "_TEXT_TOKENS", 9 * 20)
+    monkeypatch.setattr(repair_module, "TEXT_TOKENS", 9 * 20)
     monkeypatch.setattr(repair_module, "STEP_FACTS", 10**6)
     ours = the_repair(loaded, weights)
     ours.templates = ["{}"]
