@@ -93,16 +93,7 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
         seconds["earlier facts"] = asked / len(trial) * asking
     if steps := repair_steps(settings.repair, len(facts)):
         seconds["repair"] = steps * _timed_repair(session, trial, passage)
-    if settings.evaluation.generation != "off":
-        scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
-        chat = settings.evaluation.generation == "chat"
-        answering = partial(with_answers, loaded, trial, scores, chat, settings.tokens_per_batch, Quiet())
-        seconds["generation"] = (share * 2 + known / len(trial)) * _timed(answering)
-    if settings.evaluation.natural:
-        scores = score_facts(loaded, trial, settings.tokens_per_batch, Quiet())
-        tokens, chat = settings.evaluation.natural, settings.evaluation.generation == "chat"
-        going_on = partial(with_lines, loaded, trial, scores, tokens, chat, settings.tokens_per_batch, Quiet())
-        seconds["whole answers"] = (share * 2 + known / len(trial)) * _timed(going_on)
+    seconds.update(_saying_times(session, trial, share * 2 + known / len(trial)))
     if moments.corpus is None and run is None and ready_text(loaded, moments.sampled_tokens, settings.seed) is None:
         sampling = _timed(lambda: sample_text(loaded, 64 * 8, 0, Quiet(), length=8)) / (64 * 8)
         seconds["sampling text"] = moments.sampled_tokens * sampling
@@ -113,6 +104,20 @@ def estimate(session: Session, facts: Sequence[Fact], run: RunFolder | None = No
             seconds.update(row.seconds(timed))
     seconds["perplexity"] = evaluations * _heldout_tokens(moments, len(facts)) * reading
     return Estimate(seconds, account_of(session), _disk(session, facts))
+
+
+def _saying_times(session: Session, trial: Sequence[Fact], times: float) -> dict[str, float]:
+    """Seconds that what the model says takes, for so many ``times`` some facts."""
+    settings, loaded, size = session.settings.evaluation, session.loaded, session.settings.tokens_per_batch
+    if settings.generation == "off" and not settings.natural:
+        return {}
+    scores, chat = score_facts(loaded, trial, size, Quiet()), settings.generation == "chat"
+    ways: dict[str, Callable[[], object]] = {}
+    if settings.generation != "off":
+        ways["generation"] = partial(with_answers, loaded, trial, scores, chat, size, Quiet())
+    if settings.natural:
+        ways["whole answers"] = partial(with_lines, loaded, trial, scores, settings.natural, chat, size, Quiet())
+    return {stage: times * _timed(way) for stage, way in ways.items()}
 
 
 def _heldout_tokens(moments: MomentSettings, facts: int) -> float:

@@ -62,7 +62,7 @@ def judge(
         raise SphereEditError(
             f"{run} did not keep what its models said; edit with evaluation: {{natural: 64}} for whole answers, or generation: plain"
         )
-    kept, known = output or run / JUDGED, {}
+    kept = output or run / JUDGED
     asked_of = Judge(url, model, os.environ.get(key_env))
     with plain_errors(kept):
         known = _known(kept, model)
