@@ -37,19 +37,25 @@ class Hub:
 
 
 @contextmanager
-def hub() -> Iterator[Hub]:
-    """A hub on a free port, until the context ends."""
-    found = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": found}))
-    found.url = f"http://127.0.0.1:{server.server_port}"
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """An HTTP server on a free port of this machine, until the context ends; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield found
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub() -> Iterator[Hub]:
+    """A hub on a free port, until the context ends."""
+    found = Hub()
+    with serving(type("Handler", (_Handler,), {"hub": found})) as found.url:
+        yield found
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import save_tiny
+from hub import serving
 from sphere_edit.cli import app
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
@@ -61,16 +61,9 @@ def standing() -> Iterator[Stand]:
             self.end_headers()
             self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    stand.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as address:
+        stand.url = f"{address}/v1"
         yield stand
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
