@@ -546,3 +546,4 @@ def test_killed_at_any_write_an_export_is_whole_or_not_there_and_the_next_leaves
                 assert contents(place / "out") == wanted
             assert [path.name for path in place.iterdir()] == ["out"], f"event {event} of {events}"
         assert killed > 4
+        print(f"{form}: killed at {killed} of {events} events")
