@@ -123,8 +123,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def in_child(work: Callable[[], object], delay: float | None = None, events: int | None = None) -> tuple[str, int]:
+def in_child(
+    work: Callable[[], object], delay: float | None = None, events: int | None = None, changing: bool = False
+) -> tuple[str, int]:
     """Do ``work`` in a process of its own, killed after ``delay`` seconds or at the ``events``-th event of the file system.
+
+    Args:
+        changing: only what changes a file or a folder counts, for a kill at a read leaves what one before the next change leaves.
 
     Returns:
         how it ended (``well``, ``told``, ``killed``, or a traceback), and how many events there were.
@@ -133,7 +138,7 @@ def in_child(work: Callable[[], object], delay: float | None = None, events: int
     if (child := os.fork()) == 0:
         os.close(reader)
         count = [0]
-        sys.addaudithook(lambda event, _: _tick(event, count, events))
+        sys.addaudithook(lambda event, args: None if changing and _reads(event, args) else _tick(event, count, events))
         with Path(os.devnull).open("w") as nothing:
             sys.stdout = sys.stderr = nothing
             said = _ended(work)
@@ -148,6 +153,10 @@ def in_child(work: Callable[[], object], delay: float | None = None, events: int
     os.waitpid(child, 0)
     said, count = json.loads(answer) if answer else ("killed", 0)
     return said, count
+
+
+def _reads(event: str, args: tuple[Any, ...]) -> bool:
+    return event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
 def _tick(event: str, count: list[int], at: int | None) -> None:
