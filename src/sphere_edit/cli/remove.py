@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sphere_edit.cli.edit import finish
-from sphere_edit.cli.options import Device, Run, TrustRemoteCode, TrustRun
+from sphere_edit.cli.options import Device, MaxMemory, Run, TrustRemoteCode, TrustRun, WhichMap, places
 from sphere_edit.cli.screen import out, reporter
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def remove(
         typer.Option("--exact", help="Go back to the batch before them, and edit all others since then again (slow)."),
     ] = False,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     trust_run: TrustRun = False,
 ) -> None:
@@ -43,7 +45,8 @@ def remove(
     removable(RunFolder.open(run), wanted)  # what cannot be done is told before any model is loaded
     from sphere_edit.editor import Editor
 
-    editor = Editor.open(run, reporter(), device, trust_remote_code, trust_run=trust_run)
+    where = places(device, device_map, max_memory)
+    editor = Editor.open(run, reporter(), trust_remote_code=trust_remote_code, trust_run=trust_run, **where)
     finish(editor, lambda: editor.remove(wanted, exact), _say_removed)
 
 

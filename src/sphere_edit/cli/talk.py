@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sphere_edit.cli.options import Device, Run
+from sphere_edit.cli.options import Device, MaxMemory, Run, WhichMap, places
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import terminal
@@ -25,11 +25,13 @@ def chat(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 40,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Ask the edited model, prompt by prompt; a line is a prompt, typed or piped in. Answers are greedy."""
     from sphere_edit.editor import opened
 
-    with opened(run, reporter(), device=device, only_to_read=True) as editor:
+    with opened(run, reporter(), only_to_read=True, **places(device, device_map, max_memory)) as editor:
         if in_chat:
             from sphere_edit.facts.chat import chat_frame
 

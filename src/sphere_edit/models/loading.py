@@ -136,7 +136,8 @@ def load_model(
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
-    known, target = _looked_up(source, dtype, trust_remote_code), None if placement else resolve_device(device)
+    target = _target(device, placement)
+    known = _looked_up(source, dtype, trust_remote_code)
     source, before = known.source, held_now(target)
     if known.folder is not None and known.gguf is None:
         check_stored(known.folder, source)
@@ -171,10 +172,8 @@ def sketch(
 
     What can be told of a model that cannot be edited is told here, as by `load_model`.
     """
-    known, target = (
-        _looked_up(source, dtype, trust_remote_code, fetch=False),
-        None if placement else resolve_device(device),
-    )
+    target = _target(device, placement)
+    known = _looked_up(source, dtype, trust_remote_code, fetch=False)
     bones = known.sized()
     row = row_of(bones.config.model_type)
     if row is None:
@@ -247,6 +246,14 @@ def _move(model: nn.Module, device: torch.device | None, source: str) -> None:
         model.to(device)
     except RuntimeError as error:
         raise SphereEditError(f"model '{source}' does not fit {device}: {first_lines(error)}") from None
+
+
+def _target(device: str, placement: Placement | None) -> torch.device | None:
+    """The device of a model that is not spread; None of one that is, if the places that were named are there."""
+    if placement is None:
+        return resolve_device(device)
+    placement.there()
+    return None
 
 
 def _places(placement: Placement, known: _Known) -> dict[str, Place]:

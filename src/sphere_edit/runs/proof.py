@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,7 +62,9 @@ class Proof:
             self.faults.append(str(error))
 
 
-def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: str | None = None) -> Proof:
+def prove(
+    run: RunFolder, reporter: Reporter, model: str | None = None, places: Mapping[str, Any] | None = None
+) -> Proof:
     """Compare all that a run is made of with what its journal says.
 
     W0 is read from the files of the original, one matrix at a time; the model is loaded only where its files hold the matrices in
@@ -70,7 +72,7 @@ def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: 
 
     Args:
         model: where the original is now, if it has moved.
-        device: to rebuild on in place of the run's.
+        places: a device to rebuild on, or a device map and its memory, in place of the run's.
     """
     proof = Proof()
     for path, sha256 in _files(run):
@@ -80,13 +82,13 @@ def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: 
     if run.history.finished:
         proof.files += proof.check(lambda: _compare_metrics(run))
     original: list[Original] = []
-    if run.history.head and proof.check(lambda: original.append(original_weights(run, reporter, model, device))):
-        _rebuild(run, original[0], proof, reporter, _device(run, device))
+    if run.history.head and proof.check(lambda: original.append(original_weights(run, reporter, model, places))):
+        _rebuild(run, original[0], proof, reporter, _device(run, (places or {}).get("device")))
     return proof
 
 
 def original_weights(
-    run: RunFolder, reporter: Reporter, model: str | None = None, device: str | None = None
+    run: RunFolder, reporter: Reporter, model: str | None = None, places: Mapping[str, Any] | None = None
 ) -> Original:
     """W0 of each edited matrix, float32 ``[d_out, d_in]`` in the digits that the run's model was loaded in.
 
@@ -99,7 +101,7 @@ def original_weights(
         for name in run.config.matrices:
             checkpoint.weight(name)
         return lambda name: checkpoint.weight(name).to(dtype).float()
-    return session_of(run, reporter, {"device": device}, False, model).weights.original
+    return session_of(run, reporter, places or {}, False, model).weights.original
 
 
 def _files(run: RunFolder) -> Iterator[tuple[Path, str | None]]:
