@@ -80,7 +80,9 @@ def say_memory(model: str, settings: Settings, trust_remote_code: bool) -> None:
 
     sketched = Session.sketched(model, settings, Quiet(), trust_remote_code)
     if sketched is None:
-        out.print("Memory is told once the model is loaded: its layout is found by running it.")
+        out.print(
+            "Memory is told once the model is loaded: its layout is found by running it, and no narrow copy of it could be run."
+        )
         return
     account = account_of(sketched)
     said = ", ".join(

@@ -22,6 +22,7 @@ from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.miniature import miniature_layout
 from sphere_edit.models.offload import Stored, hold_vectors, shared_maps
 from sphere_edit.models.placement import Place, Placement, main_of, spoken
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
@@ -168,22 +169,23 @@ def sketch(
     trust_remote_code: bool = False,
     placement: Placement | None = None,
 ) -> LoadedModel | None:
-    """A model without its weights, of which the shapes are known; None where its layout is found by running it, which takes weights.
+    """A model without its weights, of which the shapes are known; None where its layout is not, which is found by running it.
+
+    A family without a row is run in a narrow copy (`miniature`), which does not succeed with every one.
 
     What can be told of a model that cannot be edited is told here, as by `load_model`.
     """
     target = _target(device, placement)
     known = _looked_up(source, dtype, trust_remote_code, fetch=False)
     bones = known.sized()
-    row = row_of(bones.config.model_type)
-    if row is None:
+    row, architecture = row_of(bones.config.model_type), None
+    with suppress(AttributeError):  # laid out otherwise than its family
+        architecture = None if row is None else row.architecture(bones)
+    architecture = architecture or miniature_layout(bones, known.loader, known.trust)
+    if architecture is None:
         return None
     places = None if placement is None else placement.checked().resolved(bones, known.source)
     bones.hf_device_map = places or {"": str(target)}
-    try:
-        architecture = row.architecture(bones)
-    except AttributeError:  # laid out otherwise than its family
-        return None
     return LoadedModel(
         bones, None, architecture, known.source, "", placement, held_now(target), target or main_of(places)
     )
