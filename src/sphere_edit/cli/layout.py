@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphere_edit import ranks
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted, every
 from sphere_edit.plugins import program
 from sphere_edit.text import terminal
 
@@ -51,7 +52,7 @@ def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
     from sphere_edit.reporting.results import draw
     from sphere_edit.reporting.views import Metrics
 
-    out.print(draw(Metrics.of(metrics, f"All {metrics['facts']} facts, after {batch}")))
+    out.print(draw(Metrics.of(metrics, f"{every(metrics['facts'], 'fact')}, after {batch}")))
 
 
 def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -> None:
@@ -107,7 +108,7 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
         "second moments": _flow(settings.moments),
         "seed": str(settings.seed),
         "run folder": str(editor.folder),
-        **({"supersedes": f"{would_supersede(editor.run, planned)} earlier facts"} if editor.run else {}),
+        **({"supersedes": counted(would_supersede(editor.run, planned), "earlier fact")} if editor.run else {}),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -130,7 +130,7 @@ def load_model(
         device: see `resolve_device`.
         dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``; fp8 and mxfp4 to bfloat16.
         trust_remote_code: run code that comes with the model; off unless the user asks.
-        reporter: told what a quantised model takes in memory, before it is loaded; and where a model is that is spread.
+        reporter: told what is loaded, what a quantised model takes in memory before it is, and where a model is that is spread.
         placement: spread it so over devices, CPU memory and disk; in place of ``device``.
 
     Raises:
@@ -145,6 +145,7 @@ def load_model(
         check_extent(bones, known.folder, source, packed=known.quantised is not None)
     if known.quantised is not None and bones is not None:
         _say_memory(reporter or Quiet(), source, known.quantised, bones, known.dtype)
+    (reporter or Quiet()).say(f"Loading {source}")
     places = None if placement is None else _places(placement, known)
     tokenizer, model = from_pretrained(
         source, known.where, known.dtype, trust_remote_code, known.loader, known.quantised, places=places

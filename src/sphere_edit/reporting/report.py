@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sphere_edit._version import __version__
+from sphere_edit.counting import counted, often
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT
@@ -53,7 +54,7 @@ def write_report(
         remove_dead_temporaries(folder)
     shown = []
     planned = _figures(series)
-    with (reporter or Quiet()).bar("report", len(planned), "figures") as advance:
+    with (reporter or Quiet()).bar("report", len(planned), "figure") as advance:
         for name, caption, draw in planned:
             figure = draw()
             svg = _svg(figure, name)
@@ -173,7 +174,7 @@ def _run(run: Series) -> dict[str, Any]:
     timings = views.Timings.of(run.batches, run.final_rechecks)
     return {
         "label": run.label,
-        "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; {state}",
+        "about": f"{counted(run.edits[-1], 'fact')} in {counted(len(run.batches), 'batch')}, evaluated {often(len(run.edits) - 1)}; {state}",
         "lights": lights(run),
         "timings": f"Time by stage: {by_stage(timings.seconds)}",
         "settings": _settings(run),

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sphere_edit.counting import counted
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import DIVERGENCE, LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.reporting import stories, views
@@ -60,7 +61,7 @@ def _header(view: views.Header) -> Text:
         terminal(f": {view.model}, {view.method}, {projection}"),
         "\n",
         terminal(
-            f"started {view.started}, layers {view.layers}, {view.statistics}; {view.batches} batches, {view.edited} facts edited, "
+            f"started {view.started}, layers {view.layers}, {view.statistics}; {counted(view.batches, 'batch')}, {counted(view.edited, 'fact')} edited, "
             f"{view.superseded} superseded, {view.removed} removed, {view.withdrawn} withdrawn; {view.state}"
         ),
     )
@@ -196,7 +197,7 @@ def _removed(view: stories.Removed) -> Table:
     )
     back = sum(row.returned is True for row in view.rows)
     asked = sum(row.returned is not None for row in view.rows)
-    title = f"Removed facts: {back} of {asked} prompts give the unedited model's answer again"
+    title = f"Removed facts: {back} of {counted(asked, 'prompt')} give the unedited model's answer again"
     table = make_table(title, *columns, left=("prompt", "edited to", "unedited answer", "says now"))
     for row in view.rows:
         words = (row.prompt, row.target), (one_line(row.answer), one_line(row.said))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
@@ -114,7 +115,7 @@ class Series:
             history.finished,
             history.guard,
             current,
-            None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
+            None if last is None else f"{counted(last.facts, 'fact')} asked after batch {last.after} of {history.head}",
             bool(history.written(history.head)),
             protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )

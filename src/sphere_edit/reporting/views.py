@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityScore
@@ -47,7 +48,9 @@ class Header:
         """From a run's folder."""
         config, history = run.config, run.history
         ended = "finished" if history.guard is None else stopped(history.guard)
-        state = ended if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
+        state = (
+            ended if history.finished else f"interrupted, {counted(len(history.pending), 'fact')} waiting (--resume)"
+        )
         return cls(
             str(run.path),
             config.model.source,
@@ -223,7 +226,7 @@ class Metrics:
         ]
         texts = after.get("texts", {})
         rows += [
-            MetricRow(metric, f"{texts['facts']} facts", before.get("texts", {}).get(metric.name), value)
+            MetricRow(metric, counted(texts["facts"], "fact"), before.get("texts", {}).get(metric.name), value)
             for metric in catalogue.TEXTS
             if (value := texts.get(metric.name)) is not None
         ]
