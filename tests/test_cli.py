@@ -134,10 +134,13 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     assert "time, all" in plan
     assert not folder.exists()
     assert "the same command without --dry-run edits" in plan.lower()
+    assert "Text is sampled once for each model" in plan
     told = run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
     for question in ("Did the edits take?", "Is the rest intact?", "Is it still near itself?"):
         assert question in told
     assert "of 8: target_true in 5, paraphrases in 8, neighbors in 8" in told
+    assert "(strict efficacy " in told
+    assert "(perplexity × " in told
     shown = run("show", folder)
     for text in (
         "Time by stage: targets",

@@ -119,7 +119,7 @@ def test_stop_ends_after_the_batch_and_going_on_ends_at_the_same_bits(desk, root
     assert asked
     assert desk.known_run().history.pending == [4, 5]
     desk.draft.add(facts_from(fact_records(1, 8)))
-    with pytest.raises(SphereEditError, match="2 facts wait in this run"):
+    with pytest.raises(SphereEditError, match="2 facts waiting in this run"):
         desk.edit()
     done(desk.go_on())
     whole = Desk(Places([tmp_path, root]), SETTINGS, Quiet())

@@ -44,7 +44,7 @@ def say_lights(folder: Path) -> None:
     from sphere_edit.reporting.series import Series
 
     for light in lights(Series.read(folder)):
-        out.print(f"{light.question:<27} {light.verdict} ({light.value})")
+        out.print(f"{light.question:<27} {light.words}", soft_wrap=True)
 
 
 def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
@@ -69,6 +69,10 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
     if editor.session.would_calibrate:
         out.print(
             "Calibration comes once for each model; layers, options or targets that you set are taken in its place."
+        )
+    if "sampling text" in cost.seconds:
+        out.print(
+            "Text is sampled once for each model, and kept; --corpus FILE takes text of yours in its place, which is quicker."
         )
     out.print("Nothing was edited. The same command without --dry-run edits.")
 

@@ -30,6 +30,7 @@ from sphere_edit.reporting.lights import lights
 from sphere_edit.reporting.series import Series, any_known, labelled
 from sphere_edit.reporting.words import by_stage, decimals, guessing, one_line, relative, short_name, with_error, yes
 
+_NEIGHBORS_SHOWN = 200
 _FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
 _RUNS_DRAWN = 4  # runs whose matrices are drawn one by one
 
@@ -75,6 +76,7 @@ def write_report(
         "abilities": _abilities(series),
         "figures": shown,
         "removed": _removed(series),
+        "neighbors": _neighbors(series),
         "facts": facts[:_FACTS_SHOWN],
         "more_facts": max(0, len(facts) - _FACTS_SHOWN),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
@@ -274,6 +276,15 @@ def _removed(runs: Sequence[Series]) -> dict[str, Any]:
         for row in run.removed().rows
     ]
     return {"columns": columns, "rows": rows}
+
+
+def _neighbors(runs: Sequence[Series]) -> dict[str, Any]:
+    rows = [
+        [_named(run.label, row.prompt, runs), str(row.index), one_line(row.before), one_line(row.now)]
+        for run in runs
+        for row in run.changed_neighbors().rows
+    ]
+    return {"columns": ("fact", "said before", "says now"), "rows": rows[:_NEIGHBORS_SHOWN], "all": len(rows)}
 
 
 def _facts(runs: Sequence[Series]) -> list[list[str]]:

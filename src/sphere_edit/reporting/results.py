@@ -15,6 +15,7 @@ from sphere_edit.counting import counted
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import DIVERGENCE, LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.reporting import stories, views
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.words import (
     between,
     by_stage,
@@ -30,6 +31,8 @@ from sphere_edit.reporting.words import (
     yes,
 )
 from sphere_edit.text import terminal
+
+_NEIGHBORS = 10  # rows of their table; the page has more
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = (), head: bool = True) -> Table:
@@ -179,6 +182,18 @@ def _facts(view: views.Facts) -> Table:
         marks = [yes(row.holds(protocol)) for protocol in (LIKELIHOOD, STRICT)]
         shown = terminal(row.prompt), terminal(row.answer), terminal(said)
         table.add_row(str(row.index), *shown, str(row.written[0]), *marks)
+    return table
+
+
+@draw.register
+def _neighbors(view: ChangedNeighbors) -> Table:
+    columns = ("fact", "neighbour's prompt", "said before", "says now")
+    shown = view.rows[:_NEIGHBORS]
+    more = f", the first {len(shown)}" if len(shown) < len(view.rows) else ""
+    title = f"Neighbours answered otherwise ({len(view.rows)} of {view.asked}{more})"
+    table = make_table(title, *columns, left=columns[1:])
+    for row in shown:
+        table.add_row(str(row.index), *(terminal(one_line(text)) for text in (row.prompt, row.before, row.now)))
     return table
 
 

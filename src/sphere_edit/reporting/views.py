@@ -17,6 +17,7 @@ from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityScore
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT, Metric, Protocol
 from sphere_edit.evaluation.scores import FactScores
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.series import Series
 from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder
@@ -338,7 +339,7 @@ def _written(batches: Iterable[Batch]) -> dict[int, tuple[int, ...]]:
 
 # --- all of one run, and several runs side by side ----------------------------------------------------------------
 
-View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts | Removed
+View = Header | Batches | Timings | Evaluations | Metrics | Abilities | ChangedNeighbors | Facts | Removed
 
 
 def of_run(folder: str | Path, facts: int) -> Iterator[View]:
@@ -365,6 +366,9 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
     if "ability" in content["edited"]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
+    changed = ChangedNeighbors.of(content["per_fact"], run.facts())
+    if facts and changed.rows:
+        yield changed
     if facts:
         yield Facts.of(content["per_fact"], history.standing, count=facts)
 
