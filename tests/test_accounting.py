@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import fact_records
 from families import save_tiny
 from mixtures import save_mixture
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
+from sphere_edit.models.loading import held_now, peak_memory
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.accounting import account_of, memory_of
 from sphere_edit.runs.session import Session
@@ -83,3 +86,14 @@ def test_a_run_says_how_right_it_was(models, tmp_path):
     assert record["event"] == "finished"
     assert record["peak_memory"] > 0
     assert record["expected_memory"] == account_of(editor.session).peak["cpu"]
+
+
+def test_memory_of_an_accelerator_is_what_its_own_module_counts(monkeypatch):
+    """`torch.accelerator` counts from torch 2.9 on, and 2.6 is allowed; some modules count nothing."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: SimpleNamespace(memory_allocated=lambda of: 7))
+    assert held_now(device) == 7
+    assert peak_memory(device) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: SimpleNamespace(max_memory_allocated=lambda of: 9))
+    assert held_now(device) == 0
+    assert peak_memory(device) == 9

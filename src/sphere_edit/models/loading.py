@@ -89,7 +89,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 def held_now(device: torch.device | None) -> int:
     """Bytes held at present, as `peak_memory` counts them; None stands for the CPU."""
     if device is not None and device.type != "cpu":
-        return int(torch.accelerator.memory_allocated(device))
+        return _told(device, "memory_allocated") or 0
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_memory(torch.device("cpu")) or 0  # not Linux
@@ -98,13 +98,18 @@ def held_now(device: torch.device | None) -> int:
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: by tensors on an accelerator, by the whole process on a CPU; None where none can tell."""
     if device.type != "cpu":
-        measure = getattr(torch.accelerator, "max_memory_allocated", None)
-        return None if measure is None else int(measure(device))
+        return _told(device, "max_memory_allocated")
     try:
         import resource
     except ImportError:  # not a Unix
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _told(device: torch.device, measure: str) -> int | None:
+    """Bytes, as the module of a kind of accelerator counts them; None where it does not. `torch.accelerator` counts them from 2.9 on."""
+    count = getattr(torch.get_device_module(device), measure, None)
+    return None if count is None else int(count(device))
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
