@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from own_wordings import own_wordings
+
 from sphere_edit import Editor, read_facts
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, SPECIFICITY, STRICT, of_part
 from sphere_edit.facts.fact import Fact, make_fact
@@ -43,6 +45,9 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="the first of these records")
     parser.add_argument("--limit", type=int, help="how many of them")
     parser.add_argument("--given", type=int, default=0, help="paraphrases of each fact that its target is optimised in")
+    parser.add_argument(
+        "--own", type=int, default=0, help="how many of our own wordings (own_wordings.py) go with them"
+    )
     parser.add_argument("--most", type=int, default=0, help="paraphrases that no row asks")
     parser.add_argument("--corpus")
     parser.add_argument("--heldout", type=int, default=30)
@@ -73,11 +78,12 @@ def nested(assignments: list[str]) -> dict[str, Any]:
     return found
 
 
-def reworded(fact: Fact, given: int, most: int) -> Fact:
-    """The fact with its first paraphrases as rewordings, and asked in those after ``most``."""
-    if not given and not most:
+def reworded(fact: Fact, given: int, most: int, own: int) -> Fact:
+    """The fact with its first paraphrases as rewordings, and asked in those after ``most``; with so many of our own wordings too."""
+    if not given and not most and not own:
         return fact
-    checked = make_fact(fact.prompt, fact.target_new, fact.subject, rewordings=fact.paraphrases[:given])
+    wordings = [*fact.paraphrases[:given], *own_wordings(fact)[:own]]
+    checked = make_fact(fact.prompt, fact.target_new, fact.subject, rewordings=wordings)
     return replace(fact, rewordings=checked.rewordings, paraphrases=fact.paraphrases[max(given, most) :])
 
 
@@ -92,8 +98,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     facts = read_facts(args.facts, skip=args.skip, limit=args.limit, skip_bad=True).facts
     started = time.monotonic()
     editor = Editor.from_pretrained(args.model, args.folder / f"run-{slug(args.name)}", **settings)
-    metrics = editor.edit([reworded(fact, args.given, args.most) for fact in facts])
-    told = {"settings": args.settings, "given": args.given, "facts": len(facts)}
+    metrics = editor.edit([reworded(fact, args.given, args.most, args.own) for fact in facts])
+    told = {"settings": args.settings, "given": args.given, "own": args.own, "facts": len(facts)}
     return {
         **told,
         "seconds": time.monotonic() - started,

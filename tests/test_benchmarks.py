@@ -17,6 +17,7 @@ from families import save_tiny
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import make_fact
+from sphere_edit.facts.readers import read_facts
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from test_runs import METHODS, QUICK
@@ -172,6 +173,28 @@ def test_leads_are_rows_of_one_table_with_settings_and_rewordings(tmp_path, scri
     run = RunFolder.open(tmp_path / "out" / "run-one-of-them")
     assert [len(fact.rewordings) + len(fact.paraphrases) for fact in run.facts()] == [2, 2, 2]
     assert all(fact.rewordings and "{}" in fact.rewordings[0] for fact in run.facts())
+
+
+def test_our_own_wordings_are_not_those_of_the_data(shared, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from own_wordings import own_wordings
+
+    prompts = {
+        "{} died in": "place of death",
+        "{} is a citizen of": "nationality",
+        "The headquarter of {} is in": "office",
+    }
+    for prompt, word in prompts.items():
+        assert word in own_wordings(make_fact(prompt, "Rome", "Ada Byrd"))[0]
+    assert not own_wordings(make_fact("{} eats", "bread", "Ada Byrd"))
+    every = read_facts(shared / "data" / "counterfact.json", skip_bad=True).facts
+    asked = {text.replace(fact.subject, "{}") for fact in every for text in (*fact.paraphrases, fact.prompt)}
+    known = [own_wordings(fact) for fact in every]
+    assert sum(map(bool, known)) > 0.9 * len(known)
+    ours = {wording for wordings in known for wording in wordings}
+    assert len(ours) > 80
+    assert all(wording.count("{}") == 1 for wording in ours)
+    assert not [text for text in asked if text.endswith(tuple(ours))]
 
 
 def test_negation_asks_each_fact_in_four_ways(runs, tmp_path, monkeypatch, script):

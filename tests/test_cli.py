@@ -164,7 +164,7 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     )
     again = tmp_path / "again.json"
     again.write_text(json.dumps([{**fact_records(1)[0], "target_new": "Vienna"}]))
-    assert "1 earlier facts" in run("edit", folder, again, "--dry-run")
+    assert "1 earlier fact" in run("edit", folder, again, "--dry-run")
     run("edit", folder, more)
     assert "3 batches" in run("show", folder)
     assert "efficacy" in run("eval", folder, more).lower()

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families import FAMILIES, WIDTH, tiny_model, tiny_tokenizer
 from sphere_edit import SphereEditError
 from sphere_edit.models.architecture import row_of
-from sphere_edit.models.finding import NotFound, found_layout
+from sphere_edit.models.finding import found_layout
 from sphere_edit.models.loading import prepare
+from sphere_edit.models.one_layer import NotFound
 from sphere_edit.models.probe import check_head
 
 IDS = list(range(3, 15))

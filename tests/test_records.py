@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -167,3 +168,22 @@ def test_a_run_without_any_checkpoint_says_so(model, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(SphereEditError, match="has no checkpoint"):
         RunWeights(RunFolder.open(tmp_path / "run")).original(name)
+
+
+def test_a_run_begun_before_targets_had_patience_opens_and_is_hashed_as_it_was_begun(model, tmp_path):
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "method": "memit"})
+    editor.edit(fact_records(2))
+    editor.close()
+    file, journal = tmp_path / "run" / "config.json", tmp_path / "run" / "journal.jsonl"
+    content, digest = json.loads(file.read_text()), editor.run.config.digest
+    del content["settings"]["targets"]["patience"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(SphereEditError, match="is not what this run was started with"):
+        RunFolder.open(tmp_path / "run")
+    hashed = {**content, "model": {name: value for name, value in content["model"].items() if name != "source"}}
+    del hashed["created"]
+    older = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    journal.write_text(journal.read_text().replace(digest, older))
+    config = RunFolder.open(tmp_path / "run").config
+    assert config.settings["targets"]["patience"] == 1
+    assert (config.digest, config.as_content()) == (older, content)

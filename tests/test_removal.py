@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -36,6 +37,7 @@ from sphere_edit.runs.weights import RunWeights
 from test_every_method import COMMON, OPTIONS
 from test_records import accepted, batch
 from test_runs import same, without_times
+from torture import differing, in_child, remains
 
 QUICK: dict[str, Any] = {**COMMON, "batch_size": 2, "layers": [1, 2], "targets": {"steps": 3, "lr": 0.3}}
 WRITING = sorted(set(METHODS) - {"none"})
@@ -448,14 +450,45 @@ def test_dying_at_any_write_of_a_removal_ends_as_if_it_had_not(model, tmp_path, 
     whole.close()
 
 
-def _removes(run: str) -> None:
+WAYS = {"subtracted": ("memit_seq", False), "written over": ("rect", False), "replayed": ("memit_seq", True)}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills processes")
+@pytest.mark.parametrize(
+    ("way", "every"),
+    [("subtracted", False), ("written over", False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in WAYS)],
+)
+def test_killed_at_any_event_of_the_file_system_a_removal_ends_as_if_it_had_not_been(model, tmp_path, way, every):
+    """The process itself is killed: at a few events, spread over the removal, or in the slow checks at each. All files are compared."""
+    method, exact = WAYS[way]
+    editor = start(model, tmp_path / "base", method=method, recheck=2, repair=0, evaluation={"generation": "off"})
+    editor.edit(fact_records(4))
+    editor.close()
+    shutil.copytree(tmp_path / "base", tmp_path / "whole" / "run")
+    said, events = in_child(lambda: _removes(str(tmp_path / "whole" / "run"), exact))
+    assert said == "well"
+    wanted = remains(tmp_path / "whole")
+    killed = 0
+    for event in range(1, events + 1, 1 if every else max(1, events // 5)):
+        place = tmp_path / "killed"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(tmp_path / "base", place / "run")
+        said, _ = in_child(lambda place=place, event=event: _removes(str(place / "run"), exact), events=event)
+        killed += said == "killed"
+        assert in_child(lambda place=place: _removes(str(place / "run"), exact))[0] == "well"
+        assert not differing(remains(place), wanted), f"event {event} of {events}"
+    assert killed > 4
+    print(f"removal, {way}: killed at {killed} of {events} events")
+
+
+def _removes(run: str, exact: bool = False) -> None:
     """What a killed and restarted process does."""
     torch.set_num_threads(1)
     with opened(run, Quiet()) as editor:
         if editor.run.history.removed:
             editor.resume()
         else:
-            editor.remove([2])
+            editor.remove([2], exact)
 
 
 @pytest.mark.slow  # what dying at every write does not find is rare

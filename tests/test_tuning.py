@@ -19,7 +19,7 @@ from sphere_edit import SphereEditError
 from sphere_edit import trials as trials_module
 from sphere_edit import tuning as tuning_module
 from sphere_edit.bench import Bench, BenchConfig
-from sphere_edit.editing import sources
+from sphere_edit.editing import sources, statistics
 from sphere_edit.editing.presets import read_tuned, tuned_file
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
@@ -249,8 +249,11 @@ def test_a_first_look_is_at_a_part_of_the_facts_and_its_targets_are_not_sought_a
     assert whole.divergence == pytest.approx(alone.divergence, rel=1e-3), "found in two parts, and as one"
 
 
-def test_where_one_layer_is_the_default_and_several_can_be_edited_both_are_looked_at(tmp_path):
+def test_where_one_layer_is_the_default_and_several_can_be_edited_both_are_looked_at(tmp_path, monkeypatch):
     loaded = load_model(str(save_tiny("gemma2", tmp_path / "model")))
+    read = []
+    real = statistics.second_moments
+    monkeypatch.setattr(statistics, "second_moments", lambda *args: read.append(args[2]) or real(*args))
     bench = Trials(loaded, make_settings(QUICK), facts_from(fact_records(2)).facts, Quiet())
     looked = [trial.settings["layers"] for trial in bench.looks()]
     single, several = ([layers for layers in looked if (len(layers) == 1) is one] for one in (True, False))
@@ -258,6 +261,7 @@ def test_where_one_layer_is_the_default_and_several_can_be_edited_both_are_looke
     assert single[0] == list(bench.session({}).layers)
     assert several
     assert all(layers == list(range(layers[-1] + 1)) for layers in several), "the model has four layers"
+    assert len(read) == 1, "all of them in one pass over the text"
 
 
 def test_the_command_and_its_mistakes(model, tmp_path, monkeypatch):

@@ -256,7 +256,9 @@ class Bench:
         reach, and at the next.
         """
         spans = self.spans()
-        self._measure(sorted({layer for span in spans for layer in span}))
+        several = len(spans[0]) == 1 and not self._lone
+        asked = {layer for span in spans for layer in (self._below(span[0]) if several else span)}
+        self._measure(sorted(asked))
         reached = {span: self.reach({"layers": list(span)}) for span in spans}
         most = max(reached.values())
         spans = [span for span in spans if span == spans[0] or reached[span] >= _REACHES * most]
@@ -265,14 +267,17 @@ class Bench:
                 f"layers {list(span)}: not edited, for targets there get {reached[span]:.2f} of probability, elsewhere {most:.2f}"
             )
         looks = [self.trial({"layers": list(span)}, self.part) for span in spans]
-        if len(spans[0]) == 1 and not self._lone:
+        if several:
             *_, (end,) = max((look.score, reached[span], span) for look, span in zip(looks, spans, strict=True))
             for last in [end, *sorted(span[0] for span in reached if span[0] > end)[:1]]:
-                below = [layer for layer in self.loaded.architecture.having(self.writer) if layer <= last][-_LAYERS:]
+                below = self._below(last)
                 if len(below) > 1:
-                    self._measure(below)
                     looks.append(self.trial({"layers": below}, self.part))
         return looks
+
+    def _below(self, end: int) -> list[int]:
+        """The layers of a span that ends there."""
+        return [layer for layer in self.loaded.architecture.having(self.writer) if layer <= end][-_LAYERS:]
 
     def reach(self, differs: dict[str, Any]) -> float:
         """How likely targets at a span's place of δ make the answers of a part of the facts, in the mean."""

@@ -228,7 +228,8 @@ def second_moments(
         batch = TokenBatch.of(rows, loaded.device)
         inputs, _ = activations(loaded, batch, inputs_of=modules)
         real = batch.mask.bool()
-        return {name: _products(seen, real) for name, seen in zip(names, inputs, strict=True)}, int(real.sum())
+        with loaded.quick():
+            return {name: _products(seen, real) for name, seen in zip(names, inputs, strict=True)}, int(real.sum())
 
     with reporter.bar("second moments", total, "token") as advance:
         advance(sum(sums.tokens))

@@ -140,7 +140,8 @@ class Repair:
         change = {name: torch.zeros_like(weight) for name, weight in start.items()}
         momentum = {name: torch.zeros_like(start[name]) for name in moved}
         descent, outputs = Descent(), self._output_metrics() if self.curved and moved else {}
-        with deterministic(self.loaded.device), reporter.bar("repair", steps, "step") as advance:
+        bar = reporter.bar("repair", steps, "step")
+        with deterministic(self.loaded.device), self.loaded.quick(), bar as advance:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
                 gradients = self.gradients(now, descent)

@@ -171,7 +171,7 @@ def optimise_targets(
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
         return _Descent(loaded, chunk, layer, settings, inside, role).run(tell)
 
-    with deterministic(loaded.device), ranks.told(advance) as tell:
+    with deterministic(loaded.device), loaded.quick(), ranks.told(advance) as tell:
         whole = loaded.architecture.whole_rows
         order = over_batches(
             prompts, settings.tokens_on(loaded.device), descend, lambda fact: fact.replayed_tokens(whole)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import Architecture, described, row_of
-from sphere_edit.models.finding import NotFound, found_layout
+from sphere_edit.models.finding import found_layout
 from sphere_edit.models.hooks import first_output
 from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.offload import home
+from sphere_edit.models.one_layer import NotFound
 from sphere_edit.models.replay import UpperLayers, WholeRows, fits
 
 _TOKENS, _MOST = 8, 12

@@ -11,8 +11,17 @@ import re
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from typing_extensions import NotRequired, TypedDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import NotRequired, Self, TypedDict
 
 from sphere_edit.editing.diagnosing import MatrixEntry
 from sphere_edit.errors import SphereEditError
@@ -337,16 +346,19 @@ class RunConfig(BaseModel):
     threads: int
     layout: Layout | None = None  # runs begun before it was kept lack it
 
-    @model_validator(mode="before")
+    _had_no_patience: bool = PrivateAttr(False)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _as_it_was_begun(cls, content: Any) -> Any:
+    def _as_it_was_begun(cls, content: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
         """Targets of runs that do not say otherwise had no patience yet (`TargetSettings`)."""
-        if not isinstance(content, dict) or not isinstance(settings := content.get("settings"), dict):
-            return content
-        targets = settings.get("targets")
-        if not isinstance(targets, dict) or "patience" in targets:
-            return content
-        return {**content, "settings": {**settings, "targets": {**targets, "patience": 1}}}
+        settings = content.get("settings") if isinstance(content, dict) else None
+        targets = settings.get("targets") if isinstance(settings, dict) else None
+        if settings is None or not isinstance(targets, dict) or "patience" in targets:
+            return read(content)
+        config = read({**content, "settings": {**settings, "targets": {**targets, "patience": 1}}})
+        config._had_no_patience = True
+        return config
 
     @property
     def architecture(self) -> Architecture | None:
@@ -355,7 +367,10 @@ class RunConfig(BaseModel):
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the file."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"layout"} if self.layout is None else None)
+        content = self.model_dump(mode="json", by_alias=True, exclude={"layout"} if self.layout is None else None)
+        if self._had_no_patience:  # what was begun without is hashed without
+            del content["settings"]["targets"]["patience"]
+        return content
 
     @property
     def digest(self) -> str:
