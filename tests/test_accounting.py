@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sphere_edit.editor import Editor
 from sphere_edit.models import miniature
 from sphere_edit.models.configuration import CAUSAL
 from sphere_edit.models.finding import NotFound
+from sphere_edit.models.loading import held_now, peak_memory
 from sphere_edit.models.miniature import miniature_layout
 from sphere_edit.models.sites import parameter_name
 from sphere_edit.progress import Quiet
@@ -131,3 +133,14 @@ def test_a_run_says_how_right_it_was(models, tmp_path):
     assert record["event"] == "finished"
     assert record["peak_memory"] > 0
     assert record["expected_memory"] == account_of(editor.session).peak["cpu"]
+
+
+def test_memory_of_an_accelerator_is_what_its_own_module_counts(monkeypatch):
+    """`torch.accelerator` counts from torch 2.9 on, and 2.6 is allowed; some modules count nothing."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: SimpleNamespace(memory_allocated=lambda of: 7))
+    assert held_now(device) == 7
+    assert peak_memory(device) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: SimpleNamespace(max_memory_allocated=lambda of: 9))
+    assert held_now(device) == 0
+    assert peak_memory(device) == 9

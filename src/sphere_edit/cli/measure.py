@@ -28,6 +28,7 @@ from sphere_edit.cli.options import (
     places,
 )
 from sphere_edit.cli.screen import FAILED, out, reporter, say_bad
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import csv_cell
 
@@ -86,7 +87,7 @@ def evaluate(
     result = editor.evaluate(asked, skip_bad, needs_text(limits))
     summary = result.summary()
     verdicts = judge(limits, summary)
-    title = f"{model}, {len(result.facts)} facts"
+    title = f"{model}, {counted(len(result.facts), 'fact')}"
     out.print(draw(Metrics.of(summary if is_run else {"edited": summary["edited"]}, title)))
     if json_file is not None:
         scores = zip(result.facts, result.unedited, result.edited, strict=True)
@@ -102,7 +103,9 @@ def evaluate(
     if broken:
         raise typer.Exit(FAILED)
     if limits:
-        out.print(f"{len(limits)} limits kept: {'; '.join(verdict.words for verdict in verdicts)}", soft_wrap=True)
+        out.print(
+            f"{counted(len(limits), 'limit')} kept: {'; '.join(verdict.words for verdict in verdicts)}", soft_wrap=True
+        )
 
 
 def ability(

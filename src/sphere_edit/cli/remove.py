@@ -9,6 +9,7 @@ import typer
 from sphere_edit.cli.edit import finish
 from sphere_edit.cli.options import Device, MaxMemory, Run, TrustRemoteCode, TrustRun, WhichMap, places
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
@@ -63,11 +64,11 @@ def _say_removed(editor: Editor) -> None:
     missing = sum(row.returned is False for row in rows)
     if missing and removal.restored is not None:
         out.print(
-            f"{missing} of these prompts were moved by other facts: the run is as if it had never had the removed ones."
+            f"Moved by other facts: {counted(missing, 'prompt')} of these; the run is as if it had never had the removed ones."
         )
     elif missing:
         out.print(
-            f"{missing} of these prompts do not give the unedited model's answer again. To have the run as if it had never had the removed "
+            f"Without the unedited model's answer: {counted(missing, 'prompt')} of these. To have the run as if it had never had the removed "
             f"facts: rollback --to {removal.number - 1}, then remove with --exact."
         )
 

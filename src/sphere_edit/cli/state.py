@@ -8,6 +8,7 @@ import typer
 
 from sphere_edit.cli.options import Device, MaxMemory, Run, WhichMap, places
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted
 
 
 def rollback(
@@ -26,4 +27,4 @@ def rollback(
     state = "the original model, bit for bit" if to == 0 else f"the weights as after batch {to}"
     out.print(f"{run} now stands at batch {to}: {state}. Export it, or edit on from here.")
     if waiting:
-        out.print(f"{waiting} facts that were waiting are withdrawn; give them again to edit them.")
+        out.print(f"{counted(waiting, 'fact')} waited, and nothing waits any more; give what you want edited again.")

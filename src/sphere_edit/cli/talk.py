@@ -54,7 +54,8 @@ def _answer(editor: Editor, prompt: str, side_by_side: bool, in_chat: bool, toke
     after = editor.generate(prompt, tokens, in_chat)
     columns = ("unedited", "edited")
     table = make_table("", *columns, left=columns)
-    table.add_row(before, after if before == after else terminal(after, "bold"))
+    table.columns[1].style = "" if before == after else "bold"
+    table.add_row(before.strip(), after.strip())
     out.print(terminal(prompt, "bold"), soft_wrap=True)
     out.print(table)
 

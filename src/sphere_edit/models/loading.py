@@ -90,7 +90,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 def held_now(device: torch.device | None) -> int:
     """Bytes held at present, as `peak_memory` counts them; None stands for the CPU."""
     if device is not None and device.type != "cpu":
-        return int(torch.accelerator.memory_allocated(device))
+        return _told(device, "memory_allocated") or 0
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_memory(torch.device("cpu")) or 0  # not Linux
@@ -99,13 +99,18 @@ def held_now(device: torch.device | None) -> int:
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: by tensors on an accelerator, by the whole process on a CPU; None where none can tell."""
     if device.type != "cpu":
-        measure = getattr(torch.accelerator, "max_memory_allocated", None)
-        return None if measure is None else int(measure(device))
+        return _told(device, "max_memory_allocated")
     try:
         import resource
     except ImportError:  # not a Unix
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _told(device: torch.device, measure: str) -> int | None:
+    """Bytes, as the module of a kind of accelerator counts them; None where it does not. `torch.accelerator` counts them from 2.9 on."""
+    count = getattr(torch.get_device_module(device), measure, None)
+    return None if count is None else int(count(device))
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -131,7 +136,7 @@ def load_model(
         device: see `resolve_device`.
         dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``; fp8 and mxfp4 to bfloat16.
         trust_remote_code: run code that comes with the model; off unless the user asks.
-        reporter: told what a quantised model takes in memory, before it is loaded; and where a model is that is spread.
+        reporter: told what is loaded, what a quantised model takes in memory before it is, and where a model is that is spread.
         placement: spread it so over devices, CPU memory and disk; in place of ``device``.
 
     Raises:
@@ -147,6 +152,7 @@ def load_model(
         check_extent(bones, known.folder, source, packed=known.quantised is not None)
     if known.quantised is not None and bones is not None:
         _say_memory(reporter or Quiet(), source, known.quantised, bones, known.dtype)
+    (reporter or Quiet()).say(f"Loading {source}")
     places = None if placement is None else _places(placement, known)
     tokenizer, model = from_pretrained(
         source, known.where, known.dtype, trust_remote_code, known.loader, known.quantised, places=places

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.catalogue import HELDOUT
 from sphere_edit.files import check_digest, plain_errors, read_tensors
@@ -37,13 +38,15 @@ class Proof:
     def sentence(self, path: Path, said: str) -> str:
         """What came of it: that all is whole, with what else was compared; or the first fault, and how many more there are."""
         if not self.faults:
-            return f"{path} is whole: {self.files} files as they were written; {said}"
+            return f"{path} is whole: {counted(self.files, 'file')} as written; {said}"
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"{self.faults[0]}{more}"
 
     def verdict(self, run: RunFolder) -> str:
         """The same of a run."""
-        return self.sentence(run.path, f"{self.batches} of {run.history.head} batches rebuilt to their recorded hashes")
+        return self.sentence(
+            run.path, f"{self.batches} of {counted(run.history.head, 'batch')} rebuilt to the recorded hashes"
+        )
 
     def check(self, work: Callable[[], object]) -> bool:
         """Do something that raises what is wrong; whether nothing was."""
@@ -156,7 +159,7 @@ def _rebuild(run: RunFolder, original: Original, proof: Proof, reporter: Reporte
     """Add update after update to W0, matrix by matrix, and compare each sum, and each checkpoint, with the journal's hashes."""
     names, head = run.config.matrices, run.history.head
     reached = dict.fromkeys(names, 0)  # the last batch whose weight is as recorded
-    with reporter.bar("rebuilding", len(names) * head, "updates") as advance:
+    with reporter.bar("rebuilding", len(names) * head, "update") as advance:
         for name in names:
             for number, weight in proof.each(_weights(run, name, original, device)):
                 if not _matches(run, name, number, weight):
