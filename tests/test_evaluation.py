@@ -15,6 +15,7 @@ from conftest import fact_records
 from families import save_tiny, tiny
 from sphere_edit import SphereEditError
 from sphere_edit.editor import Editor, opened
+from sphere_edit.evaluation import heldout
 from sphere_edit.evaluation.generation import (
     begins_with,
     continuations,
@@ -23,7 +24,7 @@ from sphere_edit.evaluation.generation import (
     tf_idf_cosine,
     with_answers,
 )
-from sphere_edit.evaluation.heldout import score_heldout
+from sphere_edit.evaluation.heldout import score_heldout, unedited_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
 from sphere_edit.evaluation.scores import FactScores, PromptScore, complete_answers, questions, score_facts
 from sphere_edit.facts.fact import Neighbor
@@ -146,6 +147,36 @@ def test_kl_and_perplexity_of_heldout_text_against_their_definitions():
     assert second.divergence > 1e-3
     assert score_heldout(loaded, passages, 8, Quiet(), unedited=second.hidden).divergence == 0
     assert score_heldout(loaded, [[3]], 8, Quiet()).perplexity is None
+
+
+def test_the_unedited_models_text_is_read_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path))
+    loaded, passages = tiny("llama", torch.float32), [[5, 9, 3, 8, 1, 2], [7, 7, 4], [9, 1, 2, 6]]
+    plain = score_heldout(loaded, passages, 8, Quiet())
+    assert unedited_heldout(loaded, passages, 8, Quiet()).perplexity == plain.perplexity
+    read: list[int] = []
+
+    def counted(loaded, batch):
+        read.append(len(batch.ids))
+        return last_hidden(loaded, batch)
+
+    monkeypatch.setattr(heldout, "last_hidden", counted)
+    again = unedited_heldout(loaded, passages, 8, Quiet())
+    assert not read
+    assert again.perplexity == plain.perplexity
+    assert again.hidden.keys() == plain.hidden.keys()
+    assert all(torch.equal(again.hidden[number], rows) for number, rows in plain.hidden.items())
+    unedited_heldout(loaded, passages[:2], 8, Quiet())  # other text
+    unedited_heldout(replace(loaded, fingerprint="another"), passages, 8, Quiet())
+    assert sum(read) == 2 + 3
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert unedited_heldout(loaded, passages, 8, Quiet()).perplexity == plain.perplexity
+    assert sum(read) == 2 + 3 + 3
+    monkeypatch.setattr(heldout, "_LARGEST", 0)
+    for _ in range(2):  # too long to be kept
+        unedited_heldout(loaded, passages[1:], 8, Quiet())
+    assert sum(read) == 2 + 3 + 3 + 2 * 2
 
 
 def test_generated_answers_are_those_of_plain_greedy_decoding_and_agree_with_the_strict_verdict():

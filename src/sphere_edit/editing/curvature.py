@@ -31,7 +31,7 @@ def output_curvature(
     """
     modules = [module_of(loaded.model, loaded.architecture, name) for name in names]
     generator, sums, tokens = torch.Generator().manual_seed(seed), [torch.zeros(0)] * len(names), 0
-    with deterministic(loaded.device):
+    with deterministic(loaded.device), loaded.quick():
         for rows in batches:
             batch = TokenBatch.of(rows, loaded.device)
             graph = Graph(loaded, batch, outputs_of=modules)

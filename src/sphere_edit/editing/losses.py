@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.answers import (
     Coded,
     LossAndGradients,
@@ -71,7 +72,7 @@ class TargetGradients(Source):
             return losses.tolist(), keys, residuals
 
         parts = list(target_rows(self.loaded, coded, self.max_tokens))
-        with deterministic(self.loaded.device), ranks.told(advance) as tell:
+        with deterministic(self.loaded.device), self.loaded.quick(), ranks.told(advance) as tell:
             losses, *found = zip(*ranks.dealt(parts, work), strict=True)
         self._losses: list[float] = in_order(zip((chunk for chunk, _ in parts), losses, strict=True))
         by_matrix = ([torch.cat(several).T.contiguous() for several in zip(*chunks, strict=True)] for chunks in found)
@@ -152,7 +153,7 @@ class TargetLoss(Source):
             (loss * GRADIENT_SCALE).backward()
             return float(loss.detach()), gradients_of(leaves)
 
-        with deterministic(self.loaded.device):
+        with deterministic(self.loaded.device), self.loaded.quick():
             chunks = list(target_rows(self.loaded, part, self.max_tokens))
             losses, gradients = added_up(ranks.in_turn(chunks, work))
         total = reduce(add, losses)
@@ -182,4 +183,4 @@ class FromLoss(Feed):
     @property
     def words(self) -> str:
         """As it is, or in minibatches."""
-        return "the loss" if self.minibatch is None else f"the loss, {self.minibatch} facts at a time"
+        return "the loss" if self.minibatch is None else f"the loss, {counted(self.minibatch, 'fact')} at a time"

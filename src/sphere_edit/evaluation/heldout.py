@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.files import cache_dir, is_whole, read_tensors, write_tensors
 from sphere_edit.models.forward import head_rows, last_hidden
+from sphere_edit.models.identity import cache_key, config_values
 from sphere_edit.models.loading import LoadedModel
 from sphere_edit.models.tokens import TokenBatch, batches_of
 from sphere_edit.progress import Reporter
+
+_PERPLEXITY = "perplexity"  # beside the hidden states in a file of the cache
+_LARGEST = 2**26  # bytes of such a file: longer text is read again
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def score_heldout(
         tell(int(batch.mask.sum()))
         return lost, apart, len(hidden)
 
-    with reporter.bar(title, sum(map(len, passages)), "tokens") as advance, ranks.told(advance) as tell:
+    with reporter.bar(title, sum(map(len, passages)), "token") as advance, ranks.told(advance) as tell:
         found = ranks.dealt(list(enumerate(batches_of(passages, max_tokens))), read)
     loss, divergence, count = 0.0, 0.0, 0
     for nll, apart, predicted in found:
@@ -74,6 +79,28 @@ def score_heldout(
         distance if unedited is not None and math.isfinite(distance) else None,
         kept,
     )
+
+
+def unedited_heldout(
+    loaded: LoadedModel, passages: Sequence[Sequence[int]], max_tokens: int, reporter: Reporter
+) -> HeldoutScores:
+    """`score_heldout` of the model as it was loaded, which must be in place; from the cache where it has read these passages before."""
+    title = "held-out, unedited"
+    if ranks.count() > 1:  # each rank keeps what it has read itself
+        return score_heldout(loaded, passages, max_tokens, reporter, title)
+    parts = [loaded.fingerprint, config_values(loaded.model), [list(passage) for passage in passages], max_tokens]
+    file = cache_dir() / "heldout" / f"{cache_key(loaded.device, *parts)}.safetensors"
+    if is_whole(file):
+        kept = read_tensors(file)
+        perplexity = float(kept.pop(_PERPLEXITY))
+        hidden = {int(number): rows for number, rows in kept.items()}
+        return HeldoutScores(perplexity if math.isfinite(perplexity) else None, None, hidden)
+    found = score_heldout(loaded, passages, max_tokens, reporter, title)
+    perplexity = math.nan if found.perplexity is None else found.perplexity
+    if sum(rows.nbytes for rows in found.hidden.values()) <= _LARGEST:
+        kept = {str(number): rows for number, rows in found.hidden.items()}
+        write_tensors(file, kept | {_PERPLEXITY: torch.tensor(perplexity, dtype=torch.float64)})
+    return found
 
 
 def _every(chosen: Tensor, stride: int) -> Tensor:

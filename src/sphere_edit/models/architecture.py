@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sphere_edit.models.products import quick_products
+
 EXPERTS = "experts"  # the role of a layer's routed experts, which are edited as one wide matrix
 WRITERS = ("down", EXPERTS)  # the roles that write an MLP's output, those of a dense MLP or shared expert first
 
@@ -178,7 +180,8 @@ class Architecture:
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """Next-token logits ``[..., vocabulary]`` from the last layer's output ``[..., d_model]``."""
-        logits = model.get_output_embeddings()(model.get_submodule(self.final_norm)(hidden)).to(hidden.device)
+        with quick_products(hidden.device, hidden.shape[-1]):
+            logits = model.get_output_embeddings()(model.get_submodule(self.final_norm)(hidden)).to(hidden.device)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap

@@ -16,7 +16,8 @@ from sphere_edit.models.loaded import LoadedModel
 from sphere_edit.models.sites import Keys, entering
 from sphere_edit.models.tokens import TokenBatch
 
-_HEAD_ROWS = 512  # positions whose logits exist at one time, at most; changes memory, not results
+_HEAD_ROWS = {"cpu": 128}  # positions whose logits exist at one time, at most; changes memory, not results
+_MANY_HEAD_ROWS = 512  # on an accelerator, where each block costs the start of some kernels
 _HEAD_NUMBERS = 2**25  # and fewer of a large vocabulary: so many logits, 128 MiB in float32
 
 
@@ -51,7 +52,8 @@ def activations(
 
     The modules must be called in the order given, ``output_of`` last.
     """
-    with watched(inputs_of, output_of, (len(batch.ids), batch.ids.shape[1])) as (inputs, outputs):
+    shape = (len(batch.ids), batch.ids.shape[1])
+    with loaded.quick(), watched(inputs_of, output_of, shape) as (inputs, outputs):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return inputs, (outputs[0] if outputs else None)
 
@@ -64,10 +66,8 @@ def last_hidden(loaded: LoadedModel, batch: TokenBatch) -> Tensor:
 @torch.no_grad()
 def until_last(loaded: LoadedModel, batch: TokenBatch, **call: Any) -> Tensor:
     """The same, with more arguments for the model; the mask covers what a cache holds too."""
-    with watched((), loaded.architecture.last_layer(loaded.model), (len(batch.ids), batch.ids.shape[1])) as (
-        _,
-        outputs,
-    ):
+    last, shape = loaded.architecture.last_layer(loaded.model), (len(batch.ids), batch.ids.shape[1])
+    with loaded.quick(), watched((), last, shape) as (_, outputs):
         loaded.model(input_ids=batch.ids, attention_mask=batch.mask, **call)
     return outputs[0].to(loaded.device)
 
@@ -129,7 +129,8 @@ class Graph:
 def head_rows(loaded: LoadedModel) -> int:
     """Positions whose logits may exist at one time."""
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    return max(1, min(_HEAD_ROWS, _HEAD_NUMBERS // vocabulary))
+    most = _HEAD_ROWS.get(loaded.device.type, _MANY_HEAD_ROWS)
+    return max(1, min(most, _HEAD_NUMBERS // vocabulary))
 
 
 @torch.no_grad()

@@ -159,12 +159,13 @@ def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:
         SphereEditError: it fails within the model's own code.
     """
     try:
-        try:
-            return model.generate(**request)
-        except ValueError as error:
-            if "get_seq_length" not in str(error):
-                raise
-            return model.generate(**request, use_cache=False)
+        with loaded.quick():
+            try:
+                return model.generate(**request)
+            except ValueError as error:
+                if "get_seq_length" not in str(error):
+                    raise
+                return model.generate(**request, use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sphere_edit.models.offload import Stored
+from sphere_edit.models.products import precision
 
 # case, spaces, digits, accents and other scripts: what tokenizers differ in
 _SHOWING = " Ada's 1,234 cafés\n\tin  TOKYO (東京) — don’t! ﬁ 🙂"
@@ -96,7 +97,7 @@ def cache_key(device: torch.device, *parts: Any) -> str:
     CPU the instruction set and the number of threads choose the order in which sums are taken. So all of these are in the key:
     the same command gives the same numbers, whoever filled the cache. The dtype is that of the weights, and is in their hash.
     """
-    computing = [device_name(device), *map(version, ("torch", "transformers")), torch.get_float32_matmul_precision()]
+    computing = [device_name(device), *map(version, ("torch", "transformers")), precision(device)]
     if device.type == "cpu":
         computing += [torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
     return hashlib.sha256(json.dumps([computing, *parts]).encode()).hexdigest()

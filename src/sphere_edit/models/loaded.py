@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from sphere_edit.models.architecture import Architecture
 from sphere_edit.models.offload import home
 from sphere_edit.models.placement import Placement, spoken
+from sphere_edit.models.products import quick_products
 
 
 @dataclass
@@ -40,3 +42,7 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where token ids go: where the model's embedding computes. Each layer has hidden states where its own weights are."""
         return self.planned or home(self.model.get_input_embeddings())
+
+    def quick(self) -> AbstractContextManager[None]:
+        """While it computes: float32 products by the quicker library (`quick_products`)."""
+        return quick_products(self.device, int(self.model.get_input_embeddings().weight.shape[-1]))

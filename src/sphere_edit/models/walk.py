@@ -39,7 +39,7 @@ class LayerWalk:
     def __init__(self, loaded: LoadedModel, rows: Sequence[list[int]], first: int, last: int, max_tokens: int):
         self._layers = loaded.architecture.running(loaded.model, first, last)
         self._numbers = {layer: number for number, layer in self._layers.items()}
-        self._first, self._at = first, first
+        self._loaded, self._first, self._at = loaded, first, first
         self._home = loaded.device  # where all that is read goes
         self._cut = list(enumerate(batches_by_length([len(row) for row in rows], max_tokens)))
         self._chunks: dict[int, _WalkedChunk] = {}  # by its number, those of this rank
@@ -64,7 +64,7 @@ class LayerWalk:
         with ExitStack() as hooks:
             for layer in self._layers.values():
                 hooks.callback(layer.register_forward_pre_hook(take_call, with_kwargs=True).remove)
-            with suppress(Stop):
+            with suppress(Stop), loaded.quick():
                 loaded.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
         entering = calls[min(calls)][0][0]
         rest = {number: (args[1:], kwargs) for number, (args, kwargs) in calls.items()}
@@ -140,4 +140,5 @@ class LayerWalk:
         if number not in self._layers:  # a layer that a text does not run through
             return hidden
         args, kwargs = chunk.calls[number]
-        return first_output(self._layers[number](hidden, *args, **kwargs))
+        with self._loaded.quick():
+            return first_output(self._layers[number](hidden, *args, **kwargs))

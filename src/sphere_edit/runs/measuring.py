@@ -18,7 +18,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityTasks
 from sphere_edit.evaluation.generation import check_chat, score_texts, with_answers
-from sphere_edit.evaluation.heldout import score_heldout
+from sphere_edit.evaluation.heldout import score_heldout, unedited_heldout
 from sphere_edit.evaluation.intervals import intervals, summarise
 from sphere_edit.evaluation.natural import with_lines
 from sphere_edit.evaluation.retrieval import with_retrieved
@@ -307,7 +307,7 @@ class Evaluator:
     def _text_on_unedited(self) -> dict[str, float | None]:
         """Held-out text on the unedited model, whose hidden states are kept to compare later ones with."""
         with self.weights.unedited():
-            found = score_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter, "held-out, unedited")
+            found = unedited_heldout(self.loaded, self.heldout, self.max_tokens, self.reporter)
         self._unedited_hidden = found.hidden
         return {**catalogue.of_heldout(found), catalogue.DIVERGENCE.name: 0.0}
 
