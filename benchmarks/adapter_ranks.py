@@ -2,8 +2,8 @@
 
 python benchmarks/adapter_ranks.py runs/sixty runs/three-hundred -o adapter-ranks.png
 
-Prints a table a run, and draws them side by side. Our adapter keeps the directions that matter for ordinary inputs and for the facts' keys
-(`output_directions`); the plain one keeps the largest singular values of ΔW, as anybody would do it.
+Prints a table a run, and draws them side by side. In ours the matrices share out the directions that the facts need (`numerics.lowrank`);
+the plain one keeps the largest singular values of each ΔW, as anybody would do it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from sphere_edit.editor import opened
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
 from sphere_edit.exports.gauge import Gauge, Measured
-from sphere_edit.exports.lora import VLLM_RANKS, Adapter, _adapter, _merged
+from sphere_edit.exports.lora import VLLM_RANKS, _adapter, _merged
 from sphere_edit.exports.shipment import Shipment
+from sphere_edit.numerics.lowrank import Factors
 from sphere_edit.progress import Quiet
 
 SHOWN = (of_part(EFFICACY, STRICT), of_part(GENERALIZATION, STRICT), of_part(SPECIFICITY))
+OURS, PLAIN = "shared out", "plain SVD"
 Rows = dict[tuple[str, int], Measured]  # by how the rank was cut, and the rank; 0 is the whole edit
 
 
@@ -54,16 +56,23 @@ def main() -> None:
 
 
 def _measured(editor, ranks) -> Iterator[tuple[str, int, Measured]]:  # type: ignore[no-untyped-def]
-    """The whole edit, then every rank cut in both ways, as far as there are so many directions."""
+    """The whole edit, then every rank cut in both ways; the full one leaves nothing out either way."""
     shipment = Shipment.of(editor.session, editor.run)
     gauge = Gauge(editor.session, editor.run)
     yield "the whole edit", 0, gauge.measure(shipment.loaded, "whole")
     ours = _adapter(shipment, editor.session, editor.run)
-    bases = {name: torch.linalg.svd(change.double(), full_matrices=False)[0] for name, change in ours.changes.items()}
-    plain = Adapter(ours.changes, bases)
-    for cut, adapter in (("weighed", ours), ("plain SVD", plain)):
-        for rank in (*(rank for rank in ranks if rank < ours.largest), ours.largest):
-            with _merged(shipment, lambda name, adapter=adapter, rank=rank: adapter.factors(name, rank)):  # type: ignore[misc]
+    parts = {
+        name: torch.linalg.svd(change.double(), full_matrices=False)
+        for group in ours.groups
+        for name, change in group.changes.items()
+    }
+
+    def plain(rank: int) -> dict[str, Factors]:
+        return {name: ((u[:, :rank] * s[:rank]).float(), vt[:rank].float()) for name, (u, s, vt) in parts.items()}
+
+    for rank in (*(rank for rank in ranks if rank < ours.largest), ours.largest):
+        for cut, factors in ((OURS, ours.factors), (PLAIN, plain))[: 1 + (rank < ours.largest)]:
+            with _merged(shipment, factors(rank)):
                 yield cut, rank, gauge.measure(shipment.loaded, f"{cut}, {rank}")
 
 
@@ -74,7 +83,7 @@ def _draw(found: dict[str, Rows], path: Path) -> None:
     for panel, metric in zip(panels, SHOWN, strict=True):
         for number, (name, rows) in enumerate(found.items()):
             panel.axhline(rows["the whole edit", 0][metric.name], color=f"C{number}", linewidth=0.8, alpha=0.6)
-            for cut, style in (("weighed", "-o"), ("plain SVD", "--x")):
+            for cut, style in ((OURS, "-o"), (PLAIN, "--x")):
                 points = sorted((rank, row[metric.name]) for (how, rank), row in rows.items() if how == cut)
                 panel.plot(*zip(*points, strict=True), style, color=f"C{number}", markersize=4, label=f"{name}, {cut}")
         panel.set_xscale("log", base=2)

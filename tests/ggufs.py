@@ -65,12 +65,42 @@ def save_gguf(folder: Path, file: Path, kind: str) -> Path:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             array = _rotated(array, heads)
         stored = GGMLQuantizationType[kind if array.ndim == 2 and "token_embd" not in writer_name else "F32"]
-        writer.add_tensor(writer_name, quants.quantize(array, stored), raw_dtype=stored)
+        if kind in _BLOCKS and array.shape[-1] % 256:
+            stored = GGMLQuantizationType.F32  # blocks have 256 numbers
+        content = _blocks(array.shape, kind) if stored.name in _BLOCKS else quants.quantize(array, stored)
+        writer.add_tensor(writer_name, content, raw_dtype=stored)
+    return _written(writer, file)
+
+
+def save_experts(file: Path, weights: dict[str, np.ndarray], depth: int, kind: str) -> Path:
+    """Some stacked matrices ``[E, d_out, d_in]`` by GGUF's names as a file of a Qwen3 mixture, of a type; without all else that is one."""
+    writer = GGUFWriter(file, "qwen3moe")
+    writer.add_block_count(depth)
+    stored = GGMLQuantizationType[kind]
+    for name, array in weights.items():
+        writer.add_tensor(name, quants.quantize(array, stored), raw_dtype=stored)
+    return _written(writer, file)
+
+
+def _written(writer: GGUFWriter, file: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+# K-quants by the bytes of a block of 256 numbers, and where its scales are: of 16 bits each, and what to put there
+_BLOCKS = {"Q4_K": (144, {0: 2e-4, 2: 1.5e-3}), "Q6_K": (210, {208: 1e-4})}
+
+
+def _blocks(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Random blocks, since the gguf package reads these types and does not write them: the file is the model then."""
+    size, scales = _BLOCKS[kind]
+    found = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // 256, size), np.uint8)
+    for place, scale in scales.items():
+        found[:, :, place : place + 2] = np.array([scale], np.float16).view(np.uint8)
+    return found.reshape(shape[0], -1)
 
 
 def _renamed(name: str) -> str:

@@ -141,6 +141,28 @@ def test_replay_with_delta_inside_a_layer_is_the_whole_forward_pass(family):
 
 
 @families
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_computed_again_on_the_way_back_has_the_same_bits(family, inside):
+    loaded = tiny(family)
+    rows, pivots = rows_and_pivots(loaded)
+    gradients, sizes = [], []
+    for kept in (None, 10_000, 1):
+        upper = UpperLayers(loaded, rows, pivots, 1, inside, kept=kept)
+        delta = torch.full((len(rows), WIDTH), 0.1, requires_grad=True)
+        stored: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=stored: into.append(x.numel()) or x, lambda x: x):
+            said = upper.hidden(delta)
+        gradients.append(torch.autograd.grad(said.square().sum(), delta)[0])
+        sizes.append(sum(stored))
+        assert upper.hidden(delta.detach()).grad_fn is None
+    assert float(gradients[0].norm()) > 0
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+    assert sizes[2] < sizes[1] / 2, "most is not kept"
+    assert sizes[1] == sizes[0], "a chunk of few tokens keeps all"
+
+
+@families
 def test_gradients_by_outputs_and_by_weights_are_those_of_the_loss(family):
     """Against central differences of the plain loss, in float64: one direction for each matrix."""
     loaded = tiny(family, torch.float64)

@@ -170,7 +170,7 @@ def _edits_and_is_killed(browser: Any, server: Server, root: Path) -> Path:
     tab.shows("draft", "'prompt' is missing (found: subject)")
     tab.shows("draft", HOSTILE[0])
     tab.click("edit")
-    tab.shows("notice", "1 rows cannot be edited; the first is row 2")
+    tab.shows("notice", "1 row cannot be edited; the first is row 2")
     tab.fill("rows-out", "2-3")
     tab.click("take-out")
     plain = {"prompt": "People speak of {}", "paraphrases": [], "neighbors": []}

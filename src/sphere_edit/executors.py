@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit.bench import Bench, Cell
+from sphere_edit.counting import counted
 from sphere_edit.editing.methods import register_file
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import write_text
@@ -39,7 +40,7 @@ def on_ray(matrix: Bench, config: Path, address: str | None, reporter: Reporter)
         wanted = matrix.config.resources
         task = ray.remote(_run).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus, max_retries=_RETRIES)
         todo = [cell for cell in matrix.cells if not matrix.finished(cell)]
-        reporter.say(f"{len(todo)} of {len(matrix.cells)} runs go to Ray, {wanted.words} each", "bold")
+        reporter.say(f"{len(todo)} of {counted(len(matrix.cells), 'run')} to Ray, {wanted.words} each", "bold")
         where = str(config.resolve()), str(matrix.folder.resolve())
         asked = {task.remote(*where, cell.name, options()[1::2]): cell for cell in todo}
         while asked:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.moments import load_corpus
@@ -281,7 +282,7 @@ class Bench:
         """How likely targets at a span's place of δ make the answers of a part of the facts, in the mean."""
         session = self.session(differs)
         source = self._source(session, {})
-        with self.reporter.bar(source.stage, len(self.part.facts), "facts") as advance:
+        with self.reporter.bar(source.stage, len(self.part.facts), "fact") as advance:
             source.begin(self.part.facts, advance)
         found = source.targets.probabilities
         return sum(values[-1] for values in found) / len(found)
@@ -313,7 +314,7 @@ class Bench:
                 scores = score_facts(self.loaded, sample.facts, session.settings.tokens_per_batch, Quiet())
                 read = self._read(sample.heldout, sample.unedited)
             self._tried[known] = Trial.of(differs, scores, read.divergence)
-            part = "" if sample is self.whole else f"first look, {len(sample.facts)} facts: "
+            part = "" if sample is self.whole else f"first look, {counted(len(sample.facts), 'fact')}: "
             self.reporter.say(f"{part}{self._tried[known]}")
         return self._tried[known]
 

@@ -1,8 +1,8 @@
-"""A LoRA adapter that PEFT and vLLM load: of each change, the part of rank R that counts most for the inputs it will see."""
+"""A LoRA adapter that PEFT and vLLM load: matrices of rank R that together do to the facts what the changes do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.forms import contexts, written_forms
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.files import read_tensors, write_json, write_tensors
+from sphere_edit.models.architecture import WRITERS, Architecture
 from sphere_edit.models.forward import activations, at
 from sphere_edit.models.quiet import quiet
 from sphere_edit.models.tokens import TokenBatch, over_batches
-from sphere_edit.numerics.lowrank import output_directions, truncated
+from sphere_edit.numerics.lowrank import Factors, Shared
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.runs.session import Session
 from sphere_edit.runs.weights import RunWeights
@@ -31,7 +32,7 @@ from sphere_edit.runs.weights import RunWeights
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its ``max_lora_rank`` may be, but for 1
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # before the names of modules, in PEFT's files
-_ROUNDING = 1e-4  # of an adapter's factors in float32, relative
+_SAME = 1e-4  # how near a distance from ΔW is to the one that was written down
 
 
 @dataclass
@@ -39,23 +40,26 @@ class Adapter:
     """What the ranks of an adapter can be, and what was measured of those tried.
 
     Attributes:
-        changes: ΔW ``[d_out, d_in]`` by matrix, float32.
-        directions: of each, by `output_directions`.
+        groups: the changes ΔW; those of one group are shared out among its matrices.
         table: what was measured, by "the whole edit" and "rank 8".
     """
 
-    changes: dict[str, Tensor]
-    directions: dict[str, Tensor]
+    groups: Sequence[Shared]
     table: dict[str, Measured] = field(default_factory=dict)
 
     @property
     def largest(self) -> int:
         """The rank at which nothing is left out."""
-        return max(len(directions) for directions in self.directions.values())
+        return max(group.largest for group in self.groups)
 
-    def factors(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """``B [d_out, R]`` and ``A [R, d_in]`` of a matrix, float32."""
-        return truncated(self.changes[name], self.directions[name], rank)
+    def factors(self, rank: int) -> dict[str, Factors]:
+        """``B [d_out, R]`` and ``A [R, d_in]`` of every matrix, float32."""
+        return {name: pair for group in self.groups for name, pair in group.factors(rank).items()}
+
+    def distances(self, factors: Mapping[str, Factors]) -> dict[str, float]:
+        """How far the products are from ΔW."""
+        changes = {name: change for group in self.groups for name, change in group.changes.items()}
+        return {name: _distance(*pair, changes[name]) for name, pair in factors.items()}
 
 
 def write_lora(
@@ -90,18 +94,19 @@ def write_lora(
         adapter.table["the whole edit"] = gauge.measure(shipment.loaded, "the whole edit")
     chosen = _least(shipment, adapter, gauge, points) if rank is None else rank
     assert chosen is not None
-    manifest = shipment.manifest("lora", rank=chosen, measured=adapter.table)
+    factors = adapter.factors(chosen)
+    distances = adapter.distances(factors)
+    manifest = shipment.manifest("lora", rank=chosen, measured=adapter.table, distances=distances)
 
     def note(written: Path) -> Note:
         if gauge is not None and measure:
             with _loaded_with(peft, shipment, written):
                 adapter.table[f"rank {chosen}, loaded by PEFT"] = gauge.measure(shipment.loaded, "with the adapter")
-        return Note("peft", _about(adapter, chosen), adapter.table)
+        return Note("peft", _about(distances, chosen), adapter.table)
 
     with shipment.folder(folder, manifest, note) as temporary:
         tensors: dict[str, Tensor] = {}
-        for name in shipment.weights.names:
-            left, right = adapter.factors(name, chosen)
+        for name, (left, right) in factors.items():
             tensors |= {f"{_PREFIX}{name}.lora_A.weight": right, f"{_PREFIX}{name}.lora_B.weight": left}
         write_tensors(temporary / FILE, tensors)
         write_json(temporary / CONFIG, _config(peft, shipment, chosen))
@@ -109,14 +114,20 @@ def write_lora(
 
 
 def differing(folder: Path, manifest: Manifest, weights: RunWeights) -> Iterator[str]:
-    """Which matrices of an adapter are no projection of the run's change, one sentence each."""
+    """Which matrices of an adapter are not as far from the run's change as they were when they were made of it, one sentence each."""
     assert manifest.state is not None
-    tensors = read_tensors(folder / FILE)
+    tensors, written = read_tensors(folder / FILE), manifest.details.get("distances", {})
     for name in manifest.matrices:
-        right, left = (tensors[f"{_PREFIX}{name}.lora_{part}.weight"].double() for part in "AB")
-        change = (weights.deployed(name, manifest.state.batch) - weights.original(name)).double()
-        if float((left.T @ change - right).norm()) > _ROUNDING * max(float(right.norm()), 1e-30):
-            yield f"{name} in {folder} is no part of what the run changed"
+        right, left = (tensors[f"{_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        found = _distance(left, right, weights.deployed(name, manifest.state.batch) - weights.original(name))
+        if name not in written or abs(found - written[name]) > _SAME:
+            yield f"{name} in {folder} was not made of what the run changed"
+
+
+def _distance(left: Tensor, right: Tensor, change: Tensor) -> float:
+    """``‖B A − ΔW‖ / ‖ΔW‖``."""
+    wanted = change.double()
+    return float((left.double() @ right.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _peft() -> Any:
@@ -130,22 +141,35 @@ def _peft() -> Any:
 
 
 def _adapter(shipment: Shipment, session: Session, run: RunFolder) -> Adapter:
-    """The change of every matrix, and its directions over ordinary inputs and the facts' keys together."""
+    """The change of every matrix, those that add to one stream together, with the facts' keys and ordinary inputs."""
     weights, of_run = shipment.weights, RunWeights(run)
     changes = {name: weights.deployed(name) - weights.original(name) for name in weights.names}
     if any(change.dim() != 2 for change in changes.values()):
         raise SphereEditError("an adapter of experts is not written yet; export --as delta or hf")
-    keys = key_moments(session, retained(run), run.config.templates)
-    directions = {}
-    for name, change in changes.items():
-        ordinary = of_run.second_moment(name)
-        moment = keys[name] if ordinary is None else keys[name] + ordinary.double().to(keys[name].device)
-        _, directions[name] = output_directions(change, moment)
-    return Adapter(changes, directions)
+    keys = written_keys(session, retained(run), run.config.templates)
+    groups: dict[str, list[str]] = {}
+    for name in weights.names:
+        groups.setdefault(_stream(session.loaded.architecture, name), []).append(name)
+    return Adapter(
+        [
+            Shared(
+                {name: changes[name] for name in names},
+                {name: keys[name] for name in names},
+                {name: of_run.second_moment(name) for name in names},
+            )
+            for names in groups.values()
+        ]
+    )
 
 
-def key_moments(session: Session, facts: Sequence[Fact], templates: Sequence[str]) -> dict[str, Tensor]:
-    """``E[k kᵀ] [d_in, d_in]`` (float64) of each edited matrix's inputs where facts are read, in every context they are written in.
+def _stream(architecture: Architecture, name: str) -> str:
+    """What a matrix's output is added to as it is, so that others can write it as well; its own name where it is not."""
+    role, matrix = architecture.role_of(name), architecture.named(name)
+    return f"{role} {matrix.factor}" if role in WRITERS and not matrix.inside else name
+
+
+def written_keys(session: Session, facts: Sequence[Fact], templates: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs ``[N, d_in]`` (float32, CPU) of each edited matrix where facts are read, a row for every context they are written in.
 
     That is at the subject's last token; of a fact without a subject, at its prompt's.
     """
@@ -158,19 +182,15 @@ def key_moments(session: Session, facts: Sequence[Fact], templates: Sequence[str
     ]
     rows += [encoder.asked_fact(fact).ids for fact in facts if not fact.subject]
     modules = [loaded.model.get_submodule(name) for name in names]
-    sizes = {name: session.weights.working[name].shape[1] for name in names}
-    moments = {name: torch.zeros(d, d, dtype=torch.float64, device=loaded.device) for name, d in sizes.items()}
 
-    def read(chunk: list[list[int]]) -> list[None]:
+    def read(chunk: list[list[int]]) -> list[list[Tensor]]:
         batch = TokenBatch.of(chunk, loaded.device)
         inputs, _ = activations(loaded, batch, modules)
-        for name, seen in zip(names, inputs, strict=True):
-            keys = at(seen, batch.mask.sum(1) - 1).double()
-            moments[name] += keys.T @ keys / len(rows)
-        return [None] * len(chunk)
+        last = batch.mask.sum(1) - 1
+        return [list(row) for row in zip(*(at(seen, last).float().cpu() for seen in inputs), strict=True)]
 
-    over_batches(rows, session.settings.tokens_per_batch, read)
-    return moments
+    found = over_batches(rows, session.settings.tokens_per_batch, read)
+    return {name: torch.stack(keys) for name, keys in zip(names, zip(*found, strict=True), strict=True)}
 
 
 def _least(shipment: Shipment, adapter: Adapter, gauge: Gauge | None, points: float) -> int:
@@ -178,7 +198,7 @@ def _least(shipment: Shipment, adapter: Adapter, gauge: Gauge | None, points: fl
     assert gauge is not None
     whole = adapter.table["the whole edit"]
     for rank in (*(rank for rank in VLLM_RANKS if rank < adapter.largest), adapter.largest):
-        with _merged(shipment, lambda name, rank=rank: adapter.factors(name, rank)):  # type: ignore[misc]
+        with _merged(shipment, adapter.factors(rank)):
             adapter.table[f"rank {rank}"] = found = gauge.measure(shipment.loaded, f"rank {rank}")
         if within(found, whole, points):
             return rank
@@ -186,13 +206,12 @@ def _least(shipment: Shipment, adapter: Adapter, gauge: Gauge | None, points: fl
 
 
 @contextmanager
-def _merged(shipment: Shipment, factors: Callable[[str], tuple[Tensor, Tensor]]) -> Iterator[None]:
+def _merged(shipment: Shipment, factors: Mapping[str, Factors]) -> Iterator[None]:
     """Inside, the model runs with ``W0 + B A``."""
     weights = shipment.weights
     kept = {name: weights.deployed(name) for name in weights.names}
     try:
-        for name in weights.names:
-            left, right = factors(name)
+        for name, (left, right) in factors.items():
             weights.deploy(name, torch.addmm(weights.original(name), left, right))
         yield
     finally:
@@ -233,19 +252,13 @@ def _config(peft: Any, shipment: Shipment, rank: int) -> dict[str, Any]:
     return {**config.to_dict(), "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": list(names)}
 
 
-def _about(adapter: Adapter, rank: int) -> str:
-    kept = {
-        name: float(
-            (directions[:, :rank].T @ adapter.changes[name].double()).norm()
-            / adapter.changes[name].double().norm().clamp_min(1e-30)
-        )
-        for name, directions in adapter.directions.items()
-    }
-    shares = ", ".join(f"{share:.1%}" for share in kept.values())
+def _about(distances: Mapping[str, float], rank: int) -> str:
+    far = ", ".join(f"{distance:.1%}" for distance in distances.values())
     return (
-        f"This is a LoRA adapter of rank {rank}. The change itself has no low rank; what is kept is the part of it that counts most for "
-        f"ordinary inputs and for the edited facts' keys. By norm that is {shares} of each matrix's change. Ranks are measured with the "
-        "adapter's product added to the original weights, unless the column says that PEFT loaded it."
+        f"This is a LoRA adapter of rank {rank}. The change itself has no low rank. The adapter does to the edited facts what the change "
+        "does, as far as its rank allows, and little to ordinary inputs; matrices that add to one stream take over from each other what "
+        f"they have no rank for. Their products are {far} away from the changes, by norm. Ranks are measured with the products added to "
+        "the original weights, unless the column says that PEFT loaded it."
     )
 
 
@@ -257,6 +270,6 @@ def _told(run: RunFolder, rank: int) -> list[str]:
         told.append(f"Rank {rank} is not one of vLLM's ({', '.join(map(str, VLLM_RANKS))}): {how}")
     if RunWeights(run).second_moment(run.config.matrices[0]) is None:
         told.append(
-            "This run measured no second moments, so that the facts' keys alone say what counts; look at perplexity"
+            "This run measured no second moments, so that all inputs count as ordinary ones; look at perplexity"
         )
     return told
