@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit import ranks
 from sphere_edit.counting import counted
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.ingredients import SecondMoment, Shape
@@ -27,7 +26,7 @@ from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
 from sphere_edit.evaluation.intervals import resampled, summarise, weighted_means
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import sample_context_templates
+from sphere_edit.facts.prompts import context_templates
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import temporary_folder
 from sphere_edit.models.architecture import WRITERS
@@ -187,7 +186,7 @@ class Bench:
         session = self.session({})
         evaluator = Evaluator(loaded, session.weights, session.settings, reporter)
         checked, _ = admit(session, evaluator, facts_from(facts), skip_bad=False)
-        self.templates = ranks.once(partial(sample_context_templates, loaded, given.seed, given.templates))
+        self.templates = context_templates(loaded, given.seed, given.templates)
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
         self.whole = self._sample(complete_answers(loaded, checked), self.corpus.heldout[:HELDOUT])
         every = len(checked) // _SCREENED

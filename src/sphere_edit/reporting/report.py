@@ -316,4 +316,5 @@ def _svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")  # it is laid out by now, as it would be for a PNG
     return text.getvalue()
