@@ -753,7 +753,7 @@ def test_targets_that_do_not_say_their_answers_are_told(model, tmp_path, monkeyp
     told = [text for text in listening.said if "make their answers less than" in text]
     assert len(told) == warned
     assert not warned or f"{sum(chance < likely for chance in each)} of 2 facts" in told[0]
-    assert not warned or "in layer 2: layers and a step for it are found by `sphere-edit tune " in told[0]
+    assert not warned or "in other layers than 2: layers and a step for it are found by `sphere-edit tune " in told[0]
 
 
 @pytest.mark.parametrize("method", ["alphaedit", "memit"])
