@@ -319,6 +319,7 @@ def test_ray_does_what_one_process_does(config, tmp_path, monkeypatch):
     plugin = tmp_path / "sitecustomize.py"  # every worker reads it
     plugin.write_text(DYING.format(mark=str(tmp_path / "died")))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # of 15 by itself, at which workers starve beside anything else
     shared = bench_of(small, tmp_path / "shared")
     on_ray(shared, tmp_path / "shared" / "bench.yaml", None, Quiet())
     assert (tmp_path / "died").is_file(), "a worker died"
