@@ -256,6 +256,8 @@ def test_tables_hold_the_numbers_the_best_in_bold_and_paired_improvements():
     assert "| a + SPHERE | 40 | **75.0 ± 5.0** |" in table
     assert "| b_c | 40 | 0.0 ± 5.0 |" in table
     assert "**1.200**" in table
+    assert "100.0" in table
+    assert "**100.0**" not in table, "where all are as good, none is the best"
     low, high = difference_intervals(list(base.scores.values()), list(better.scores.values()))["efficacy_strict"]
     assert f"+25.0 [{low:+.1f}, {high:+.1f}]" in table
     assert 0 < low < 25 < high, "ten facts won, none lost"
