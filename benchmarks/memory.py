@@ -54,11 +54,19 @@ class Stages(Quiet):
     """Notes the peak whenever something is said."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, float]] = []
+        self.seen: list[tuple[str, float, float, float]] = []
 
     def say(self, text: str, style: str = "") -> None:
-        """One line for each thing said."""
-        self.seen.append((text.strip()[:60], (peak_memory(torch.device("cpu")) or 0) / 1e9))
+        """One line for each thing said: the peak, and what is held now of its own and of files."""
+        peak = (peak_memory(torch.device("cpu")) or 0) / 1e9
+        self.seen.append((text.strip()[:60], peak, *held()))
+
+
+def held() -> tuple[float, float]:
+    """GB that this process holds now: of its own, and of files that it has mapped."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    found = {line[0]: int(line[1]) * 1024 / 1e9 for line in lines if line[0] in ("RssAnon:", "RssFile:")}
+    return found["RssAnon:"], found["RssFile:"]
 
 
 def main() -> None:
@@ -88,8 +96,11 @@ def main() -> None:
             f"| {shape} | {found['weights']:.2f} | {sketched} | {found['expected']:.2f} | {found['peak']:.2f} | {off} | {found['fullest']} |"
         )
         if args.stages:
-            for name, size in (*found["stages"].items(), *found["seen"]):
+            for name, size in found["stages"].items():
                 print(f"    {size:8.3f}  {name}")
+            print("        peak     own   files  when this was said")
+            for name, *sizes in found["seen"]:
+                print(f"    {' '.join(f'{size:7.3f}' for size in sizes)}  {name}")
 
 
 def prepare(shape: str, folder: Path) -> None:

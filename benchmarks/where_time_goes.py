@@ -25,7 +25,7 @@ from sphere_edit.progress import RichReporter
 STAGES = {
     "sphere_edit.models.loading:converted": "converting the GGUF file",
     "sphere_edit.runs.session:load_model": "loading the model",
-    "sphere_edit.runs.preparing:sample_context_templates": "context templates",
+    "sphere_edit.runs.preparing:context_templates": "context templates",
     "sphere_edit.editing.sources:OptimisedTargets.layer": "keys",
     "sphere_edit.editing.sources:OptimisedTargets.context_tokens": "keys",
     "sphere_edit.editing.sources:OptimisedTargets.all_keys": "keys",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +116,15 @@ def test_a_template_that_goes_on_for_ever_is_given_up(monkeypatch, model, tmp_pa
     found = Editor.from_pretrained(model, tmp_path / "plain", reporter=heard, **QUICK).evaluate(fact_records(2))
     assert found.edited[0].rewrite.other is None
     assert sum("Nothing is asked in a chat" in text for text in heard.said) == 1
+
+
+def test_only_time_that_a_template_computes_counts():
+    """On a busy machine a template may wait for long, as this process does while it sleeps."""
+    script = Path(chat.__file__).with_name("rendering.py")
+    waits = f"import runpy, time; runpy.run_path({str(script)!r})['limit'](0.2, 1 << 28); time.sleep(0.6)"
+    assert subprocess.run([sys.executable, "-c", waits], check=False).returncode == 0
+    spins = waits.replace("time.sleep(0.6)", "[None for _ in iter(int, 1)]")
+    assert subprocess.run([sys.executable, "-c", spins], check=False).returncode == -signal.SIGPROF
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,13 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     assert "time, all" in plan
     assert not folder.exists()
     assert "the same command without --dry-run edits" in plan.lower()
+    assert "Text is sampled once for each model" in plan
     told = run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
     for question in ("Did the edits take?", "Is the rest intact?", "Is it still near itself?"):
         assert question in told
     assert "of 8: target_true in 5, paraphrases in 8, neighbors in 8" in told
+    assert "(strict efficacy " in told
+    assert "(perplexity × " in told
     shown = run("show", folder)
     for text in (
         "Time by stage: targets",
@@ -161,7 +164,7 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     )
     again = tmp_path / "again.json"
     again.write_text(json.dumps([{**fact_records(1)[0], "target_new": "Vienna"}]))
-    assert "1 earlier facts" in run("edit", folder, again, "--dry-run")
+    assert "1 earlier fact" in run("edit", folder, again, "--dry-run")
     run("edit", folder, more)
     assert "3 batches" in run("show", folder)
     assert "efficacy" in run("eval", folder, more).lower()

@@ -181,7 +181,7 @@ def test_a_name_of_a_matrix_cannot_lead_out_of_the_folder(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda lines: [lines[0], lines[0], *lines[1:]], "session 1 with 6 facts follows 1 sessions"),
+        (lambda lines: [lines[0], lines[0], *lines[1:]], "session 1 with 6 facts follows 1 session"),
         (lambda lines: [line for line in lines if line.get("batch") != 1], "batch 2 follows batch 0"),
         (lambda lines: [*lines, {"event": "rollback", "to": 99}], "a rollback to batch 99"),
         (lambda lines: [{**line, "facts": [77]} if line.get("batch") == 1 else line for line in lines], "about fact 77 of 6"),

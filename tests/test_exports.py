@@ -502,7 +502,7 @@ def test_experts_leave_whole_and_as_a_delta_and_are_proven(tmp_path, family):
     editor = Editor.from_pretrained(tmp_path / "model", tmp_path / "run", reporter=Quiet(), **options)
     editor.edit(fact_records(2))
     editor.close()
-    assert "1 of 1 batches rebuilt" in command("verify", tmp_path / "run")
+    assert "1 of 1 batch rebuilt" in command("verify", tmp_path / "run")
     command("export", tmp_path / "run", "-o", tmp_path / "whole")
     command("export", tmp_path / "run", "--as", "delta", "-o", tmp_path / "delta")
     command("apply", tmp_path / "delta", tmp_path / "model", "-o", tmp_path / "applied")

@@ -383,9 +383,7 @@ def test_facts_from_memory():
     again = facts_from(read.facts)
     assert (again.facts, again.sha256) == (read.facts, read.sha256)
     assert facts_from(again) is again
-    with pytest.raises(
-        SphereEditError, match=r"facts given in Python: one record .*\n  record 2: 'target_new' is empty"
-    ):
+    with pytest.raises(SphereEditError, match=r"facts given in Python: 1 record .*\n  record 2: 'target_new' is empty"):
         facts_from([OWN, BAD])
 
 
@@ -399,8 +397,8 @@ def test_facts_from_memory():
             {"prompt": "The clock is in"},
             "the subject 'Big Ben' does not occur in the prompt 'The clock is in'; expected once, or '{}' in its place",
         ),
-        ({"prompt": "Big Ben, Big Ben is in"}, "the subject 'Big Ben' occurs 2 times in the prompt"),
-        ({"prompt": "{} and {} are in"}, "the prompt '{} and {} are in' holds '{}' 2 times; it takes one subject"),
+        ({"prompt": "Big Ben, Big Ben is in"}, "the subject 'Big Ben' occurs twice in the prompt"),
+        ({"prompt": "{} and {} are in"}, "the prompt '{} and {} are in' holds '{}' twice; it takes one subject"),
         ({"prompt": "The clock\nis\n\nin"}, "the subject 'Big Ben' does not occur in the prompt 'The clock is in'"),
         ({"target_new": " \t"}, "'target_new' is empty"),
         ({"subject": ""}, "'subject' is empty"),
@@ -423,7 +421,7 @@ def test_facts_from_memory():
 def test_a_bad_field_is_told_with_its_record_number(write, change, reason):
     path = write("facts.jsonl", lines(OWN, {**OWN, **change}, OWN))
     message = told(path)
-    assert message.startswith(f"{path}: one record cannot be used (--skip-bad goes on without):\n  record 2: {reason}")
+    assert message.startswith(f"{path}: 1 record cannot be used (--skip-bad goes on without):\n  record 2: {reason}")
     assert message.count("\n") == 1
     assert len(read_facts(path, skip_bad=True).facts) == 2
 
@@ -450,7 +448,7 @@ def test_a_bad_field_is_told_with_its_record_number(write, change, reason):
 def test_a_record_of_another_shape_is_told_with_its_number(write, suffix, record, reason):
     content = lines(OWN, record) if suffix == ".jsonl" else json.dumps([OWN, record])
     message = told(write(f"facts{suffix}", content))
-    assert f"one record cannot be used (--skip-bad goes on without):\n  record 2: {reason}" in message
+    assert f"1 record cannot be used (--skip-bad goes on without):\n  record 2: {reason}" in message
     assert message.count("\n") == 1
 
 
@@ -790,7 +788,7 @@ def test_passages(write, name, content):
         ("a.jsonl", b"[" * 100_000, ", line 1: expected a JSON object with a 'text' field"),
         ("a.jsonl", b"9" * 5000, ", line 1: expected a JSON object with a 'text' field"),
         ("a.txt", b"a\n\n\xff", " is not valid UTF-8 text (byte 3)"),
-        ("a.txt", "only one", " holds 1 passages; at least 2 are needed, hundreds are better"),
+        ("a.txt", "only one", " holds 1 passage; at least 2 are needed, hundreds are better"),
         ("a.txt", "", " holds 0 passages; at least 2 are needed, hundreds are better"),
         ("a.pdf", "a\n\nb", ": expected a .txt or .jsonl file, or a hub data set"),
     ],

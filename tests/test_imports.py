@@ -32,7 +32,16 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-GROUND = ["_version", "errors", "text", "progress", "ranks", "files", "plugins"]  # what every floor stands on
+GROUND = [
+    "_version",
+    "errors",
+    "counting",
+    "text",
+    "progress",
+    "ranks",
+    "files",
+    "plugins",
+]  # what every floor stands on
 
 
 def imports() -> dict[str, set[str]]:

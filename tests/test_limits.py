@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import fact_records
 from families import save_tiny
 from sphere_edit import SphereEditError
-from sphere_edit.cli import app
+from sphere_edit.cli import app, talk
 from sphere_edit.editor import Editor, opened
 from sphere_edit.evaluation.limits import Limit, Verdict, judge, metrics_with_limits, read_limits
 from sphere_edit.progress import Quiet
@@ -113,3 +115,17 @@ def test_prompts_that_are_piped_in_are_answered_one_by_one_and_side_by_side(plac
     assert " ".join(visible(before).split()) in " ".join(said.split())
     with pytest.raises(SphereEditError, match="has no chat template"):
         command("chat", place / "run", "--chat", stdin=prompts)
+
+
+def test_line_breaks_of_both_answers_are_line_breaks(capsys):
+    """Of the edited one they once were shown as codes."""
+    answers = iter([" London.\n\nIt is old.", " Vienna.\n\nIt is \x1b[1mold."])
+    editor = SimpleNamespace(
+        weights=SimpleNamespace(unedited=contextlib.nullcontext), generate=lambda *asked: next(answers)
+    )
+    talk._answer(editor, "Big Ben stands in", True, False, 9)
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert ["London.", "Vienna."] in lines
+    assert "\\n" not in said
+    assert "\\x1b" in said

@@ -27,7 +27,8 @@ from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
 from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
-from sphere_edit.facts.prompts import KL_PROMPT, Encoder, fill, sample_context_templates
+from sphere_edit.facts import prompts
+from sphere_edit.facts.prompts import KL_PROMPT, Encoder, context_templates, fill, sample_context_templates
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import read_tensors, write_tensors
 from sphere_edit.models import gguf, loading, pretrained
@@ -137,6 +138,28 @@ def test_replay_with_delta_inside_a_layer_is_the_whole_forward_pass(family):
         torch.testing.assert_close(
             replayed[number, : len(row) - pivot], whole[number, pivot : len(row)], atol=2e-4, rtol=1e-3
         )
+
+
+@families
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_computed_again_on_the_way_back_has_the_same_bits(family, inside):
+    loaded = tiny(family)
+    rows, pivots = rows_and_pivots(loaded)
+    gradients, sizes = [], []
+    for kept in (None, 10_000, 1):
+        upper = UpperLayers(loaded, rows, pivots, 1, inside, kept=kept)
+        delta = torch.full((len(rows), WIDTH), 0.1, requires_grad=True)
+        stored: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=stored: into.append(x.numel()) or x, lambda x: x):
+            said = upper.hidden(delta)
+        gradients.append(torch.autograd.grad(said.square().sum(), delta)[0])
+        sizes.append(sum(stored))
+        assert upper.hidden(delta.detach()).grad_fn is None
+    assert float(gradients[0].norm()) > 0
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+    assert sizes[2] < sizes[1] / 2, "most is not kept"
+    assert sizes[1] == sizes[0], "a chunk of few tokens keeps all"
 
 
 @families
@@ -430,6 +453,29 @@ def test_a_model_that_overflows_float16_where_it_samples_is_told(sample):
     assert all(weight.isfinite().all() for weight in loaded.model.parameters())
     with pytest.raises(SphereEditError, match="overflows in float(16|32) where it samples text; try --dtype float32"):
         sample(loaded, 0)
+
+
+def test_a_models_context_templates_are_sampled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path))
+    loaded, sampled = tiny("llama"), []
+    expected = sample_context_templates(loaded, 3, 2)
+    assert len(expected) == 11
+
+    def counted(loaded, seed, per_opener):
+        sampled.append(seed)
+        return sample_context_templates(loaded, seed, per_opener)
+
+    monkeypatch.setattr(prompts, "sample_context_templates", counted)
+    assert context_templates(loaded, 3, 2) == context_templates(loaded, 3, 2) == expected
+    assert sampled == [3]
+    for other, seed, count in (
+        (loaded, 4, 2),
+        (loaded, 3, 1),
+        (dataclasses.replace(loaded, fingerprint="another"), 3, 2),
+    ):
+        context_templates(other, seed, count)
+    assert sampled == [3, 4, 3, 3]
+    assert context_templates(loaded, 3, 0) == ["{}"]
 
 
 def test_gpt2_and_llama_twins_with_the_same_weights_get_the_same_update():

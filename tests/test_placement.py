@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import save_tiny
 from mixtures import save_mixture
+from sphere_edit import tuning
+from sphere_edit.cli import app
 from sphere_edit.editing.problem import Kept, Statistics
 from sphere_edit.editing.settings import make_settings, placed
 from sphere_edit.editing.statistics import load_statistics
 from sphere_edit.editor import Editor, opened
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import write_tensors
+from sphere_edit.models import loading
 from sphere_edit.models.offload import Stored
 from sphere_edit.models.placement import Placement, read_map, read_memory
 from sphere_edit.models.pretrained import skeleton
 from sphere_edit.progress import Quiet
+from sphere_edit.runs.session import Session
 
 COMMON: dict[str, Any] = {
     "batch_size": 3,
@@ -165,15 +171,12 @@ def test_a_given_map_covers_the_model(models):
             "device_map is auto, balanced, balanced_low_0, sequential, or the place of each module",
         ),
         ({"device_map": {}}, "the device map is empty"),
-        ({"device_map": {"": 7}}, "the device map names '7', which is not there"),
-        ({"device_map": {"": "meta"}}, "the device map names 'meta', which is not there"),
         ({"device_map": "auto", "device": "cpu"}, "a device map says which devices; leave the device out"),
         ({"max_memory": {"cpu": "1GB"}}, "max_memory is for a device map; add device_map: auto"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}}, "not for one that is given"),
         ({"device_map": "auto", "max_memory": {"cpu": "1 pound"}}, "max_memory takes sizes such as 20GB"),
         ({"device_map": "auto", "max_memory": {"cpu": None}}, "a size for each place, and none for disk"),
         ({"device_map": "auto", "max_memory": {"disk": None}}, "gives no memory to compute in"),
-        ({"device_map": "auto", "max_memory": {"9": "1GB"}}, "max_memory names '9', which is not there"),
     ],
 )
 def test_nonsense_is_told_in_a_sentence(settings, said):
@@ -235,3 +238,99 @@ def test_statistics_and_states_may_stay_in_memory_and_visit_the_device(tmp_path)
     away = load_statistics(tmp_path, ["a"], {"a": device}, away=True)["a"]
     assert (away["second_moment"].device, next(iter(away.values())).device.type) == (device, "cpu")
     assert next(iter(load_statistics(tmp_path, ["a"], {"a": device})["a"].values())).device == device
+
+
+def test_places_of_another_machine_are_told_before_anything_is_fetched(models):
+    for settings, said in (
+        ({"device_map": {"": 7}}, "the device map names '7', which is not there"),
+        ({"device_map": {"": "meta"}}, "the device map names 'meta', which is not there"),
+        ({"device_map": "auto", "max_memory": {"9": "1GB"}}, "max_memory names '9', which is not there"),
+    ):
+        for open_model in (Session.load, Session.sketched):
+            with pytest.raises(SphereEditError, match=said):
+                open_model("no/such-model", make_settings(settings), Quiet())
+
+
+def told(*args: object) -> str:
+    """What a command prints, in one width."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], input="Ada lives in\n", env={"COLUMNS": "200"})
+    if isinstance(result.exception, SphereEditError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def spread_yaml(tmp_path) -> Path:
+    path = tmp_path / "places.yaml"
+    path.write_text("'': cpu\nmodel.layers.1: disk\nmodel.layers.3: disk\n")
+    return path
+
+
+@pytest.fixture
+def lying(monkeypatch) -> list[int]:
+    """How many parameters of each model that is loaded are not in memory."""
+    counts: list[int] = []
+    real = loading.prepare
+
+    def prepare(model: Any, *more: Any) -> Any:
+        counts.append(sum(parameter.is_meta for parameter in model.parameters()))
+        return real(model, *more)
+
+    monkeypatch.setattr(loading, "prepare", prepare)
+    return counts
+
+
+def test_every_command_that_opens_a_model_takes_a_map(models, tmp_path, spread_yaml, lying, blank_figures):
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(record) + "\n" for record in fact_records(6)))
+    edit = ("edit", models["llama"], facts, "--method", "ultraedit", "--batch-size", 3)
+    for name in ("whole", "parts"):
+        config = tmp_path / "quick.yaml"
+        config.write_text("templates: 0\nevaluation: {generation: 'off'}\n")
+        told(*edit, "--config", config, "-o", tmp_path / name)
+    lying.clear()
+    where = ("--device-map", spread_yaml)
+
+    def both(*command: object) -> None:
+        """A command does the same on the whole model and on a spread one."""
+        whole, spread = (
+            [str(part).replace("RUN", str(tmp_path / name)) for part in command] for name in ("whole", "parts")
+        )
+        first, second = told(*whole), told(*spread, *where)
+        assert second.replace(str(tmp_path / "parts"), "RUN") == first.replace(str(tmp_path / "whole"), "RUN")
+        assert lying[0] == 0 < lying[1], "the second was spread"
+        lying.clear()
+
+    both("eval", models["llama"], facts)
+    both("eval", "RUN", facts)
+    both("chat", "RUN", "--side-by-side")
+    both("export", "RUN", "-o", "RUN-export")
+    both("export", "RUN", "--as", "delta", "-o", "RUN-delta")
+    both("apply", "RUN-delta", models["llama"], "-o", "RUN-applied")
+    for export in ("export", "applied"):
+        assert files(tmp_path / f"whole-{export}") == files(tmp_path / f"parts-{export}") != {}
+    told("verify", tmp_path / "parts", *where)
+    told("verify", tmp_path / "parts-export", "--against", tmp_path / "parts", *where)
+    with pytest.raises(SphereEditError, match="add --against RUN"):
+        told("verify", tmp_path / "parts-export", *where)
+    lying.clear()
+    both("remove", "RUN", "--fact", "1")
+    both("rollback", "RUN", "--to", "1")
+    with opened(tmp_path / "whole", Quiet()) as one, opened(tmp_path / "parts", Quiet()) as other:
+        assert same(weights(one), weights(other))
+
+
+def test_inspect_and_tune_take_a_map(models, tmp_path, spread_yaml, lying, monkeypatch):
+    found = told("inspect", models["llama"], "--device-map", spread_yaml)
+    assert "down" in found
+    assert lying[-1] > 0
+    seen: list[Any] = []
+    monkeypatch.setattr(tuning, "tune", lambda loaded, *more: seen.append(loaded) or stop())
+    with pytest.raises(SphereEditError, match="seen"):
+        told("tune", models["llama"], "--device-map", spread_yaml)
+    assert seen[0].placement is not None
+
+
+def stop() -> None:
+    raise SphereEditError("seen")

@@ -130,7 +130,7 @@ def test_a_run_whose_model_is_gone_or_another_says_so_and_finds_it_where_it_is_n
 def test_an_export_is_proven_alone_and_against_its_run(place):
     assert verify(place / "out") == (
         0,
-        f"{place / 'out'} is whole: 6 files as they were written; compared with its manifest alone",
+        f"{place / 'out'} is whole: 6 files as written; compared with its manifest alone",
     )
     status, said = verify(place / "out", "--against", place / "run")
     assert (status, f"its weights are those of {place / 'run'}" in said) == (0, True), said

@@ -284,7 +284,7 @@ def test_exact_is_the_run_without_the_fact(model, tmp_path, method):
     editor = start(model, tmp_path / "run", method=method, **{**options, "reporter": listening})
     editor.edit(records)
     editor.remove([3], exact=True)
-    assert any(line.startswith("Replaying from batch 1: 9 other facts are edited again") for line in listening.said)
+    assert any(line.startswith("Replaying from batch 1: 9 other facts to edit again") for line in listening.said)
     assert same(weights_of(editor), weights_of(never))
     for part, value in states_of(never).items():
         assert torch.equal(value, states_of(editor)[part])

@@ -23,7 +23,7 @@ from sphere_edit.progress import Quiet
 from sphere_edit.reporting import plots, weight_plots
 from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.correlation import correlate, predictors
-from sphere_edit.reporting.lights import INTACT, TAKEN
+from sphere_edit.reporting.lights import INTACT, TAKEN, lights
 from sphere_edit.reporting.report import write_report
 from sphere_edit.reporting.series import Series, labelled
 from sphere_edit.runs.folder import RunFolder
@@ -117,6 +117,33 @@ def test_facts_that_did_not_take_come_first_and_all_are_there(page, runs):
         (fact["prompt"].replace("{}", fact["subject"]), *(" ".join(fact[when]["rewrite"]["said"].split()) for when in ("unedited", "edited")))
         for fact in metrics["per_fact"]
     }  # fmt: skip
+
+
+def test_neighbours_that_are_answered_otherwise_are_named_with_what_is_said(runs, page):
+    wanted = []
+    for folder in runs:
+        facts = RunFolder.open(folder).facts()
+        for fact in json.loads((folder / "metrics.json").read_text())["per_fact"]:
+            for number, neighbor in enumerate(facts[fact["index"]].neighbors):
+                before, after = (fact[side]["neighbors"][number] for side in ("unedited", "edited"))
+                if before["accuracy"] == 1 and after["accuracy"] < 1:
+                    wanted.append((neighbor.prompt, str(fact["index"]), *(" ".join(one["said"].split()) for one in (before, after))))  # fmt: skip
+    assert wanted, "or the test could not fail"
+    found = [(row[0].split(", ", 1)[1], *row[1:]) for row in Page(page.read_text()).rows if len(row) == 4]
+    assert found == wanted
+    first = next(folder for folder in runs if Series.read(folder).changed_neighbors().rows)
+    changed = Series.read(first).changed_neighbors()
+    said = " ".join(run("show", first, "--facts", 1).split())
+    assert f"Neighbours answered otherwise ({len(changed.rows)} of {changed.asked}" in said
+    assert "Neighbours answered otherwise" not in run("show", first, "--facts", 0)
+
+
+def test_what_became_of_neighbours_stands_beside_the_second_answer(runs):
+    before, after = (Series.read(runs[0]).metrics["specificity_strict"][at] for at in (0, -1))
+    took, intact, _ = lights(Series.read(runs[0]))
+    assert intact.beside == f"strict specificity {before:.1f} % → {after:.1f} %"
+    assert intact.words.endswith(f"{intact.value}; {intact.beside})")
+    assert took.words.endswith(f"(strict efficacy {took.value})")
 
 
 def test_series_are_what_the_run_measured(runs):

@@ -291,7 +291,7 @@ def test_seams_of_the_shared_cases(shared: Path):
     read = read_facts(shared / "cases" / "seam.jsonl", skip_bad=True)
     seen = {fact.subject: fact.separator for fact in read.facts}
     assert seen == {"Alpine Nights": "", "Tessel kit": "", "Huss": " ", "海城": "", "Orlow": "", "Kirsche": " "}
-    assert read.bad == [reason for reason in read.bad if "occurs 2 times" in reason and "put '{}'" in reason]
+    assert read.bad == [reason for reason in read.bad if "occurs twice" in reason and "put '{}'" in reason]
     path = shared / "cases" / "seam.jsonl"
     (twice,) = [json.loads(line) for line in path.read_text("utf-8").splitlines() if "vecta" in line]
     meant = {**twice, "prompt": twice["prompt"].replace("vecta", "{}", 1)}

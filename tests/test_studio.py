@@ -114,12 +114,12 @@ def test_stop_ends_after_the_batch_and_going_on_ends_at_the_same_bits(desk, root
             desk.stop()
 
     monkeypatch.setattr(desk.live, "say", say)
-    with pytest.raises(SphereEditError, match="stopped after batch 2, as asked; 2 facts wait"):
+    with pytest.raises(SphereEditError, match="stopped after batch 2, as asked; 2 facts waiting"):
         done(desk.edit())
     assert asked
     assert desk.known_run().history.pending == [4, 5]
     desk.draft.add(facts_from(fact_records(1, 8)))
-    with pytest.raises(SphereEditError, match="2 facts wait in this run"):
+    with pytest.raises(SphereEditError, match="2 facts waiting in this run"):
         desk.edit()
     done(desk.go_on())
     whole = Desk(Places([tmp_path, root]), SETTINGS, Quiet())
@@ -200,7 +200,7 @@ def test_what_nobody_foresaw_is_a_sentence_on_the_page_and_the_worker_goes_on(ca
 
 def test_bars_say_rate_and_time_left():
     live = Live(Quiet())
-    with live.bar("targets", 100, "facts") as advance:
+    with live.bar("targets", 100, "fact") as advance:
         advance(25)
         (bar,) = live.bars
         bar.began -= 5

@@ -83,7 +83,7 @@ def test_a_terminal_shows_it_as_it_is(text):
             assert visible(text) in plain(shown)
 
     def work(screen: Screen) -> None:
-        with RichReporter(screen).bar(text, 1, "facts") as advance:
+        with RichReporter(screen).bar(text, 1, "fact") as advance:
             advance(1)
 
     lines = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", drawn(work)).replace("\r", "")

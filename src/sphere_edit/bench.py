@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.settings import Settings, first_error, make_settings, read_settings_file
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
@@ -223,8 +224,7 @@ class Bench:
                 gc.collect()
                 self.record([cell])
         if elsewhere:
-            many = "1 run" if len(elsewhere) == 1 else f"{len(elsewhere)} runs"
-            reporter.say(f"another process is at {many}: {'; '.join(elsewhere)}")
+            reporter.say(f"another process is at {counted(len(elsewhere), 'run')}: {'; '.join(elsewhere)}")
 
     @contextmanager
     def _claimed(self, cell: Cell) -> Iterator[bool]:

@@ -54,7 +54,7 @@ def diagnose(
         names = after.names
     else:
         names = before.names(layers, roles)
-    with reporter.bar("matrices", len(names), "matrices") as advance:
+    with reporter.bar("matrices", len(names), "matrix") as advance:
         for name in names:
             yield _report(name, before, after, power, eta)
             advance(1)

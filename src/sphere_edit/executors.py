@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit.bench import Bench, Cell
+from sphere_edit.counting import counted
 from sphere_edit.editing.methods import register_file
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import write_text
@@ -32,14 +33,15 @@ def on_ray(matrix: Bench, config: Path, address: str | None, reporter: Reporter)
     """
     ray = _ray()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        own = {} if address else {"include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SphereEditError(f"there is no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
     try:
         wanted = matrix.config.resources
         task = ray.remote(_run).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus, max_retries=_RETRIES)
         todo = [cell for cell in matrix.cells if not matrix.finished(cell)]
-        reporter.say(f"{len(todo)} of {len(matrix.cells)} runs go to Ray, {wanted.words} each", "bold")
+        reporter.say(f"{len(todo)} of {counted(len(matrix.cells), 'run')} to Ray, {wanted.words} each", "bold")
         where = str(config.resolve()), str(matrix.folder.resolve())
         asked = {task.remote(*where, cell.name, options()[1::2]): cell for cell in todo}
         while asked:

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sphere_edit.counting import counted, several
 from sphere_edit.text import Screen, terminal, visible
 
 Advance = Callable[[float], None]
+_EVERY = 60  # seconds between lines of a long task where no bar is drawn, as in a log
 
 
 class Reporter(Protocol):
@@ -23,7 +25,7 @@ class Reporter(Protocol):
         """One line for the user, as it is: no markup in it."""
 
     def bar(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
-        """A bar over ``total`` units; the context's value advances it."""
+        """A bar over ``total`` units, of which ``unit`` names one, as in "fact"; the context's value advances it."""
 
 
 class Quiet:
@@ -48,7 +50,7 @@ def duration(seconds: float) -> str:
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return terminal(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", "dim")
+        return terminal(f"{speed:,.1f} {several(0, task.fields['unit'])}/s" if speed else "", "dim")
 
 
 class RichReporter:
@@ -63,20 +65,31 @@ class RichReporter:
 
     @contextmanager
     def bar(self, title: str, total: float, unit: str) -> Iterator[Advance]:
-        """Draw a bar while the work runs, and leave a line with amount, time and rate."""
-        started = time.monotonic()
+        """Draw a bar while the work runs, and leave a line with amount, time and rate; where no bar is seen, a line a minute."""
+        started = told = time.monotonic()
         columns = (
             TextColumn("  {task.description:<28}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[units]}", markup=False),
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(visible(title), total=total, unit=unit)
-            yield lambda amount: progress.advance(task, amount)
-            done = progress.tasks[0].completed
+            number = progress.add_task(visible(title), total=total, unit=unit, units=several(int(total), unit))
+            task = progress.tasks[0]
+
+            def advance(amount: float) -> None:
+                nonlocal told
+                progress.advance(number, amount)
+                now = time.monotonic()
+                if progress.disable and now - told >= _EVERY and 0 < task.completed < total:
+                    told = now
+                    left = duration((now - started) * (total / task.completed - 1))
+                    self.say(f"  {title:<28} {task.completed:>9,.0f} of {counted(int(total), unit)}, about {left} left")
+
+            yield advance
+            done = task.completed
         seconds = time.monotonic() - started
-        rate = f"{done / seconds:,.1f} {unit}/s" if seconds > 0.05 else ""
-        line = terminal(f"  {title:<28} {done:>9,.0f} {unit:<7} {seconds:6.1f} s  ")
+        rate = f"{done / seconds:,.1f} {several(0, unit)}/s" if seconds > 0.05 else ""
+        line = terminal(f"  {title:<28} {done:>9,.0f} {several(int(done), unit):<7} {seconds:6.1f} s  ")
         self.console.print(line.append(rate, "dim"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.moments import load_corpus
@@ -26,7 +26,7 @@ from sphere_edit.evaluation.heldout import HeldoutScores, score_heldout
 from sphere_edit.evaluation.intervals import resampled, summarise, weighted_means
 from sphere_edit.evaluation.scores import FactScores, complete_answers, score_facts
 from sphere_edit.facts.fact import Fact
-from sphere_edit.facts.prompts import sample_context_templates
+from sphere_edit.facts.prompts import context_templates
 from sphere_edit.facts.readers import facts_from
 from sphere_edit.files import temporary_folder
 from sphere_edit.models.architecture import WRITERS
@@ -186,7 +186,7 @@ class Bench:
         session = self.session({})
         evaluator = Evaluator(loaded, session.weights, session.settings, reporter)
         checked, _ = admit(session, evaluator, facts_from(facts), skip_bad=False)
-        self.templates = ranks.once(partial(sample_context_templates, loaded, given.seed, given.templates))
+        self.templates = context_templates(loaded, given.seed, given.templates)
         self.corpus = load_corpus(loaded, given.moments, given.seed, reporter)
         self.whole = self._sample(complete_answers(loaded, checked), self.corpus.heldout[:HELDOUT])
         every = len(checked) // _SCREENED
@@ -282,7 +282,7 @@ class Bench:
         """How likely targets at a span's place of δ make the answers of a part of the facts, in the mean."""
         session = self.session(differs)
         source = self._source(session, {})
-        with self.reporter.bar(source.stage, len(self.part.facts), "facts") as advance:
+        with self.reporter.bar(source.stage, len(self.part.facts), "fact") as advance:
             source.begin(self.part.facts, advance)
         found = source.targets.probabilities
         return sum(values[-1] for values in found) / len(found)
@@ -314,7 +314,7 @@ class Bench:
                 scores = score_facts(self.loaded, sample.facts, session.settings.tokens_per_batch, Quiet())
                 read = self._read(sample.heldout, sample.unedited)
             self._tried[known] = Trial.of(differs, scores, read.divergence)
-            part = "" if sample is self.whole else f"first look, {len(sample.facts)} facts: "
+            part = "" if sample is self.whole else f"first look, {counted(len(sample.facts), 'fact')}: "
             self.reporter.say(f"{part}{self._tried[known]}")
         return self._tried[known]
 

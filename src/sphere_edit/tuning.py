@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.methods.base import Method
 from sphere_edit.editing.presets import tuned_file
 from sphere_edit.editing.settings import Settings
@@ -85,7 +86,7 @@ def tune(loaded: LoadedModel, given: Settings, reporter: Reporter, facts: Sequen
     trials = sorted(bench.trials, key=lambda trial: (trial is not chosen, -trial.score))
     if chosen.score == 0:
         reporter.say(
-            f"None of these settings got the {len(bench.whole.facts)} facts into the model with paraphrases and neighbours as they should "
+            f"None of these settings got {counted(len(bench.whole.facts), 'fact')} into the model with paraphrases and neighbours as they should "
             "be, so nothing speaks for any of them; calibrate on facts that this model can learn (tune --facts)",
             "bold red",
         )
@@ -107,7 +108,7 @@ def _best_span(bench: Bench) -> Trial:
     others = sorted((look for look in looks[1:] if look is not best), key=lambda trial: -trial.score)
     rivals = [look for look in [default, *others[:1]] if look is not best and not best.beats(look, _SURE)]
     bench.reporter.say(
-        f"Guessed from {len(bench.part.facts)} of {len(bench.whole.facts)} facts: {_layers(best)}"
+        f"Guessed from {len(bench.part.facts)} of {counted(len(bench.whole.facts), 'fact')}: {_layers(best)}"
         + "".join(f", perhaps {_layers(rival)}" for rival in rivals)
     )
     first, *rest = [default, best] if default in rivals else [best]

@@ -55,6 +55,7 @@ from sphere_edit.cli.options import (
     ZsreTarget,
 )
 from sphere_edit.cli.screen import out, reporter, say_bad
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.plugins import program
 
@@ -148,7 +149,7 @@ def _say_finished(folder: Path, batches: int) -> None:
     metrics, page = folder / "metrics.json", folder / "report.html"
     if metrics.is_file() and not (page.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
         write_report(folder)  # an earlier command died before it was done with it
-    out.print(f"{folder} is finished: {batches} batches, nothing to resume.")
+    out.print(f"{folder} is finished: {counted(batches, 'batch')}, nothing to resume.")
 
 
 def _tracker(service: Service | None) -> Tracker | None:
@@ -199,7 +200,7 @@ def working(editor: Editor) -> Iterator[None]:
             raise SphereEditError("interrupted before the first batch; nothing was edited") from None
         head = editor.run.history.head
         raise SphereEditError(
-            f"interrupted; {head} batches are committed and kept. Go on with: {program()} edit {editor.folder} --resume"
+            f"interrupted; {counted(head, 'batch')} committed and kept. Go on with: {program()} edit {editor.folder} --resume"
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sphere_edit.cli.options import Basis, Matrices, Project, Rewordings, Service
+from sphere_edit.cli.options import Basis, Matrices, Project, Rewordings, Service, places
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'smollm2', or a RUN to continue.")]
 Facts = Annotated[
@@ -73,8 +73,8 @@ _SETS = {
     **{
         name: (name,)
         for name in (
-            "method", "batch_size", "chat", "forms", "system", "rewordings", "layers", "matrices", "device", "dtype",
-            "seed", "guard", "device_map", "max_memory",
+            "method", "batch_size", "chat", "forms", "system", "rewordings", "layers", "matrices", "dtype",
+            "seed", "guard",
         )
     },
 }  # fmt: skip
@@ -83,16 +83,14 @@ _SETS = {
 def settings_of(said: Mapping[str, Any]) -> dict[str, Any]:
     """What was said on the command line, by the options' names, as settings; the rest is left to their own defaults."""
     from sphere_edit.editing.settings import read_layers
-    from sphere_edit.models.placement import read_map, read_memory
 
-    read = {"layers": read_layers, "device_map": read_map, "max_memory": read_memory}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = places(said["device"], said["device_map"], said["max_memory"])
     for option, (*groups, name) in _SETS.items():
         value = said[option]
         if value is None:
             continue
-        if option in read:
-            value = read[option](value)
+        if option == "layers":
+            value = read_layers(value)
         elif option == "forms":
             value = [form.strip() for form in value.split(",")]
         place = settings

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sphere_edit.cli.options import Device, Json, ModelDtype, TrustRemoteCode, given
+from sphere_edit.cli.options import Device, Json, MaxMemory, ModelDtype, TrustRemoteCode, WhichMap, given, places
 from sphere_edit.cli.screen import out
 from sphere_edit.errors import SphereEditError
 
@@ -14,6 +14,8 @@ from sphere_edit.errors import SphereEditError
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     dtype: ModelDtype = None,
     json_file: Json = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -32,7 +34,7 @@ def inspect(
         raise SphereEditError(
             f"{model} is a run; sphere-edit show {model} says what it did, and its config.json what was found"
         )
-    settings = make_settings(given({"device": device, "dtype": dtype and dtype.value}))
+    settings = make_settings(places(device, device_map, max_memory), given({"dtype": dtype and dtype.value}))
     found = Inspection.of(Session.load(model, settings, Quiet(), trust_remote_code))
     for table in tables(found):
         out.print(table)

@@ -11,6 +11,7 @@ import typer
 
 from sphere_edit.cli.options import Run
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def judge(
                 file.flush()
 
             verdicts = judged(asked_of, cases, known, keep, reporter())
-    table = make_table(f"{len(after)} facts as '{model}' judges them", "", "before", "after", left=("",))
+    table = make_table(f"{counted(len(after), 'fact')} as '{model}' judges them", "", "before", "after", left=("",))
     sides = [shares(cases, verdicts, side) for side in ("unedited", "edited")]
     for part in LEARNT:
         if any(part in side for side in sides):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphere_edit import ranks
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted, every
 from sphere_edit.plugins import program
 from sphere_edit.text import terminal
 
@@ -43,7 +44,7 @@ def say_lights(folder: Path) -> None:
     from sphere_edit.reporting.series import Series
 
     for light in lights(Series.read(folder)):
-        out.print(f"{light.question:<27} {light.verdict} ({light.value})")
+        out.print(f"{light.question:<27} {light.words}", soft_wrap=True)
 
 
 def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
@@ -51,7 +52,7 @@ def say_metrics(metrics: Mapping[str, Any], batch: str) -> None:
     from sphere_edit.reporting.results import draw
     from sphere_edit.reporting.views import Metrics
 
-    out.print(draw(Metrics.of(metrics, f"All {metrics['facts']} facts, after {batch}")))
+    out.print(draw(Metrics.of(metrics, f"{every(metrics['facts'], 'fact')}, after {batch}")))
 
 
 def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -> None:
@@ -69,6 +70,10 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
         out.print(
             "Calibration comes once for each model; layers, options or targets that you set are taken in its place."
         )
+    if "sampling text" in cost.seconds:
+        out.print(
+            "Text is sampled once for each model, and kept; --corpus FILE takes text of yours in its place, which is quicker."
+        )
     out.print("Nothing was edited. The same command without --dry-run edits.")
 
 
@@ -80,7 +85,9 @@ def say_memory(model: str, settings: Settings, trust_remote_code: bool) -> None:
 
     sketched = Session.sketched(model, settings, Quiet(), trust_remote_code)
     if sketched is None:
-        out.print("Memory is told once the model is loaded: its layout is found by running it.")
+        out.print(
+            "Memory is told once the model is loaded: its layout is found by running it, and no narrow copy of it could be run."
+        )
         return
     account = account_of(sketched)
     said = ", ".join(
@@ -107,7 +114,7 @@ def _settings_table(editor: Editor, planned: list[Fact]) -> Table:
         "second moments": _flow(settings.moments),
         "seed": str(settings.seed),
         "run folder": str(editor.folder),
-        **({"supersedes": f"{would_supersede(editor.run, planned)} earlier facts"} if editor.run else {}),
+        **({"supersedes": counted(would_supersede(editor.run, planned), "earlier fact")} if editor.run else {}),
     }
     for name, value in rows.items():
         table.add_row(name, value)

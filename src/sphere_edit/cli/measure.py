@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,15 +16,19 @@ from sphere_edit.cli.options import (
     Dtype,
     Json,
     Limit,
+    MaxMemory,
     ModelDtype,
     ModelOrRun,
     SkipBad,
     Target,
     TrustRemoteCode,
+    WhichMap,
     ZsreTarget,
     given,
+    places,
 )
 from sphere_edit.cli.screen import FAILED, out, reporter, say_bad
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import csv_cell
 
@@ -38,6 +43,8 @@ def evaluate(
     target: ZsreTarget = Target.answer,
     skip_bad: SkipBad = False,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     dtype: ModelDtype = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores of every fact to this file.")
@@ -75,12 +82,12 @@ def evaluate(
     for file in (json_file, junit_file):
         if file is not None:
             check_room(file.absolute().parent, 0)
-    editor = _opened(model, device, dtype, trust_remote_code, only_to_read=True)
+    editor = _opened(model, places(device, device_map, max_memory), dtype, trust_remote_code, only_to_read=True)
     is_run = editor.run is not None
     result = editor.evaluate(asked, skip_bad, needs_text(limits))
     summary = result.summary()
     verdicts = judge(limits, summary)
-    title = f"{model}, {len(result.facts)} facts"
+    title = f"{model}, {counted(len(result.facts), 'fact')}"
     out.print(draw(Metrics.of(summary if is_run else {"edited": summary["edited"]}, title)))
     if json_file is not None:
         scores = zip(result.facts, result.unedited, result.edited, strict=True)
@@ -96,7 +103,9 @@ def evaluate(
     if broken:
         raise typer.Exit(FAILED)
     if limits:
-        out.print(f"{len(limits)} limits kept: {'; '.join(verdict.words for verdict in verdicts)}", soft_wrap=True)
+        out.print(
+            f"{counted(len(limits), 'limit')} kept: {'; '.join(verdict.words for verdict in verdicts)}", soft_wrap=True
+        )
 
 
 def ability(
@@ -108,6 +117,8 @@ def ability(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many documents of each task.")] = None,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     dtype: ModelDtype = None,
     json_file: Json = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -127,7 +138,7 @@ def ability(
     if task_dir is not None and any(task_dir.glob("*.yaml")):
         reporter().say(f"Definitions of tasks in {task_dir} can run code on this machine", "yellow")
     chosen = AbilityTasks(names, task_dir, limit)
-    editor = _opened(model, device, dtype, trust_remote_code)
+    editor = _opened(model, places(device, device_map, max_memory), dtype, trust_remote_code)
     scores = editor.ability(chosen)
     editor.close()
     out.print(draw(Abilities.of(scores, model)))
@@ -183,15 +194,15 @@ def energy(
 
 
 def _opened(
-    model: str, device: str | None, dtype: Dtype | None, trust_remote_code: bool, only_to_read: bool = False
+    model: str, where: Mapping[str, Any], dtype: Dtype | None, trust_remote_code: bool, only_to_read: bool = False
 ) -> Editor:
     """A model, or a run's model before and after its edits."""
     from sphere_edit.editor import Editor
     from sphere_edit.runs.folder import RunFolder
 
     if not RunFolder.exists(model):
-        options = given({"device": device, "dtype": dtype and dtype.value})
-        return Editor.from_pretrained(model, None, None, reporter(), trust_remote_code, **options)
+        options = given({"dtype": dtype and dtype.value})
+        return Editor.from_pretrained(model, None, None, reporter(), trust_remote_code, **where, **options)
     if dtype is not None:
         raise SphereEditError(f"{model} is a run, which keeps its dtype; leave out --dtype")
-    return Editor.open(model, reporter(), device, trust_remote_code, only_to_read=only_to_read)
+    return Editor.open(model, reporter(), trust_remote_code=trust_remote_code, only_to_read=only_to_read, **where)

@@ -107,6 +107,14 @@ TrustRun = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
+def places(device: str | None, device_map: str | None, max_memory: str | None) -> dict[str, Any]:
+    """Where a model goes, by the names of the settings, of what was said on the command line."""
+    from sphere_edit.models.placement import read_map, read_memory
+
+    found = {"device_map": device_map and read_map(device_map), "max_memory": max_memory and read_memory(max_memory)}
+    return {name: value for name, value in {"device": device, **found}.items() if value is not None}
+
+
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """What the user said; the rest is left to the settings' own defaults."""
     said = {name: given(value) if isinstance(value, dict) else value for name, value in options.items()}

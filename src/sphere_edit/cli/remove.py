@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sphere_edit.cli.edit import finish
-from sphere_edit.cli.options import Device, Run, TrustRemoteCode, TrustRun
+from sphere_edit.cli.options import Device, MaxMemory, Run, TrustRemoteCode, TrustRun, WhichMap, places
 from sphere_edit.cli.screen import out, reporter
+from sphere_edit.counting import counted
 
 if TYPE_CHECKING:
     from sphere_edit.editor import Editor
@@ -31,6 +32,8 @@ def remove(
         typer.Option("--exact", help="Go back to the batch before them, and edit all others since then again (slow)."),
     ] = False,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     trust_run: TrustRun = False,
 ) -> None:
@@ -43,7 +46,8 @@ def remove(
     removable(RunFolder.open(run), wanted)  # what cannot be done is told before any model is loaded
     from sphere_edit.editor import Editor
 
-    editor = Editor.open(run, reporter(), device, trust_remote_code, trust_run=trust_run)
+    where = places(device, device_map, max_memory)
+    editor = Editor.open(run, reporter(), trust_remote_code=trust_remote_code, trust_run=trust_run, **where)
     finish(editor, lambda: editor.remove(wanted, exact), _say_removed)
 
 
@@ -60,11 +64,11 @@ def _say_removed(editor: Editor) -> None:
     missing = sum(row.returned is False for row in rows)
     if missing and removal.restored is not None:
         out.print(
-            f"{missing} of these prompts were moved by other facts: the run is as if it had never had the removed ones."
+            f"Moved by other facts: {counted(missing, 'prompt')} of these; the run is as if it had never had the removed ones."
         )
     elif missing:
         out.print(
-            f"{missing} of these prompts do not give the unedited model's answer again. To have the run as if it had never had the removed "
+            f"Without the unedited model's answer: {counted(missing, 'prompt')} of these. To have the run as if it had never had the removed "
             f"facts: rollback --to {removal.number - 1}, then remove with --exact."
         )
 

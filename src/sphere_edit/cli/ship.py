@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sphere_edit.cli.options import Dtype, Run, TrustRemoteCode
+from sphere_edit.cli.options import Device, Dtype, MaxMemory, Run, TrustRemoteCode, WhichMap, places
 from sphere_edit.cli.screen import out, reporter
 from sphere_edit.errors import SphereEditError
 
@@ -51,6 +51,9 @@ def export(
         typer.Option("--push", metavar="OWNER/NAME", help="Send it to the Hugging Face hub too, as a private model."),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: everybody may see it.")] = False,
+    device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Write the edited model, or what was changed in it, to a new folder with a card and a manifest."""
     from sphere_edit.runs.folder import RunFolder
@@ -70,7 +73,7 @@ def export(
         raise SphereEditError("--public says who may see what is pushed; add --push owner/name")
     if push_to is not None:
         check_push(push_to, public)
-    with opened(run, reporter(), only_to_read=True) as editor:
+    with opened(run, reporter(), only_to_read=True, **places(device, device_map, max_memory)) as editor:
         editor.export(output, form.value, **asked)
     if push_to is not None:
         out.print(f"{push(output, push_to, public)} holds it too.", soft_wrap=True)
@@ -82,6 +85,8 @@ def apply(
         str, typer.Argument(help="The original model, as for edit; its weights must have the delta's hash.")
     ],
     output: Output,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add a delta to its original model: the bits of the whole export, without the run."""
@@ -89,10 +94,12 @@ def apply(
 
     read_manifest(delta)
     _check_output(output)
+    from sphere_edit.editing.settings import make_settings
     from sphere_edit.exports.delta import apply_delta
     from sphere_edit.exports.hf import loaded_by
 
-    _say(apply_delta(delta, base, output, reporter(), trust_remote_code))
+    where = make_settings(places(None, device_map, max_memory)).placement()
+    _say(apply_delta(delta, base, output, reporter(), trust_remote_code, where))
     out.print(f"{output} holds the model; {loaded_by(output)} loads it.", soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sphere_edit.cli.options import Device, Run
+from sphere_edit.cli.options import Device, MaxMemory, Run, WhichMap, places
 from sphere_edit.cli.screen import out, reporter, say_bad
 from sphere_edit.errors import SphereEditError
 from sphere_edit.text import terminal
@@ -25,11 +25,13 @@ def chat(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 40,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Ask the edited model, prompt by prompt; a line is a prompt, typed or piped in. Answers are greedy."""
     from sphere_edit.editor import opened
 
-    with opened(run, reporter(), device=device, only_to_read=True) as editor:
+    with opened(run, reporter(), only_to_read=True, **places(device, device_map, max_memory)) as editor:
         if in_chat:
             from sphere_edit.facts.chat import chat_frame
 
@@ -52,7 +54,8 @@ def _answer(editor: Editor, prompt: str, side_by_side: bool, in_chat: bool, toke
     after = editor.generate(prompt, tokens, in_chat)
     columns = ("unedited", "edited")
     table = make_table("", *columns, left=columns)
-    table.add_row(before, after if before == after else terminal(after, "bold"))
+    table.columns[1].style = "" if before == after else "bold"
+    table.add_row(before.strip(), after.strip())
     out.print(terminal(prompt, "bold"), soft_wrap=True)
     out.print(table)
 

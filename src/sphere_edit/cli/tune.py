@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sphere_edit.cli.options import Corpus, Device, ModelDtype, TrustRemoteCode, given
+from sphere_edit.cli.options import Corpus, Device, MaxMemory, ModelDtype, TrustRemoteCode, WhichMap, given, places
 from sphere_edit.cli.screen import out, reporter
 from sphere_edit.errors import SphereEditError
 
@@ -25,6 +25,8 @@ def tune(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings to start from.")] = None,
     device: Device = None,
+    device_map: WhichMap = None,
+    max_memory: MaxMemory = None,
     dtype: ModelDtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -40,10 +42,11 @@ def tune(
     from sphere_edit.tuning import tune as find
 
     moments = corpus and {"corpus": corpus}
-    options = given({"method": method, "device": device, "dtype": dtype and dtype.value, "moments": moments})
+    options = given({"method": method, "dtype": dtype and dtype.value, "moments": moments})
     if output is not None:
         check_room(output.absolute().parent, 0)
-    start = make_settings(read_settings_file(config) if config else {}, options)
+    where = places(device, device_map, max_memory)
+    start = make_settings(read_settings_file(config) if config else {}, where, options)
     check_tunable(start)
     calibration = read_facts(facts)
     loaded = load_model(model, start.device, start.dtype, trust_remote_code, reporter(), start.placement())

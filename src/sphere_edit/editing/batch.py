@@ -200,7 +200,7 @@ class Solver:
         begin = self.source.begin if back is None else partial(self.source.begin_back, answers=back == "answer")
         size = self.method.max_batch or len(facts)
         report, groups = Report(), list[_Group]()
-        with self.reporter.bar(self.source.stage, len(facts), "facts") as advance:
+        with self.reporter.bar(self.source.stage, len(facts), "fact") as advance:
             for first in range(0, len(facts), size):
                 begin(facts[first : first + size], advance)
                 clock.lap(self.source.stage)

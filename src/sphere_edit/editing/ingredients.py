@@ -342,7 +342,7 @@ class TargetLength(Ingredient):
                 "this method measures the demo facts first, and this tokenizer places none of their subjects"
             )
         assert isinstance(source, OptimisedTargets)
-        with unedited.reporter.bar("targets of the demo facts", len(facts), "facts") as advance:
+        with unedited.reporter.bar("targets of the demo facts", len(facts), "fact") as advance:
             return {unedited.names[-1]: torch.tensor([source.typical_length(facts, advance)])}
 
     def equip(self, source: Source, statistics: Mapping[str, Statistics]) -> None:

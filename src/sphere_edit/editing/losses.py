@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.answers import (
     Coded,
     LossAndGradients,
@@ -182,4 +183,4 @@ class FromLoss(Feed):
     @property
     def words(self) -> str:
         """As it is, or in minibatches."""
-        return "the loss" if self.minibatch is None else f"the loss, {self.minibatch} facts at a time"
+        return "the loss" if self.minibatch is None else f"the loss, {counted(self.minibatch, 'fact')} at a time"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.shipped import first_token, shipped_text
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.corpus import read_passages
@@ -117,7 +118,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
     heldout = [tokens(text) for text in texts[-count:]]
     if all(len(passage) < 2 for passage in heldout):
         raise SphereEditError(
-            f"corpus {settings.corpus}: the last {count} passages hold no text to measure perplexity on"
+            f"corpus {settings.corpus}: the last {counted(count, 'passage')} hold no text to measure perplexity on"
         )
     passages: list[list[int]] = []
     room = settings.tokens
@@ -126,7 +127,7 @@ def load_corpus(loaded: LoadedModel, settings: MomentSettings, seed: int, report
             break
         passages.append(tokens(text))
         room -= len(passages[-1])
-    return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {count} passages")
+    return Corpus(passages, heldout, f"{Path(settings.corpus).name}, all but the last {counted(count, 'passage')}")
 
 
 def own_text(loaded: LoadedModel, tokens: int, seed: int, reporter: Reporter) -> list[list[int]]:
@@ -161,7 +162,7 @@ def sample_text(
     first, length = first_token(loaded), _sample_length(loaded, length)
     count = max(2, math.ceil(tokens / length))
     rows: list[list[int]] = []
-    with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "tokens") as advance:
+    with seeded(loaded.device, seed), reporter.bar("sampling text", count * length, "token") as advance:
         while len(rows) < count:
             part = [[first]] * min(_SAMPLE_ROWS, count - len(rows))
             rows += generate(loaded, part, length, [draw], min_new_tokens=length)
@@ -230,7 +231,7 @@ def second_moments(
         with loaded.quick():
             return {name: _products(seen, real) for name, seen in zip(names, inputs, strict=True)}, int(real.sum())
 
-    with reporter.bar("second moments", total, "tokens") as advance:
+    with reporter.bar("second moments", total, "token") as advance:
         advance(sum(sums.tokens))
         found = ranks.in_turn([rows for batches in cut for rows in batches], read)
         for batches in cut:
@@ -245,7 +246,7 @@ def second_moments(
                 stored = time.monotonic()
     if sums.windows > 1:
         reporter.say(
-            f"  second moments of {sum(sums.tokens):,} tokens (of {total:,}), relative error about {100 * sums.error():.1f} %"
+            f"  second moments of {counted(sum(sums.tokens), 'token')} (of {total:,}), relative error about {100 * sums.error():.1f} %"
         )
     for name in names:
         if name in sums.routed and (few := sums.rarely_reached(name)):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.answers import (
     LossAndGradients,
     TargetRows,
@@ -139,7 +140,7 @@ class Repair:
         change = {name: torch.zeros_like(weight) for name, weight in start.items()}
         momentum = {name: torch.zeros_like(start[name]) for name in moved}
         descent, outputs = Descent(), self._output_metrics() if self.curved and moved else {}
-        bar = reporter.bar("repair", steps, "steps")
+        bar = reporter.bar("repair", steps, "step")
         with deterministic(self.loaded.device), self.loaded.quick(), bar as advance:
             for step in range(steps if moved else 0):
                 now = {name: start[name] + change[name] for name in moved}
@@ -149,7 +150,9 @@ class Repair:
                 if not finite or not all(map(math.isfinite, seen)):
                     descent.divergences.pop()
                     descent.losses.pop()
-                    reporter.say(f"The repair ends after {step} steps: the model overflows in {self.loaded.dtype}")
+                    reporter.say(
+                        f"The repair ends after {counted(step, 'step')}: the model overflows in {self.loaded.dtype}"
+                    )
                     break
                 for name, gradient in gradients.items():
                     step_here = in_metric(gradient, self.metrics[name])

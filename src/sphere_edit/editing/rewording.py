@@ -143,7 +143,7 @@ def _written(
 ) -> dict[str, list[str]]:
     """What a chat model makes of each prompt when asked for other words, with ``{}`` for the subject."""
     found: dict[str, list[str]] = {}
-    with seeded(loaded.device, seed), reporter.bar("rewordings", len(examples), "prompts") as advance:
+    with seeded(loaded.device, seed), reporter.bar("rewordings", len(examples), "prompt") as advance:
         for prompt, (fact, *_) in examples.items():
             ids = encoder.asked(_ASKS.replace("{}", fact.filled_prompt), chat=True).ids
             said = generate(loaded, [ids] * _SAMPLES, _WORDS, do_sample=True, temperature=0.7, top_p=0.95)

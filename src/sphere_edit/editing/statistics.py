@@ -84,7 +84,7 @@ def cached_null_spaces(
     The cache key is that of the second moments, and the rule.
     """
     found: dict[str, Path] = {}
-    with reporter.bar("null spaces", len(moments), "layers") as advance:
+    with reporter.bar("null spaces", len(moments), "layer") as advance:
         for name, file in moments.items():
             found[name] = cache_dir() / "null-spaces" / f"{file.stem}-{rule.value}-{threshold!r}.safetensors"
             if not is_whole(found[name]):

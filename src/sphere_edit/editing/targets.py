@@ -82,7 +82,8 @@ class TargetSettings(BaseModel):
     tokens: int | None = Field(
         None,
         ge=16,
-        description="tokens replayed at once; changes speed, memory and rounding (512 on a CPU, 4096 on an accelerator)",
+        description="tokens replayed at once; changes speed, memory and rounding (512 on a CPU, 4096 on an accelerator). A fact that has more alone "
+        "takes less memory and a third more time for each",
     )
 
     def tokens_on(self, device: torch.device) -> int:
@@ -320,7 +321,7 @@ class _Descent:
         self.loaded, self.settings, self.prompts = loaded, settings, prompts
         rows = [row for fact in prompts for row in fact.rows]
         pivots = [position for fact in prompts for position in fact.subjects]
-        self.upper = replay(loaded, rows, pivots, layer, inside, role)
+        self.upper = replay(loaded, rows, pivots, layer, inside, role, settings.tokens_on(loaded.device))
         self.active = list(range(len(prompts)))
         self.block = _VOCABULARY_ROWS.get(loaded.device.type, _MANY_ROWS)
         self._index()

@@ -172,7 +172,7 @@ def continuations(
     asked = list(zip(prompts, lengths, strict=True))
     apart = options.get("do_sample", False) or not pads_on_the_left(loaded, prompts, max(lengths, default=0))
     cut = same_length_batches if apart else partial(batches_by_length, rows=_ROWS)
-    with reporter.bar(title, len(prompts), "prompts") as advance, ranks.told(advance) as tell:
+    with reporter.bar(title, len(prompts), "prompt") as advance, ranks.told(advance) as tell:
 
         def go_on(chunk: list[tuple[list[int], int]]) -> Iterator[list[int]]:
             rows = generate(loaded, [prompt for prompt, _ in chunk], max(length for _, length in chunk), **options)

@@ -68,7 +68,7 @@ def score_heldout(
         tell(int(batch.mask.sum()))
         return lost, apart, len(hidden)
 
-    with reporter.bar(title, sum(map(len, passages)), "tokens") as advance, ranks.told(advance) as tell:
+    with reporter.bar(title, sum(map(len, passages)), "token") as advance, ranks.told(advance) as tell:
         found = ranks.dealt(list(enumerate(batches_of(passages, max_tokens))), read)
     loss, divergence, count = 0.0, 0.0, 0
     for nll, apart, predicted in found:

@@ -163,7 +163,7 @@ def judged(
         SphereEditError: the judge cannot be asked; what came before that is kept.
     """
     missing = [asked for asked in dict.fromkeys(case.asked for case in cases) if asked not in known]
-    with reporter.bar("judging", len(missing), "answers") as advance, ThreadPoolExecutor(_TOGETHER) as pool:
+    with reporter.bar("judging", len(missing), "answer") as advance, ThreadPoolExecutor(_TOGETHER) as pool:
         try:
             for asked, verdict in zip(missing, pool.map(judge, missing), strict=True):
                 known[asked] = verdict

@@ -334,7 +334,7 @@ def _answer_scores(
     coded = [answer.after(prompt, encoder) for prompt, answer in pairs]
     hosts = _hosts([(*before, *answer[:-1]) for before, answer in coded])
     shared = SharedPrefix(loaded, list(hosts), min((len(before) - 1 for before, _ in coded), default=0))
-    with reporter.bar(title, len(pairs), "answers") as advance, ranks.told(advance) as tell:
+    with reporter.bar(title, len(pairs), "answer") as advance, ranks.told(advance) as tell:
 
         def read(chunk: list[tuple[int, ...]]) -> Iterator[list[tuple[float, float]]]:
             hidden, lead = shared.last_hidden(chunk), shared.length + 1

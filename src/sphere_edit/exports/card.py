@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sphere_edit._version import __version__
+from sphere_edit.counting import counted, several
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.facts.fact import Fact
@@ -96,7 +97,7 @@ def model_card(
         "",
         f"# {markdown(source.rsplit('/', 1)[-1])}, edited",
         "",
-        f"{len(facts)} facts of {code(source)} were changed in {history.head} sequential batches with "
+        f"{counted(len(facts), 'fact')} of {code(source)} {several(len(facts), 'was')} changed in {counted(history.head, 'batch')} with "
         f"sphere-edit {__version__}. Everything else is the original model; it keeps the original's licence.",
         "",
         f"- Method: {code(config.method)}, options {code(str(config.method_options))}",
@@ -112,7 +113,7 @@ def model_card(
     if metrics is not None:
         before, after = metrics["unedited"], metrics["edited"]
         lines += [
-            f"## Measured on {metrics['facts']} facts after batch {metrics['after']}",
+            f"## Measured on {counted(metrics['facts'], 'fact')} after batch {metrics['after']}",
             "",
             "| | before | after | before, strict | after, strict |",
             "|---|---|---|---|---|",

@@ -20,6 +20,7 @@ from sphere_edit.exports.manifest import Manifest, changed_files, digest_of, rea
 from sphere_edit.exports.shipment import Shipment
 from sphere_edit.files import plain_errors, read_tensors, write_tensors, write_text
 from sphere_edit.models.loading import load_model
+from sphere_edit.models.placement import Placement
 from sphere_edit.models.weights import EditedWeights
 from sphere_edit.numerics.update import LowRankUpdate, Update
 from sphere_edit.progress import Reporter
@@ -64,11 +65,19 @@ def write_delta(shipment: Shipment, run: RunFolder, folder: Path) -> list[str]:
     return [_REVEALS]
 
 
-def apply_delta(delta: Path, base: str, folder: Path, reporter: Reporter, trust_remote_code: bool = False) -> list[str]:
+def apply_delta(
+    delta: Path,
+    base: str,
+    folder: Path,
+    reporter: Reporter,
+    trust_remote_code: bool = False,
+    placement: Placement | None = None,
+) -> list[str]:
     """Add a delta to its original, and write the whole edited model to a new folder.
 
     Args:
         base: the original: a hub id, a local folder, a ``.gguf`` file or ``smollm2``.
+        placement: how it is spread, where it does not fit memory whole.
 
     Raises:
         SphereEditError: the delta is damaged or none, or ``base`` is another model.
@@ -81,7 +90,7 @@ def apply_delta(delta: Path, base: str, folder: Path, reporter: Reporter, trust_
     wrong = next(changed_files(delta, manifest), None)
     if wrong is not None:
         raise SphereEditError(f"{wrong}; get the delta again")
-    loaded = load_model(base, "cpu", manifest.base.dtype, trust_remote_code)
+    loaded = load_model(base, "cpu", manifest.base.dtype, trust_remote_code, reporter, placement)
     if loaded.fingerprint != manifest.base.fingerprint:
         raise SphereEditError(
             f"'{base}' is not the model that {delta} was made from: its weights have the hash {loaded.fingerprint[:16]}…, "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sphere_edit.exports import delta, gguf, hf, lora
 from sphere_edit.exports.manifest import Manifest, State, changed_files, digest_of, read_manifest
 from sphere_edit.progress import Reporter
 from sphere_edit.runs.folder import RunFolder
-from sphere_edit.runs.proof import Proof, original_weights
+from sphere_edit.runs.proof import Original, Proof, original_weights
 from sphere_edit.runs.weights import RunWeights
 
 _FORMS: dict[str, Callable[[Path, Manifest, RunWeights], Iterator[str]]] = {
@@ -20,11 +21,18 @@ _FORMS: dict[str, Callable[[Path, Manifest, RunWeights], Iterator[str]]] = {
 }
 
 
-def prove_export(folder: Path, run: RunFolder | None, reporter: Reporter, model: str | None = None) -> Proof:
+def prove_export(
+    folder: Path,
+    run: RunFolder | None,
+    reporter: Reporter,
+    model: str | None = None,
+    places: Mapping[str, Any] | None = None,
+) -> Proof:
     """Compare an export with its manifest and, where its run is given, with the weights that the run's journal and updates make.
 
     Args:
         model: where the original is now, if it has moved.
+        places: a device, or a device map and its memory, in place of the run's.
 
     Raises:
         SphereEditError: the folder is no export.
@@ -34,18 +42,20 @@ def prove_export(folder: Path, run: RunFolder | None, reporter: Reporter, model:
     wrong = list(changed_files(folder, manifest))
     proof.faults, proof.files = wrong, proof.files - len(wrong)
     if run is not None:
-        proof.check(lambda: proof.faults.extend(_differing(folder, manifest, run, reporter, model)))
+
+        def original() -> Original:
+            return original_weights(run, reporter, model, places)
+
+        proof.check(lambda: proof.faults.extend(_differing(folder, manifest, run, original)))
     return proof
 
 
-def _differing(
-    folder: Path, manifest: Manifest, run: RunFolder, reporter: Reporter, model: str | None
-) -> Iterator[str]:
+def _differing(folder: Path, manifest: Manifest, run: RunFolder, original: Callable[[], Original]) -> Iterator[str]:
     state = manifest.state
     if state is None or not _is_of(state, run):
         yield f"{folder} is not an export of {run.path} as that stands"
         return
-    weights = RunWeights(run, original_weights(run, reporter, model))
+    weights = RunWeights(run, original())
     wanted = manifest.matrices.items()
     other = [name for name, sha256 in wanted if digest_of(weights.deployed(name, state.batch)) != sha256]
     yield from (f"{name} is not what {run.path} makes of it after batch {state.batch}" for name in other)

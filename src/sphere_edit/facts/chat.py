@@ -22,11 +22,11 @@ from typing import Any
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import short
 
-_SECONDS = 5.0  # in which a template must have rendered its chats
+_SECONDS = 5.0  # of a processor, in which a template must have rendered its chats
 _BYTES = 256 << 20  # of memory that it may take
-_START = 60.0  # seconds that its process may take to start
+_START = 300.0  # seconds by the clock that its process may take to start, on a busy machine
 _SCRIPT = Path(__file__).with_name("rendering.py")
-_ALARM = int(getattr(signal, "SIGALRM", 0))
+_OVERDUE = int(getattr(signal, "SIGPROF", 0))  # what ends it then
 _MESSAGE, _ANSWER = "A message, number 7.", "An answer, number 8."
 _DAY = datetime.datetime(2024, 7, 26, 12)  # for templates that name the day: a run must be the same tomorrow
 _NOW = "strftime_now"  # by which they ask for it
@@ -138,7 +138,7 @@ def _in_own_process(work: str) -> dict[str, Any]:
         raise _endless() from None
     except OSError as error:
         raise SphereEditError(f"no process can be started to render a chat in ({error.strerror}); {_PLAIN}") from None
-    if _ALARM and done.returncode == -_ALARM:
+    if _OVERDUE and done.returncode == -_OVERDUE:
         raise _endless()
     try:
         return dict(json.loads(done.stdout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.hub import HubSource
 
@@ -40,7 +41,7 @@ def read_passages(source: str) -> list[str]:
     passages = [passage for passage in passages if passage.strip()]
     if len(passages) < 2:
         raise SphereEditError(
-            f"corpus {source} holds {len(passages)} passages; at least 2 are needed, hundreds are better"
+            f"corpus {source} holds {counted(len(passages), 'passage')}; at least 2 are needed, hundreds are better"
         )
     return passages
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from sphere_edit.counting import often
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.seam import separator_between, word_places
 
@@ -263,7 +264,7 @@ def _template(prompt: str, subject: str, name: str) -> str:
     marks = [m.start() for m in re.finditer(r"\{\}", prompt) if not any(a <= m.start() < b for a, b in own)]
     if len(marks) > 1 or (marks and own):
         count = prompt.count("{}")
-        raise BadRecord(f"the prompt '{short(prompt)}' holds '{{}}' {count} times; it takes one subject")
+        raise BadRecord(f"the prompt '{short(prompt)}' holds '{{}}' {often(count)}; it takes one subject")
     if marks:
         return prompt
     if len(places) == 1:
@@ -271,7 +272,7 @@ def _template(prompt: str, subject: str, name: str) -> str:
     if places:
         shown = f"{prompt[: places[0]]}{{}}{prompt[places[0] + len(subject) :]}"
         raise BadRecord(
-            f"the subject '{short(subject)}' occurs {len(places)} times in the prompt '{short(prompt)}'; put '{{}}' where it is meant, as in "
+            f"the subject '{short(subject)}' occurs {often(len(places))} in the prompt '{short(prompt)}'; put '{{}}' where it is meant, as in "
             f"'{short(shown)}'"
         )
     raise BadRecord(

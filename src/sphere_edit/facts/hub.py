@@ -12,6 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import cache_dir, write_atomically
 
@@ -52,7 +53,7 @@ def downloaded(name: str) -> Path:
             content = answer.read()
         count = len(json.loads(content))
         if count != about.records:
-            raise ValueError(f"it has {count} records and not {about.records}")
+            raise ValueError(f"it has {counted(count, 'record')} and not {about.records}")
     except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors
         raise SphereEditError(
             f"data set '{name}' could not be fetched from {about.url}: {error}. Give a local copy of the file instead"

@@ -6,18 +6,22 @@ Whatever form a fact is given in, plain or chat, it is `Encoder` that makes toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
+from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.chat import ChatFrame, chat_frame
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.seam import joined
+from sphere_edit.files import cache_dir, read_cache, write_cache
 from sphere_edit.models.generation import generate, seeded
+from sphere_edit.models.identity import cache_key, config_values, tokenizer_identity
 from sphere_edit.models.loading import LoadedModel
 
 KL_PROMPT = "{} is a"
 _ANCHORS = ("\n", ".", "a", "。")  # what an answer is cut from where it would grow together with its prompt
+_TEMPLATES = "templates 1"  # to be raised whenever the same model and seed would give other ones
 _OPENERS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -284,3 +288,17 @@ def sample_context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1
                 text = " ".join(text.replace("{", " ").replace("}", " ").replace("�", " ").split())
                 templates.append(f"{text.rstrip('.')}. {{}}")
     return templates
+
+
+def context_templates(loaded: LoadedModel, seed: int, per_opener: int = 1) -> list[str]:
+    """`sample_context_templates`, from the cache where this very model, which must be unedited, has sampled them before."""
+    if not per_opener:
+        return sample_context_templates(loaded, seed, 0)
+    model = (loaded.fingerprint, config_values(loaded.model), tokenizer_identity(loaded.tokenizer))
+    key = cache_key(loaded.device, _TEMPLATES, *model, list(_OPENERS), seed, per_opener)
+    file = cache_dir() / "templates" / f"{key}.json"
+    found: list[str] | None = read_cache(file)
+    if found is None:
+        found = ranks.once(partial(sample_context_templates, loaded, seed, per_opener))
+        write_cache(file, found)
+    return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError, refused_records
 from sphere_edit.facts.fact import BadRecord, Fact, short
 from sphere_edit.facts.fields import Record
@@ -50,7 +51,9 @@ class FactSet:
             random.Random(shuffle).shuffle(facts)
         facts = facts[skip:] if limit is None else facts[skip : skip + limit]
         if not facts:
-            raise SphereEditError(f"{self.source} has {len(self.facts)} facts; none is left after the first {skip}")
+            raise SphereEditError(
+                f"{self.source} has {counted(len(self.facts), 'fact')}; none is left after the first {skip}"
+            )
         return replace(self, facts=facts, sha256=_digest(facts))
 
     def remarks(self) -> list[str]:
@@ -162,10 +165,13 @@ def _fact_set(
             del facts[limit:]  # a record may hold several
             break
     if bad and not skip_bad:
-        many = "one record" if len(bad) == 1 else f"{len(bad)} records"
-        raise refused_records(f"{source}: {many} cannot be used (--skip-bad goes on without)", bad)
+        raise refused_records(
+            f"{source}: {counted(len(bad), 'record')} cannot be used (--skip-bad goes on without)", bad
+        )
     if not facts and not (bad and even_none):
-        raise SphereEditError(f"{source}: no usable fact in it" + (f" ({len(bad)} bad records)" if bad else ""))
+        raise SphereEditError(
+            f"{source}: no usable fact in it" + (f" ({counted(len(bad), 'bad record')})" if bad else "")
+        )
     if zsre_target == "alternative" and not alternative:
         raise SphereEditError(
             f"{source} has no ZsRE record, and only these have an alternative (alt) to be edited to; leave --target alternative out. "

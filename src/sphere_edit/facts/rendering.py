@@ -32,13 +32,16 @@ def rendered(template: str, chats: list[list[Any]], values: dict[str, Any]) -> d
 
 
 def limit(seconds: float, more: int) -> None:
-    """From here on: so many seconds, after which the system ends this process, and so many bytes beside those it has."""
+    """From here on: so many seconds of a processor, after which the system ends this process, and so many bytes beside those it has.
+
+    A template only computes. So a machine that is busy with other things does not make it take longer than it may.
+    """
     with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
         import resource
         import signal
 
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -152,6 +152,23 @@ def _finite(ids: Tensor, scores: Tensor) -> Tensor:
     return scores
 
 
+@contextmanager
+def _rows_together(head: torch.nn.Module | None) -> Iterator[None]:
+    """Inside, the head is given its rows one behind the other in memory.
+
+    transformers gives it the last column of all rows. PyTorch multiplies what lies apart row by row with the whole vocabulary, and
+    oneDNN takes a copy of that for each.
+    """
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: tuple(arg.contiguous() for arg in args))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:
     """What ``generate`` of a view of a model gives; without a cache where transformers cannot tell how far one is, for no layer in it is attention.
 
@@ -159,7 +176,7 @@ def _generated(loaded: LoadedModel, model: Any, **request: Any) -> Tensor:
         SphereEditError: it fails within the model's own code.
     """
     try:
-        with loaded.quick():
+        with loaded.quick(), _rows_together(loaded.model.get_output_embeddings()):
             try:
                 return model.generate(**request)
             except ValueError as error:

@@ -22,6 +22,7 @@ from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.miniature import miniature_layout
 from sphere_edit.models.offload import Stored, hold_vectors, shared_maps
 from sphere_edit.models.placement import Place, Placement, main_of, spoken
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
@@ -89,7 +90,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 def held_now(device: torch.device | None) -> int:
     """Bytes held at present, as `peak_memory` counts them; None stands for the CPU."""
     if device is not None and device.type != "cpu":
-        return int(torch.accelerator.memory_allocated(device))
+        return _told(device, "memory_allocated") or 0
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return peak_memory(torch.device("cpu")) or 0  # not Linux
@@ -98,13 +99,18 @@ def held_now(device: torch.device | None) -> int:
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes held so far: by tensors on an accelerator, by the whole process on a CPU; None where none can tell."""
     if device.type != "cpu":
-        measure = getattr(torch.accelerator, "max_memory_allocated", None)
-        return None if measure is None else int(measure(device))
+        return _told(device, "max_memory_allocated")
     try:
         import resource
     except ImportError:  # not a Unix
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _told(device: torch.device, measure: str) -> int | None:
+    """Bytes, as the module of a kind of accelerator counts them; None where it does not. `torch.accelerator` counts them from 2.9 on."""
+    count = getattr(torch.get_device_module(device), measure, None)
+    return None if count is None else int(count(device))
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -130,13 +136,14 @@ def load_model(
         device: see `resolve_device`.
         dtype: see `resolve_dtype`; a GGUF file is dequantised, to float32 for ``auto``; fp8 and mxfp4 to bfloat16.
         trust_remote_code: run code that comes with the model; off unless the user asks.
-        reporter: told what a quantised model takes in memory, before it is loaded; and where a model is that is spread.
+        reporter: told what is loaded, what a quantised model takes in memory before it is, and where a model is that is spread.
         placement: spread it so over devices, CPU memory and disk; in place of ``device``.
 
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
-    known, target = _looked_up(source, dtype, trust_remote_code), None if placement else resolve_device(device)
+    target = _target(device, placement)
+    known = _looked_up(source, dtype, trust_remote_code)
     source, before = known.source, held_now(target)
     if known.folder is not None and known.gguf is None:
         check_stored(known.folder, source)
@@ -145,6 +152,7 @@ def load_model(
         check_extent(bones, known.folder, source, packed=known.quantised is not None)
     if known.quantised is not None and bones is not None:
         _say_memory(reporter or Quiet(), source, known.quantised, bones, known.dtype)
+    (reporter or Quiet()).say(f"Loading {source}")
     places = None if placement is None else _places(placement, known)
     tokenizer, model = from_pretrained(
         source, known.where, known.dtype, trust_remote_code, known.loader, known.quantised, places=places
@@ -167,24 +175,23 @@ def sketch(
     trust_remote_code: bool = False,
     placement: Placement | None = None,
 ) -> LoadedModel | None:
-    """A model without its weights, of which the shapes are known; None where its layout is found by running it, which takes weights.
+    """A model without its weights, of which the shapes are known; None where its layout is not, which is found by running it.
+
+    A family without a row is run in a narrow copy (`miniature`), which does not succeed with every one.
 
     What can be told of a model that cannot be edited is told here, as by `load_model`.
     """
-    known, target = (
-        _looked_up(source, dtype, trust_remote_code, fetch=False),
-        None if placement else resolve_device(device),
-    )
+    target = _target(device, placement)
+    known = _looked_up(source, dtype, trust_remote_code, fetch=False)
     bones = known.sized()
-    row = row_of(bones.config.model_type)
-    if row is None:
+    row, architecture = row_of(bones.config.model_type), None
+    with suppress(AttributeError):  # laid out otherwise than its family
+        architecture = None if row is None else row.architecture(bones)
+    architecture = architecture or miniature_layout(bones, known.loader, known.trust)
+    if architecture is None:
         return None
     places = None if placement is None else placement.checked().resolved(bones, known.source)
     bones.hf_device_map = places or {"": str(target)}
-    try:
-        architecture = row.architecture(bones)
-    except AttributeError:  # laid out otherwise than its family
-        return None
     return LoadedModel(
         bones, None, architecture, known.source, "", placement, held_now(target), target or main_of(places)
     )
@@ -247,6 +254,14 @@ def _move(model: nn.Module, device: torch.device | None, source: str) -> None:
         model.to(device)
     except RuntimeError as error:
         raise SphereEditError(f"model '{source}' does not fit {device}: {first_lines(error)}") from None
+
+
+def _target(device: str, placement: Placement | None) -> torch.device | None:
+    """The device of a model that is not spread; None of one that is, if the places that were named are there."""
+    if placement is None:
+        return resolve_device(device)
+    placement.there()
+    return None
 
 
 def _places(placement: Placement, known: _Known) -> dict[str, Place]:

@@ -34,7 +34,7 @@ class Placement:
     max_memory: Memory | None = None
 
     def checked(self) -> Placement:
-        """The same, if it makes sense without looking at a model.
+        """The same, if it makes sense without looking at a model or at this machine (`there`).
 
         Raises:
             SphereEditError: it does not.
@@ -48,12 +48,21 @@ class Placement:
         if not self.device_map:
             raise SphereEditError("the device map is empty; expected the place of each module by its name")
         for place, size in (self.max_memory or {}).items():
-            known_place(_numbered(place), "max_memory")
             if (place == "disk") != (size is None):
                 raise SphereEditError("max_memory takes a size for each place, and none for disk: cpu=8GB,disk")
             _bytes(size or 0)
         if self.max_memory is not None and not self.max_memory.keys() - {"disk"}:
             raise SphereEditError("max_memory gives no memory to compute in; add one, such as cpu=8GB")
+        return self
+
+    def there(self) -> Placement:
+        """The same, if every place that it names is on this machine; a run's may be of another.
+
+        Raises:
+            SphereEditError: one is not.
+        """
+        for place in self.max_memory or {}:
+            known_place(_numbered(place), "max_memory")
         for named in {} if isinstance(self.device_map, str) else self.device_map.values():
             known_place(named, "the device map")
         return self

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.configuration import text_config
@@ -30,6 +31,8 @@ class Replay:
         pivots: the position in each row at which δ is added.
         layer: the layer whose value site it is (`Architecture.value_site`).
         inside, role: the site is the output of the layer's matrix ``role``.
+        kept: of so many tokens the layers keep for the way back all that they computed; of more, only what each of them was
+            given, and it computes the rest again (activation checkpointing). The numbers are the same.
     """
 
     value: Tensor  # [B, d]: what stands at the pivots
@@ -45,8 +48,10 @@ class Replay:
         layer: int,
         inside: bool = False,
         role: str | None = None,
+        kept: int | None = None,
     ):
         architecture, model = loaded.architecture, loaded.model
+        self._kept = kept
         self._loaded = loaded
         self._inside = inside
         self._site = architecture.value_site(model, layer, inside, role)
@@ -144,8 +149,14 @@ class Replay:
         return float((hidden[self._real].float() - theirs).norm() / theirs.norm())
 
     def _through_layers(self, hidden: Tensor) -> Tensor:
+        sparing = self._kept is not None and hidden.shape[:-1].numel() > self._kept
         for layer, (args, kwargs) in zip(self._layers, self._calls, strict=True):
-            hidden = first_output(layer(hidden, *args[1:], **kwargs))
+            if sparing and hidden.requires_grad:  # not where δ is added by a hook, which is gone on the way back
+                hidden = first_output(
+                    checkpoint(layer, hidden, *args[1:], use_reentrant=False, preserve_rng_state=False, **kwargs)
+                )
+            else:
+                hidden = first_output(layer(hidden, *args[1:], **kwargs))
         return hidden.to(self._loaded.device)
 
     @contextmanager
@@ -268,10 +279,11 @@ def replay(
     layer: int,
     inside: bool = False,
     role: str | None = None,
+    kept: int | None = None,
 ) -> Replay:
     """The replay that the model's architecture asks for."""
     kind = WholeRows if loaded.architecture.whole_rows else UpperLayers
-    return kind(loaded, rows, pivots, layer, inside, role)
+    return kind(loaded, rows, pivots, layer, inside, role, kept)
 
 
 @torch.no_grad()

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sphere_edit.editing.guard import COLLATERAL
-from sphere_edit.evaluation.catalogue import EFFICACY, PERPLEXITY, STRICT, of_part
+from sphere_edit.evaluation.catalogue import EFFICACY, PERPLEXITY, SPECIFICITY, STRICT, of_part
 from sphere_edit.reporting.series import Series
 
 
 @dataclass(frozen=True)
 class Light:
-    """An answer: what was asked, the number as people read it, its colour ("" where there is no answer), in words, and by which rule."""
+    """An answer: what was asked, the number as people read it, its colour ("" where there is no answer), in words, and by which rule.
+
+    Attributes:
+        measure: what the number is of, in a word or two; "" where there is no answer.
+        beside: another measure that the answer does not go by.
+    """
 
     question: str
     value: str
     colour: str
     verdict: str
     rule: str
+    measure: str = ""
+    beside: str = ""
+
+    @property
+    def words(self) -> str:
+        """On one line: the answer, and what it goes by."""
+        return f"{self.verdict} ({'; '.join(filter(None, (f'{self.measure} {self.value}'.strip(), self.beside)))})"
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Rule:
     amber: float
     wording: str
     verdicts: tuple[str, str, str]
+    measure: str
     rising: bool = False  # whether more is better
 
     def light(self, value: float | None, shown: str) -> Light:
@@ -39,7 +52,9 @@ class Rule:
         else:
             sign = -1 if self.rising else 1
             index = 0 if sign * value <= sign * self.green else 1 if sign * value <= sign * self.amber else 2
-        return Light(self.question, shown, ("green", "amber", "red")[index], self.verdicts[index], self.wording)
+        return Light(
+            self.question, shown, ("green", "amber", "red")[index], self.verdicts[index], self.wording, self.measure
+        )
 
     def unknown(self, why: str) -> Light:
         """No answer, and why there is none."""
@@ -48,11 +63,11 @@ class Rule:
 
 TAKEN = Rule(
     "Did the edits take?", 90, 70, "Strict efficacy over all facts edited. Green from 90 %, amber from 70 %.",
-    ("yes", "not all of them", "no"), rising=True,
+    ("yes", "not all of them", "no"), "strict efficacy", rising=True,
 )  # fmt: skip
 INTACT = Rule(
     "Is the rest intact?", 1.10, 1.30, "Perplexity on held-out text, times the unedited model's. Green up to 1.10, amber up to 1.30.",
-    ("yes", "it begins to suffer", "no"),
+    ("yes", "it begins to suffer", "no"), "perplexity",
 )  # fmt: skip
 
 
@@ -64,7 +79,9 @@ def lights(run: Series) -> tuple[Light, Light, Light]:
     ratio = after / before if after and before else None
     return (
         _measured(TAKEN, run, strict, metric.said(strict)),
-        _measured(INTACT, run, ratio, "not finite" if ratio is None else f"× {ratio:.3f}"),
+        replace(
+            _measured(INTACT, run, ratio, "not finite" if ratio is None else f"× {ratio:.3f}"), beside=_neighbors(run)
+        ),
         _near(run),
     )
 
@@ -74,6 +91,15 @@ def _measured(rule: Rule, run: Series, value: float | None, shown: str) -> Light
     if run.current:
         return rule.light(value, shown)
     return rule.unknown("not evaluated where the run stands" + (f"; last: {run.evaluated}" if run.evaluated else ""))
+
+
+def _neighbors(run: Series) -> str:
+    """What became of the neighbours' own answers, by the strict verdict; nothing where there are none, or none was asked."""
+    metric = of_part(SPECIFICITY, STRICT)
+    before, after = run.metrics[metric.name][0], run.metrics[metric.name][-1]
+    if not run.current or before is None or after is None:
+        return ""
+    return f"{metric.words} {metric.said(before)} → {metric.said(after)}"
 
 
 def _near(run: Series) -> Light:
@@ -86,7 +112,12 @@ def _near(run: Series) -> Light:
         f"the guard's limit. Hyperspherical energy: {max(changes, key=abs, default=0.0):+.3f} % at most."
     )
     rule = Rule(
-        "Is it still near itself?", COLLATERAL.value / 2, COLLATERAL.value, wording, ("yes", "it moves away", "no")
+        "Is it still near itself?",
+        COLLATERAL.value / 2,
+        COLLATERAL.value,
+        wording,
+        ("yes", "it moves away", "no"),
+        "collateral ratio",
     )
     if value is None:
         return rule.unknown("no second moments; --guard measures them")

@@ -14,6 +14,7 @@ from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
+from sphere_edit.counting import counted
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import EFFICACY, GENERALIZATION, PERPLEXITY, SPECIFICITY, STRICT, of_part
 from sphere_edit.reporting.colours import colour_of
@@ -206,7 +207,7 @@ def _regression(axis: Axes, points: Sequence[tuple[float, float]]) -> str:
     axis.plot(grid.tolist(), line.tolist(), color="black", linewidth=1)
     axis.fill_between(grid.tolist(), (line - half).tolist(), (line + half).tolist(), color=GREY, alpha=0.2, linewidth=0)
     pearson, spearman = stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic
-    return f"Pearson {pearson:+.2f}, Spearman {spearman:+.2f}, {n} steps"
+    return f"Pearson {pearson:+.2f}, Spearman {spearman:+.2f}, {counted(n, 'step')}"
 
 
 def _ellipse(axis: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sphere_edit._version import __version__
+from sphere_edit.counting import counted, often
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT
@@ -29,6 +30,7 @@ from sphere_edit.reporting.lights import lights
 from sphere_edit.reporting.series import Series, any_known, labelled
 from sphere_edit.reporting.words import by_stage, decimals, guessing, one_line, relative, short_name, with_error, yes
 
+_NEIGHBORS_SHOWN = 200
 _FACTS_SHOWN = 2000  # rows of the page's table, failures first; metrics.json has them all
 _RUNS_DRAWN = 4  # runs whose matrices are drawn one by one
 
@@ -53,7 +55,7 @@ def write_report(
         remove_dead_temporaries(folder)
     shown = []
     planned = _figures(series)
-    with (reporter or Quiet()).bar("report", len(planned), "figures") as advance:
+    with (reporter or Quiet()).bar("report", len(planned), "figure") as advance:
         for name, caption, draw in planned:
             figure = draw()
             svg = _svg(figure, name)
@@ -74,6 +76,7 @@ def write_report(
         "abilities": _abilities(series),
         "figures": shown,
         "removed": _removed(series),
+        "neighbors": _neighbors(series),
         "facts": facts[:_FACTS_SHOWN],
         "more_facts": max(0, len(facts) - _FACTS_SHOWN),
         "texts": [2, 4, 5] if len(series) == 1 else [2, 5, 6],  # columns of the facts that hold sentences
@@ -173,7 +176,7 @@ def _run(run: Series) -> dict[str, Any]:
     timings = views.Timings.of(run.batches, run.final_rechecks)
     return {
         "label": run.label,
-        "about": f"{run.edits[-1]} facts in {len(run.batches)} batches, evaluated {len(run.edits) - 1} times; {state}",
+        "about": f"{counted(run.edits[-1], 'fact')} in {counted(len(run.batches), 'batch')}, evaluated {often(len(run.edits) - 1)}; {state}",
         "lights": lights(run),
         "timings": f"Time by stage: {by_stage(timings.seconds)}",
         "settings": _settings(run),
@@ -275,6 +278,15 @@ def _removed(runs: Sequence[Series]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
+def _neighbors(runs: Sequence[Series]) -> dict[str, Any]:
+    rows = [
+        [_named(run.label, row.prompt, runs), str(row.index), one_line(row.before), one_line(row.now)]
+        for run in runs
+        for row in run.changed_neighbors().rows
+    ]
+    return {"columns": ("fact", "said before", "says now"), "rows": rows[:_NEIGHBORS_SHOWN], "all": len(rows)}
+
+
 def _facts(runs: Sequence[Series]) -> list[list[str]]:
     """A line a fact: those that did not take first, then those not held strictly, then those whose answer is the least likely."""
     rows = [row for run in runs for row in views.Facts.of(run.facts(), run.batches, run.label).rows]
@@ -304,4 +316,5 @@ def _svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")  # it is laid out by now, as it would be for a PNG
     return text.getvalue()

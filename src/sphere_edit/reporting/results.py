@@ -11,9 +11,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sphere_edit.counting import counted
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.catalogue import DIVERGENCE, LIKELIHOOD, PERPLEXITY, STRICT
 from sphere_edit.reporting import stories, views
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.words import (
     between,
     by_stage,
@@ -29,6 +31,8 @@ from sphere_edit.reporting.words import (
     yes,
 )
 from sphere_edit.text import terminal
+
+_NEIGHBORS = 10  # rows of their table; the page has more
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = (), head: bool = True) -> Table:
@@ -60,7 +64,7 @@ def _header(view: views.Header) -> Text:
         terminal(f": {view.model}, {view.method}, {projection}"),
         "\n",
         terminal(
-            f"started {view.started}, layers {view.layers}, {view.statistics}; {view.batches} batches, {view.edited} facts edited, "
+            f"started {view.started}, layers {view.layers}, {view.statistics}; {counted(view.batches, 'batch')}, {counted(view.edited, 'fact')} edited, "
             f"{view.superseded} superseded, {view.removed} removed, {view.withdrawn} withdrawn; {view.state}"
         ),
     )
@@ -182,6 +186,18 @@ def _facts(view: views.Facts) -> Table:
 
 
 @draw.register
+def _neighbors(view: ChangedNeighbors) -> Table:
+    columns = ("fact", "neighbour's prompt", "said before", "says now")
+    shown = view.rows[:_NEIGHBORS]
+    more = f", the first {len(shown)}" if len(shown) < len(view.rows) else ""
+    title = f"Neighbours answered otherwise ({len(view.rows)} of {view.asked}{more})"
+    table = make_table(title, *columns, left=columns[1:])
+    for row in shown:
+        table.add_row(str(row.index), *(terminal(one_line(text)) for text in (row.prompt, row.before, row.now)))
+    return table
+
+
+@draw.register
 def _removed(view: stories.Removed) -> Table:
     columns = (
         "fact",
@@ -196,7 +212,7 @@ def _removed(view: stories.Removed) -> Table:
     )
     back = sum(row.returned is True for row in view.rows)
     asked = sum(row.returned is not None for row in view.rows)
-    title = f"Removed facts: {back} of {asked} prompts give the unedited model's answer again"
+    title = f"Removed facts: {back} of {counted(asked, 'prompt')} give the unedited model's answer again"
     table = make_table(title, *columns, left=("prompt", "edited to", "unedited answer", "says now"))
     for row in view.rows:
         words = (row.prompt, row.target), (one_line(row.answer), one_line(row.said))

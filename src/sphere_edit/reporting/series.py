@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.intervals import summarise
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder, read_metrics
 from sphere_edit.runs.measuring import read_unedited
@@ -114,7 +116,7 @@ class Series:
             history.finished,
             history.guard,
             current,
-            None if last is None else f"{last.facts} facts asked after batch {last.after} of {history.head}",
+            None if last is None else f"{counted(last.facts, 'fact')} asked after batch {last.after} of {history.head}",
             bool(history.written(history.head)),
             protocols=tuple(dict.fromkeys(r.protocol for r in run.records if isinstance(r, FactsAccepted))),
         )
@@ -133,6 +135,10 @@ class Series:
         """The facts that were taken back."""
         run = RunFolder.open(self.folder)
         return Removed.of(run.history, run.facts()) if run.history.removed else Removed(())
+
+    def changed_neighbors(self) -> ChangedNeighbors:
+        """The neighbours of its facts that are not answered as before."""
+        return ChangedNeighbors.of(self.facts(), RunFolder.open(self.folder).facts())
 
     def facts(self) -> list[FactEntry]:
         """Every fact of ``metrics.json``, empty before the first evaluation is finished."""

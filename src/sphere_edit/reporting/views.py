@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.guard import stopped
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.ability import AbilityScore
 from sphere_edit.evaluation.catalogue import LIKELIHOOD, STRICT, Metric, Protocol
 from sphere_edit.evaluation.scores import FactScores
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.series import Series
 from sphere_edit.reporting.stories import Removed
 from sphere_edit.runs.folder import METRICS, RunFolder
@@ -47,7 +49,9 @@ class Header:
         """From a run's folder."""
         config, history = run.config, run.history
         ended = "finished" if history.guard is None else stopped(history.guard)
-        state = ended if history.finished else f"interrupted, {len(history.pending)} facts waiting (--resume)"
+        state = (
+            ended if history.finished else f"interrupted, {counted(len(history.pending), 'fact')} waiting (--resume)"
+        )
         return cls(
             str(run.path),
             config.model.source,
@@ -223,7 +227,7 @@ class Metrics:
         ]
         texts = after.get("texts", {})
         rows += [
-            MetricRow(metric, f"{texts['facts']} facts", before.get("texts", {}).get(metric.name), value)
+            MetricRow(metric, counted(texts["facts"], "fact"), before.get("texts", {}).get(metric.name), value)
             for metric in catalogue.TEXTS
             if (value := texts.get(metric.name)) is not None
         ]
@@ -335,7 +339,7 @@ def _written(batches: Iterable[Batch]) -> dict[int, tuple[int, ...]]:
 
 # --- all of one run, and several runs side by side ----------------------------------------------------------------
 
-View = Header | Batches | Timings | Evaluations | Metrics | Abilities | Facts | Removed
+View = Header | Batches | Timings | Evaluations | Metrics | Abilities | ChangedNeighbors | Facts | Removed
 
 
 def of_run(folder: str | Path, facts: int) -> Iterator[View]:
@@ -362,6 +366,9 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
     if "ability" in content["edited"]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
+    changed = ChangedNeighbors.of(content["per_fact"], run.facts())
+    if facts and changed.rows:
+        yield changed
     if facts:
         yield Facts.of(content["per_fact"], history.standing, count=facts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sphere_edit.counting import counted
 from sphere_edit.evaluation.ability import AbilityScore
 
 
@@ -78,24 +79,26 @@ def by_stage(seconds: Mapping[str, float]) -> str:
 
 def happened(kind: str, about: Mapping[str, int | str], single: bool) -> str:
     """An event of a run (`stories.Event`), or of a ``single`` fact."""
-    return (_OF_FACT if single else _OF_RUN)[kind].format(**about)
+    said = {name: counted(int(value), _NOUNS[name]) if name in _NOUNS else value for name, value in about.items()}
+    return (_OF_FACT if single else _OF_RUN)[kind].format(**said)
 
 
+_NOUNS = {"facts": "fact", "asked": "fact", "steps": "step"}
 _WAYS = {
     "restored": "the state of batch {base} taken up again",
     "subtracted": "what was written subtracted",
     "written back": "what the unedited model makes of the prompt written in its place",
 }
 _OF_RUN = {
-    "facts": "{facts} facts came, from {source}",
-    "edit": "{facts} facts edited, {again} rewritten, {superseded} superseded",
-    "rewrite": "{again} facts rewritten",
-    "repair": "ordinary text repaired, {steps} steps",
+    "facts": "{facts} came, from {source}",
+    "edit": "{facts} edited, {again} rewritten, {superseded} superseded",
+    "rewrite": "{again} of the facts rewritten",
+    "repair": "ordinary text repaired, {steps}",
     "guard": "stopped by the guard: {reason}",
-    "recheck": "{asked} facts asked, {missing} did not give their new answer",
-    "check": "{asked} removed facts asked, {missing} did not give the unedited model's answer",
+    "recheck": "{asked} asked, {missing} did not give their new answer",
+    "check": "of those removed, {asked} asked, {missing} did not give the unedited model's answer",
     "rollback": "rolled back to here",
-    **{kind: "{facts} facts removed: " + way for kind, way in _WAYS.items()},
+    **{kind: "{facts} removed: " + way for kind, way in _WAYS.items()},
 }
 _OF_FACT = {
     "facts": "came, from {source}",

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.settings import PLACES, make_settings
 from sphere_edit.errors import SphereEditError
 from sphere_edit.files import require_utf8
@@ -103,7 +104,7 @@ def _go_on(
         raise SphereEditError(f"which facts? {folder} is a run: give it more facts, or --resume what was interrupted")
     if not history.finished:
         raise SphereEditError(
-            f"{folder} was interrupted with {len(history.pending)} facts waiting; finish it first: --resume"
+            f"{folder} was interrupted with {counted(len(history.pending), 'fact')} waiting; finish it first: --resume"
         )
     return Decision(Act.CONTINUE, folder, history.head)
 

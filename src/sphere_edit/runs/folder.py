@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sphere_edit import ranks
+from sphere_edit.counting import counted
 from sphere_edit.editing.problem import Seen, State
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
@@ -415,7 +416,7 @@ def facts_of(lines: Any, count: int, path: Path) -> list[Fact]:
             f"{path} is damaged ({type(error).__name__}: {error}); put it back from a backup"
         ) from None
     if len(facts) != count:
-        raise SphereEditError(f"{path} holds {len(facts)} facts, not {count}; put it back from a backup")
+        raise SphereEditError(f"{path} holds {counted(len(facts), 'fact')}, not {count}; put it back from a backup")
     return facts
 
 

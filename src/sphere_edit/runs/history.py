@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.runs.records import (
     Ability,
@@ -273,7 +274,7 @@ class History:
         match record:
             case FactsAccepted() if record.count < 1 or record.session != len(self.sessions) + 1:
                 raise Inconsistent(
-                    f"session {record.session} with {record.count} facts follows {len(self.sessions)} sessions"
+                    f"session {record.session} with {counted(record.count, 'fact')} follows {counted(len(self.sessions), 'session')}"
                 )
             case Batch() | GuardStop():
                 if record.number != self.head + 1:

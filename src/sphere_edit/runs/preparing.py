@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from sphere_edit.editing.problem import Statistics
 from sphere_edit.editing.repair import readable_passages
 from sphere_edit.editing.settings import make_settings, placed
 from sphere_edit.errors import SphereEditError
-from sphere_edit.facts.prompts import sample_context_templates
+from sphere_edit.facts.prompts import context_templates
 from sphere_edit.facts.readers import read_facts
 from sphere_edit.files import content_digest, read_json, write_json
 from sphere_edit.models.loading import load_model
@@ -54,7 +53,7 @@ def create_run(session: Session, folder: Path, facts: int) -> RunFolder:
         with session.weights.unedited():
             session.reporter.say("Preparing", "bold")
             count = settings.templates if session.method.needs.feed.at_subjects else 0
-            templates = ranks.once(partial(sample_context_templates, session.loaded, settings.seed, count))
+            templates = context_templates(session.loaded, settings.seed, count)
             corpus = load_corpus(session.loaded, settings.moments, settings.seed, session.reporter)
             measure_ingredients(session, session.ingredients, corpus, templates, folder / "statistics")
         if settings.moments.heldout is None:

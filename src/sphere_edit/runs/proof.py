@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.catalogue import HELDOUT
 from sphere_edit.files import check_digest, plain_errors, read_tensors
@@ -37,13 +38,15 @@ class Proof:
     def sentence(self, path: Path, said: str) -> str:
         """What came of it: that all is whole, with what else was compared; or the first fault, and how many more there are."""
         if not self.faults:
-            return f"{path} is whole: {self.files} files as they were written; {said}"
+            return f"{path} is whole: {counted(self.files, 'file')} as written; {said}"
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"{self.faults[0]}{more}"
 
     def verdict(self, run: RunFolder) -> str:
         """The same of a run."""
-        return self.sentence(run.path, f"{self.batches} of {run.history.head} batches rebuilt to their recorded hashes")
+        return self.sentence(
+            run.path, f"{self.batches} of {counted(run.history.head, 'batch')} rebuilt to the recorded hashes"
+        )
 
     def check(self, work: Callable[[], object]) -> bool:
         """Do something that raises what is wrong; whether nothing was."""
@@ -62,7 +65,9 @@ class Proof:
             self.faults.append(str(error))
 
 
-def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: str | None = None) -> Proof:
+def prove(
+    run: RunFolder, reporter: Reporter, model: str | None = None, places: Mapping[str, Any] | None = None
+) -> Proof:
     """Compare all that a run is made of with what its journal says.
 
     W0 is read from the files of the original, one matrix at a time; the model is loaded only where its files hold the matrices in
@@ -70,7 +75,7 @@ def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: 
 
     Args:
         model: where the original is now, if it has moved.
-        device: to rebuild on in place of the run's.
+        places: a device to rebuild on, or a device map and its memory, in place of the run's.
     """
     proof = Proof()
     for path, sha256 in _files(run):
@@ -80,13 +85,13 @@ def prove(run: RunFolder, reporter: Reporter, model: str | None = None, device: 
     if run.history.finished:
         proof.files += proof.check(lambda: _compare_metrics(run))
     original: list[Original] = []
-    if run.history.head and proof.check(lambda: original.append(original_weights(run, reporter, model, device))):
-        _rebuild(run, original[0], proof, reporter, _device(run, device))
+    if run.history.head and proof.check(lambda: original.append(original_weights(run, reporter, model, places))):
+        _rebuild(run, original[0], proof, reporter, _device(run, (places or {}).get("device")))
     return proof
 
 
 def original_weights(
-    run: RunFolder, reporter: Reporter, model: str | None = None, device: str | None = None
+    run: RunFolder, reporter: Reporter, model: str | None = None, places: Mapping[str, Any] | None = None
 ) -> Original:
     """W0 of each edited matrix, float32 ``[d_out, d_in]`` in the digits that the run's model was loaded in.
 
@@ -99,7 +104,7 @@ def original_weights(
         for name in run.config.matrices:
             checkpoint.weight(name)
         return lambda name: checkpoint.weight(name).to(dtype).float()
-    return session_of(run, reporter, {"device": device}, False, model).weights.original
+    return session_of(run, reporter, places or {}, False, model).weights.original
 
 
 def _files(run: RunFolder) -> Iterator[tuple[Path, str | None]]:
@@ -154,7 +159,7 @@ def _rebuild(run: RunFolder, original: Original, proof: Proof, reporter: Reporte
     """Add update after update to W0, matrix by matrix, and compare each sum, and each checkpoint, with the journal's hashes."""
     names, head = run.config.matrices, run.history.head
     reached = dict.fromkeys(names, 0)  # the last batch whose weight is as recorded
-    with reporter.bar("rebuilding", len(names) * head, "updates") as advance:
+    with reporter.bar("rebuilding", len(names) * head, "update") as advance:
         for name in names:
             for number, weight in proof.each(_weights(run, name, original, device)):
                 if not _matches(run, name, number, weight):

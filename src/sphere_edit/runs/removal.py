@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, folded, short
 from sphere_edit.facts.readers import FactSet, facts_from
@@ -70,7 +71,7 @@ def _standing(history: History, facts: Sequence[Fact], wanted: FactName) -> int:
         return here[0]
     if len(here) > 1:
         raise SphereEditError(
-            f"{_said(wanted)} could be {len(here)} facts: {_listed(facts, here)}. Say which, by number or by prompt"
+            f"{_said(wanted)} could be {counted(len(here), 'fact')}: {_listed(facts, here)}. Say which, by number or by prompt"
         )
     if not found:
         raise SphereEditError(f"this run has no fact {_said(wanted)}; {_numbers(facts)}")

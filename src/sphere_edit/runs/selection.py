@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.ingredients import ContextTokens
 from sphere_edit.editing.methods import METHODS, Method
 from sphere_edit.editing.methods.unedited import Unedited
@@ -100,7 +101,7 @@ def _reworded(session: Session, facts: Sequence[Fact]) -> list[Fact]:
         found = reworded(session.loaded, facts, settings.tokens_per_batch, settings.seed, session.reporter)
     got = [(old, new) for old, new in zip(facts, found.facts, strict=True) if new.rewordings != old.rewordings]
     made = sum(len(new.rewordings) - len(old.rewordings) for old, new in got)
-    said = f"Rewordings: {made} for {len(got)} of {len(facts)} facts, kept with them; of {found.tried} looked at, {found.lent} lent by other prompts and "
+    said = f"Rewordings: {made} for {len(got)} of {counted(len(facts), 'fact')}, kept with them; of {found.tried} looked at, {found.lent} lent by other prompts and "
     said += f"{found.written} written by the model are within {NEAR} nats of a prompt"
     if got:
         _, first = got[0]
@@ -123,7 +124,7 @@ def _say_first_tokens(session: Session, facts: Sequence[Fact]) -> None:
     first = [fact for fact in facts if any(begins_its_row(form, encoder) for form in fact.in_each_form())]
     if first:
         session.reporter.say(
-            f"{len(first)} of {len(facts)} facts have a subject that is the first token of its prompt, for example "
+            f"In {len(first)} of {counted(len(facts), 'fact')} the subject is the first token of its prompt, for example "
             f"'{short(first[0].filled_prompt)}'. {session.method.name} changes what bare prompts like these say of other subjects too; "
             "frugal, or words before the subject, leave them alone"
         )
@@ -132,7 +133,7 @@ def _say_first_tokens(session: Session, facts: Sequence[Fact]) -> None:
 def _say_left_out(session: Session, records: Sequence[str]) -> None:
     """Tell how many records were left out, and why the first was."""
     if records:
-        session.reporter.say(f"{len(records)} records left out; the first: {records[0]}")
+        session.reporter.say(f"{counted(len(records), 'record')} left out; the first: {records[0]}")
 
 
 def readable(
@@ -176,7 +177,9 @@ def _check_readable(session: Session, encoder: Encoder, fact: Fact, limit: float
         for form in fact.in_each_form():
             size = len(encoder.answered(prompt, longest, fact.separator, form.chat, form.system)[0].ids)
             if size > limit:
-                raise SphereEditError(f"'{prompt[:60]}…' has {size} tokens; this model reads {limit} beside a template")
+                raise SphereEditError(
+                    f"'{prompt[:60]}…' has {counted(size, 'token')}; this model reads {limit} beside a template"
+                )
 
 
 def _unknown(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from threading import Event
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.batch import Clock
 from sphere_edit.editing.guard import stopped
 from sphere_edit.editing.repair import repair_steps
@@ -67,7 +68,9 @@ class Stream:
     def accept(self, facts: Sequence[Fact], given: FactSet, left_out: Sequence[str]) -> None:
         """Take up more facts, of which ``left_out`` names the records that are not among them."""
         if waiting := len(self.run.history.pending):
-            raise SphereEditError(f"{self.run.path} has {waiting} facts waiting; resume it before giving it more")
+            raise SphereEditError(
+                f"{self.run.path} has {counted(waiting, 'fact')} waiting; resume it before giving it more"
+            )
         self.run.add_facts(facts, given.source, given.protocol, left_out)
 
     def go_on(self) -> None:
@@ -114,7 +117,7 @@ class Stream:
         missing = self._unanswered(facts, asked, clock)
         # such a fact of a subject that the batch is about may have to wait for its next turn
         rewritten = self._together(facts, [*batch, *missing], len(batch) + len(missing))[len(batch) :]
-        parts = [f"{len(batch)} facts"]
+        parts = [counted(len(batch), "fact")]
         if asked:
             never = set(missing) - history.seen
             parts.append(f"{len(missing) - len(never)} of {len(asked)} earlier ones that were forgotten")
@@ -144,7 +147,7 @@ class Stream:
         if not steps:
             return
         self._unless_stopped()
-        self.reporter.say(f"Batch {history.head + 1}: repair, {steps} steps", "bold")
+        self.reporter.say(f"Batch {history.head + 1}: repair, {counted(steps, 'step')}", "bold")
         retained = [facts[index] for index in history.retained]
         share = history.unrepaired / len(history.edited)
         self.committer.repair(retained, repair_text(self.run, self.session.vocabulary), steps, share, settings.seed)
@@ -167,7 +170,7 @@ class Stream:
             self._unless_stopped()
             rewritten = self._together(facts, waiting, self.session.settings.batch_size)
             asked = history.final_rechecks[-1].rechecked
-            said = f"Batch {history.head + 1}: rewrites {len(rewritten)} of the {len(asked)} facts that were asked"
+            said = f"Batch {history.head + 1}: rewrites {len(rewritten)} of {counted(len(asked), 'fact')} asked"
             self.reporter.say(said, "bold")
             self._write(facts, [], rewritten, [], [], [], Clock())
 
@@ -228,7 +231,7 @@ class Stream:
             self.stopping.clear()
             history = self.run.history
             raise Stopped(
-                f"stopped after batch {history.head}, as asked; {len(history.pending)} facts wait. "
+                f"stopped after batch {history.head}, as asked; {counted(len(history.pending), 'fact')} waiting. "
                 f"To go on: sphere-edit edit {self.run.path} --resume"
             )
 
@@ -255,13 +258,13 @@ class Stream:
                 else ""
             )
             self.reporter.say(
-                f"{len(missing) - len(never)} of {len(asked)} earlier facts are forgotten: the model holds no more with these settings, "
+                f"{len(missing) - len(never)} of {counted(len(asked), 'earlier fact')} forgotten: the model holds no more with these settings, "
                 f"and writing them again soon harms it more than it helps; stop here{back}",
                 "bold red",
             )
         if len(never) > many:
             self.reporter.say(
-                f"{len(never)} of {len(asked)} earlier facts never took: since they were written, their new answers were not given once. "
+                f"{len(never)} of {counted(len(asked), 'earlier fact')} never took: since they were written, their new answers were not given once. "
                 + self._advice([facts[index] for index in never]),
                 "bold red",
             )
@@ -276,12 +279,12 @@ class Stream:
         longest, said = max(sizes), []
         if longest > LONG_ANSWER:
             said.append(
-                f"An answer of {longest} tokens is not found in {targets.most_steps(longest)} steps: set targets.steps above {targets.steps}, "
+                f"An answer of {counted(longest, 'token')} is not found in {counted(targets.most_steps(longest), 'step')}: set targets.steps above {targets.steps}, "
                 "or give shorter answers"
             )
         if min(sizes) <= LONG_ANSWER:
             said.append(
-                f"This model does not read such facts in layer {self.session.layers[-1]}: layers and a step for it are found by "
+                f"This model may read such facts in other layers than {self.session.layers[-1]}: layers and a step for it are found by "
                 f"`sphere-edit tune {self.session.loaded.source}`"
             )
         return ". ".join(said)
@@ -314,7 +317,7 @@ class Stream:
             worst, number = unlikely[0]
             fact = facts[number]
             self.reporter.say(
-                f"The targets of {len(unlikely)} of {len(facts)} facts make their answers less than {_LIKELY:.0%} likely, the least "
+                f"The targets of {len(unlikely)} of {counted(len(facts), 'fact')} make their answers less than {_LIKELY:.0%} likely, the least "
                 f"'{short(fact.filled_prompt)}' → '{short(fact.target_new.strip())}' ({worst:.0%}). "
                 + self._advice([facts[number] for _, number in unlikely])
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.batch import Back, Clock
 from sphere_edit.evaluation.returned import Returned, answered
 from sphere_edit.facts.fact import Fact
@@ -58,7 +59,7 @@ class TakingBack:
             while waiting := _not_written_since(history.batches[check.after :], check.missing):
                 batch = self._together(facts, waiting)
                 self.reporter.say(
-                    f"Batch {history.head + 1}: {len(batch)} of {len(check.facts)} prompts do not give the unedited model's answer yet; "
+                    f"Batch {history.head + 1}: {len(batch)} of {counted(len(check.facts), 'prompt')} without the unedited model's answer yet; "
                     f"its own {way} is written there",
                     "bold",
                 )
@@ -147,7 +148,7 @@ class TakingBack:
 
     def _say_removed(self, facts: Sequence[Fact], removed: Sequence[int]) -> None:
         history = self.run.history
-        self.reporter.say(f"Removing {len(removed)} {'fact' if len(removed) == 1 else 'facts'}", "bold")
+        self.reporter.say(f"Removing {counted(len(removed), 'fact')}", "bold")
         for index in removed[:_LISTED]:
             older = ", superseded before" if index in history.superseded else ""
             self.reporter.say(f"  {index}: {named(facts[index])} (batch {history.batch_of[index]}{older})")
@@ -158,7 +159,7 @@ class TakingBack:
         batches = [batch for batch in self.run.history.standing if batch.number > base]
         seconds = sum(sum(batch.seconds.values()) for batch in batches)
         self.reporter.say(
-            f"Replaying from batch {base}: {others} other facts are edited again; the {len(batches)} batches since took {duration(seconds)}"
+            f"Replaying from batch {base}: {counted(others, 'other fact')} to edit again; {counted(len(batches), 'batch')} since took {duration(seconds)}"
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sphere_edit.counting import counted
 from sphere_edit.editing.settings import make_settings
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
@@ -195,7 +196,9 @@ class Desk:
         editor, given = self.editor, self.draft.usable()
         if editor.run is not None and not editor.run.history.finished:
             waits = len(editor.run.history.pending)
-            raise SphereEditError(f"{waits} facts wait in this run; go on with it, or roll it back, first")
+            raise SphereEditError(
+                f"{counted(waits, 'fact')} waiting in this run; go on with it, or roll it back, first"
+            )
 
         def whole() -> None:
             editor.stop(False)
@@ -208,7 +211,7 @@ class Desk:
                 if not keep and editor.run is not None and editor.run.history.total > known:
                     self.draft.clear()  # the run has them now, whatever became of the work
 
-        return self.worker.submit(f"{what} {len(given.facts)} facts", whole, writes=True)
+        return self.worker.submit(f"{what} {counted(len(given.facts), 'fact')}", whole, writes=True)
 
     def go_on(self) -> Job:
         """Do what was left of an interrupted run."""

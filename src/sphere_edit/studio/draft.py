@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sphere_edit.counting import counted
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, short
 from sphere_edit.facts.readers import FactSet, facts_from
@@ -83,7 +84,7 @@ class Draft:
         if bad:
             row = self.rows[bad[0] - 1]
             raise SphereEditError(
-                f"{len(bad)} rows cannot be edited; the first is row {bad[0]}: {row.note}. Correct them, or take them out"
+                f"{counted(len(bad), 'row')} cannot be edited; the first is row {bad[0]}: {row.note}. Correct them, or take them out"
             )
         if not self.rows:
             raise SphereEditError("which facts? Type one, paste some, or give a file")

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 
+from sphere_edit.counting import counted, several
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation import catalogue
 from sphere_edit.evaluation.comparing import Compared, Piece
@@ -97,7 +98,7 @@ def _at_work(desk: Desk) -> str:
 
 def _bar(bar: Any) -> str:
     left = "" if bar.left is None else f", {duration(bar.left)} left"
-    words = f"{bar.title}: {bar.done:,.0f}/{bar.total:,.0f} {bar.unit}, {bar.rate:,.1f} {bar.unit}/s{left}"
+    words = f"{bar.title}: {bar.done:,.0f}/{counted(int(bar.total), bar.unit)}, {bar.rate:,.1f} {several(0, bar.unit)}/s{left}"
     return f"<p>{html(words)}<br><progress max='{bar.total:g}' value='{bar.done:g}' aria-label='{html(bar.title)}'></progress></p>"
 
 
@@ -290,7 +291,7 @@ def going_back(desk: Desk, to: int) -> str:
     found, known = run.history.back_to(to), run.facts()
     said = [f"Go back to {'the unedited model' if to == 0 else f'after batch {to}'}?"]
     said.append(
-        f"{len(found.batches)} batches are taken back, bit for bit, and {len(found.withdrawn)} facts are withdrawn:"
+        f"Taken back, bit for bit: {counted(len(found.batches), 'batch')}. Withdrawn: {counted(len(found.withdrawn), 'fact')}."
     )
     said += _listed([f"{index}: {named(known[index])}" for index in found.withdrawn])
     if found.again:

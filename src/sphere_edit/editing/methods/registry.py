@@ -108,9 +108,9 @@ def _what_it_lacks(kind: type[Method]) -> str | None:
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         return f"'name: ClassVar[str]' must be a word of small letters, digits, - and _, such as 'mine', not {name!r}"
     if not (isinstance(paper, str) and paper):
-        return "'paper: ClassVar[str]' must say where it comes from"
+        return "'paper: ClassVar[str]' must say where it comes from, in any words"
     if not isinstance(getattr(kind, "sphere", None), Sphere):
-        return "'sphere: ClassVar[Sphere]' must be the Sphere that goes with it by default"
+        return "'sphere: ClassVar[Sphere]' must be the Sphere that goes with it by default, such as Sphere()"
     if not kind.__doc__:
         return "it has no docstring, whose first sentence is what `sphere-edit methods` says of it"
     return None
