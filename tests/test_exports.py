@@ -334,7 +334,10 @@ def test_a_run_of_a_file_in_k_quants_leaves_as_that_file_with_the_edited_tensors
     monkeypatch.setitem(FAMILIES, "llama", ({**config, "intermediate_size": 256}, tokenizer))
     base = save_gguf(save_tiny("llama", tmp_path / "model"), tmp_path / "base.gguf", kind)
     monkeypatch.setenv("SPHERE_EDIT_CACHE", str(tmp_path / "cache"))
-    editor = Editor.from_pretrained(base, tmp_path / "run", reporter=Quiet(), **{**QUICK, "method": "memit"})
+    text = tmp_path / "text.jsonl"  # what begins a text here is a token that the tiny model has no row for
+    text.write_text("".join(json.dumps({"text": f"The capital of place {n} is Rome. " * 8}) + "\n" for n in range(60)))
+    options = {**QUICK, "method": "memit", "templates": 0, "moments": {"corpus": str(text), "heldout": 2}}
+    editor = Editor.from_pretrained(base, tmp_path / "run", reporter=Quiet(), **options)
     editor.edit(fact_records(2))
     wanted = {name: editor.weights.deployed(name) for name in editor.weights.names}
     editor.close()
@@ -353,7 +356,7 @@ def test_a_run_of_a_file_in_k_quants_leaves_as_that_file_with_the_edited_tensors
     assert "its weights are those of" in command("verify", tmp_path / "out", "--against", tmp_path / "run")
 
 
-def test_a_gguf_file_of_another_model_and_what_is_none_are_refused(run_of, tmp_path):
+def test_a_gguf_file_of_another_model_and_what_is_none_are_refused(run_of, tmp_path, monkeypatch):
     run = run_of()
 
     def refused(base: object, message: str) -> None:
@@ -377,6 +380,12 @@ def test_a_gguf_file_of_another_model_and_what_is_none_are_refused(run_of, tmp_p
     data[tensor.data_offset : tensor.data_offset + tensor.n_bytes // 2] = bytes(tensor.n_bytes // 2)
     embedding.write_bytes(bytes(data))
     refused(embedding, "away from the token embedding")
+
+    def unread(*args: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(quants, "dequantize", unread)
+    refused(right, "keeps blk.1.ffn_down.weight as F16, which the gguf package does not read")
 
 
 # --- push ---------------------------------------------------------------------------------------------------------

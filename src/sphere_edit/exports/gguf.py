@@ -114,8 +114,11 @@ def write_gguf(shipment: Shipment, folder: Path, base: Path, gauge: Gauge | None
     coarse = [place for place in places.values() if not place.keeps]
     if not coarse:
         return []
+    kinds = " or ".join(sorted({place.kind for place in coarse}, reverse=True))
+    if len(coarse) == 1:
+        return [f"{coarse[0].name} of {base.name} rounds more coarsely than an edit changes, and is {kinds} now"]
     return [
-        f"{len(coarse)} tensors of {base.name} round more coarsely than an edit changes, and are Q8_0 now: {coarse[0].name}, …"
+        f"{len(coarse)} tensors of {base.name} round more coarsely than an edit changes, and are {kinds} now: {coarse[0].name}, …"
     ]
 
 
@@ -203,7 +206,12 @@ def _compare(tensor: Any, original: Tensor, base: Path, what: str) -> None:
         raise SphereEditError(
             f"{base} is of another model: {tensor.name} is {shape}, and {what} is {tuple(original.shape)}"
         )
-    stored = torch.from_numpy(np.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    try:
+        stored = torch.from_numpy(np.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    except NotImplementedError:
+        raise SphereEditError(
+            f"{base} keeps {tensor.name} as {kind}, which the gguf package does not read; give a file in F16, BF16 or Q8_0"
+        ) from None
     wanted = original.float().cpu()
     distance = float((stored.reshape(wanted.shape) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     bits = re.search(r"\d", kind)
