@@ -220,5 +220,5 @@ def test_a_method_that_spares_no_siblings_says_so(method, told, tmp_path):
     found = [text for text in heard.said if "is the first token of its prompt" in text]
     assert bool(found) is told
     if told:
-        assert found[0].startswith("1 of 2 facts have a subject")
+        assert found[0].startswith("In 1 of 2 facts the subject is")
         assert "'A is the capital'" in found[0]

@@ -222,7 +222,7 @@ def _comes_back(browser: Any, server: Server, run: Path) -> None:
     tab.shows("timeline", "facts came")
     tab.fill("batch", "2")
     tab.click("roll-back")
-    tab.holds("roll-back-asks", re.compile(r"Go back to after batch 2\?\n\d+ batches are taken back"))
+    tab.holds("roll-back-asks", re.compile(r"Go back to after batch 2\?\nTaken back, bit for bit: \d+ batch"))
     assert RunFolder.open(run).history.head == left.head
     tab.enabled("roll-back-yes", True)
     tab.page.wait_for_function("!document.querySelector('#status').innerText.includes('At work')")

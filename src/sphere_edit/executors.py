@@ -33,7 +33,8 @@ def on_ray(matrix: Bench, config: Path, address: str | None, reporter: Reporter)
     """
     ray = _ray()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        own = {} if address else {"include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise SphereEditError(f"there is no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
     try:

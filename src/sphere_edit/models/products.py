@@ -13,6 +13,8 @@ from threading import Lock
 
 import torch
 
+from sphere_edit.models.shapes import FewShapes
+
 _LEAST_WIDTH = 256
 _EXACT = 1e-6  # relative error of a float32 product that is one; bfloat16's is 2e-3
 
@@ -53,16 +55,21 @@ _SWITCH = _Switch()
 def quick_products(device: torch.device, width: int) -> Iterator[None]:
     """Inside, float32 products on a CPU are oneDNN's where that is quicker (`is_quicker`); they stay float32's.
 
+    What oneDNN does there, bfloat16 products too, is done in few shapes (`shapes`).
+
     Not for what is to have the bits of earlier versions: updates that are added to weights.
 
     Args:
         width: of the model's hidden states; small products gain nothing, for oneDNN compiles a kernel for each shape.
     """
-    if width >= _LEAST_WIDTH and is_quicker(device):
-        with _SWITCH.on():
+    if width < _LEAST_WIDTH or device.type != "cpu":
+        yield
+    elif is_quicker(device):
+        with _SWITCH.on(), FewShapes(torch.bfloat16, torch.float32):
             yield
     else:
-        yield
+        with FewShapes(torch.bfloat16):
+            yield
 
 
 def is_quicker(device: torch.device) -> bool:
@@ -75,7 +82,7 @@ def is_quicker(device: torch.device) -> bool:
 
 def precision(device: torch.device) -> str:
     """What float32 products are like there, for the name of a cached result."""
-    return "oneDNN" if is_quicker(device) else _SWITCH.chosen()
+    return "oneDNN, few shapes" if is_quicker(device) else _SWITCH.chosen()
 
 
 @cache

@@ -54,6 +54,12 @@ class _Holding:
     tensors: list[tuple[str, StoredTensor]] = field(default_factory=list)
 
 
+def joins_experts(model: Any) -> bool:
+    """Whether files hold the experts of such a model one by one, and loading copies them into one parameter."""
+    rules = (rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter))
+    return any(isinstance(step, MergeModulelist) for rule in rules for step in rule.operations)
+
+
 class StoredParameters:
     """The parameters of a model, with or without weights in memory, in a source's tensors (`stored_tensors`)."""
 

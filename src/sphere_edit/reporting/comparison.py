@@ -187,6 +187,8 @@ def _cell(
     rivals = [r.values[column.name] for r in members if r.method != UNEDITED and r.values.get(column.name) is not None]
     if column.rising is None or row.method == UNEDITED or not rivals:
         return text
+    if len(rivals) > 1 and len({f"{rival:.{digits}f}" for rival in rivals if rival is not None}) == 1:
+        return text  # where all are as good, none is the best
     best = (max if column.rising else min)(value for value in rivals if value is not None)
     return bold(text) if shown == f"{best:.{digits}f}" else text
 

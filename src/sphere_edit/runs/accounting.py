@@ -15,11 +15,16 @@ from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import head_rows
 from sphere_edit.models.placement import Place, place_of
 from sphere_edit.models.sites import module_of
+from sphere_edit.models.stored import joins_experts
 from sphere_edit.runs.session import Session
 
 _DIRECTIONS = 0.4  # of a matrix's smaller side, SPHERE's principal directions at η = 0.5 of random neurons
 _READ = 0.25  # of the positions that a target's rows run again, those whose logits are read
 _KL_ROWS = 1 / 40  # and those that are compared with the unedited model's
+_DIAGNOSED = (
+    12 * 8
+)  # bytes a number of the matrix whose energies are compared before and after: a dozen of its size in float64
+_KERNEL = 600_000  # bytes of what oneDNN compiles for one shape of a product, and keeps (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class _Books:
             if place != "disk" or id(parameter) in kept:
                 held[where] = held.get(where, 0) + parameter.numel() * parameter.element_size()
         masters = sum(numbers * (self.number + 4) for numbers in self.matrices)
-        return _sum(held, {self.main: self.loaded.before}, self._here(masters + self._one_offloaded()))
+        beside = masters + self._one_offloaded() + self._put_together()
+        return _sum(held, {self.main: self.loaded.before}, self._here(beside))
 
     def run(self) -> dict[str, int]:
         """What a run holds throughout: weights, statistics and states, the weights before the batch, SPHERE's directions.
@@ -96,7 +102,7 @@ class _Books:
         kept = sum(row.memory(shapes) + row.state(shapes) for row in rows) + 4 * sum(self.matrices)
         directions = sum(8 * _DIRECTIONS * min(out, inner) * inner for out, inner in shapes)
         copy = 2 * sum(parameter.numel() for parameter in self.model.parameters()) if self._copied else 0
-        return _sum(self.weights(), self._here(kept + directions + copy))
+        return _sum(self.weights(), self._here(kept + directions + copy + self._kernels()))
 
     def reading(self) -> dict[str, int]:
         """Ordinary text before the first batch: second moments in two halves, and what a pass leaves for them."""
@@ -111,7 +117,7 @@ class _Books:
         """Solving, growing what the method remembers, and measuring what was done, one matrix after another."""
         rows = self.session.method.needs.ingredients
         most = max((row.scratch(shape) for row in rows for shape in self.shapes), default=0)
-        return _sum(self.run(), self._here(max(most, 4 * 8 * max(self.matrices))))
+        return _sum(self.run(), self._here(max(most, _DIAGNOSED * max(self.matrices))))
 
     def targets(self) -> dict[str, int]:
         """The upper layers' graph of a chunk of facts, and the logits that are read."""
@@ -170,6 +176,21 @@ class _Books:
         vectors = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
         return [*vectors, *(parameter for module in edited for parameter in module.parameters())]
 
+    def _put_together(self) -> int:
+        """On a CPU, the pages of files that hold experts one by one, beside the parameters that transformers copies them into."""
+        if self.loaded.device.type != "cpu" or not joins_experts(self.model):
+            return 0
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.dim() == 3)
+
+    def _kernels(self) -> float:
+        """On a CPU, what is compiled for the products of experts in bfloat16: two there and two back, for each number of tokens one has."""
+        layers = self.loaded.architecture.running(self.model).values()
+        count = max((len(p) for layer in layers for p in layer.parameters() if p.dim() == 3), default=0)
+        if not count or self.loaded.device.type != "cpu" or self._computing != 2:
+            return 0
+        settings = self.settings.targets
+        return 4 * _KERNEL * settings.tokens_on(self.loaded.device) * _chosen(self.model) / count
+
     def _is_offloaded(self, layer: int) -> bool:
         places = getattr(self.model, "hf_device_map", None) or {}
         return bool(places) and place_of(f"{self.loaded.architecture.layers}.{layer}.", places) == "disk"
@@ -197,12 +218,15 @@ def _size(layer: nn.Module) -> int:
 
 def _width(layer: nn.Module, model: Any) -> int:
     """Numbers of a token in a layer: what goes into each of its matrices and what comes out; of experts, into as many as a token has."""
-    config = text_config(model)
-    chosen = next(
-        (int(k) for name in ("num_experts_per_tok", "top_k", "moe_k") if (k := getattr(config, name, None))), 1
-    )
-    total = 0
+    chosen, total = _chosen(model), 0
     for parameter in layer.parameters():
         if parameter.dim() >= 2:
             total += sum(parameter.shape[-2:]) * (chosen if parameter.dim() == 3 else 1)
     return total
+
+
+def _chosen(model: Any) -> int:
+    """How many experts a token has; 1 where there are none."""
+    config = text_config(model)
+    names = ("num_experts_per_tok", "top_k", "moe_k")
+    return next((int(k) for name in names if (k := getattr(config, name, None))), 1)

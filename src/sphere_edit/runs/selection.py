@@ -124,7 +124,7 @@ def _say_first_tokens(session: Session, facts: Sequence[Fact]) -> None:
     first = [fact for fact in facts if any(begins_its_row(form, encoder) for form in fact.in_each_form())]
     if first:
         session.reporter.say(
-            f"In {len(first)} of {counted(len(facts), 'fact')} the subject is the first token of the prompt, for example "
+            f"In {len(first)} of {counted(len(facts), 'fact')} the subject is the first token of its prompt, for example "
             f"'{short(first[0].filled_prompt)}'. {session.method.name} changes what bare prompts like these say of other subjects too; "
             "frugal, or words before the subject, leave them alone"
         )

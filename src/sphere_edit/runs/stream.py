@@ -284,7 +284,7 @@ class Stream:
             )
         if min(sizes) <= LONG_ANSWER:
             said.append(
-                f"This model does not read such facts in layer {self.session.layers[-1]}: layers and a step for it are found by "
+                f"This model may read such facts in other layers than {self.session.layers[-1]}: layers and a step for it are found by "
                 f"`sphere-edit tune {self.session.loaded.source}`"
             )
         return ". ".join(said)
@@ -317,7 +317,7 @@ class Stream:
             worst, number = unlikely[0]
             fact = facts[number]
             self.reporter.say(
-                f"The targets of {len(unlikely)} of {counted(len(facts), 'fact')} make answers less than {_LIKELY:.0%} likely, the least "
+                f"The targets of {len(unlikely)} of {counted(len(facts), 'fact')} make their answers less than {_LIKELY:.0%} likely, the least "
                 f"'{short(fact.filled_prompt)}' → '{short(fact.target_new.strip())}' ({worst:.0%}). "
                 + self._advice([facts[number] for _, number in unlikely])
             )
