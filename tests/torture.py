@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import conftest  # noqa: F401  # one thread, no accelerator
 from conftest import fact_records
@@ -47,6 +49,10 @@ from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.trials import Trial
 
+tqdm.monitor_interval = (
+    0  # its thread may hold the bars' lock while a child is forked, which then waits for it for ever
+)
+_HUNG = 900  # seconds after which a child is no more waited for
 _MEMORY = 24 << 30  # bytes of address space: what would take more ends in an error that is seen
 _TIMES = frozenset(
     {"seconds", "time", "peak_memory", "expected_memory", "created", "inputs"}
@@ -132,7 +138,7 @@ def in_child(
         changing: only what changes a file or a folder counts, for a kill at a read leaves what one before the next change leaves.
 
     Returns:
-        how it ended (``well``, ``told``, ``killed``, or a traceback), and how many events there were.
+        how it ended (``well``, ``told``, ``killed``, or else a traceback or that it hung), and how many events there were.
     """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
@@ -149,8 +155,13 @@ def in_child(
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     with os.fdopen(reader, "rb") as pipe:
+        hung = not select.select([pipe], [], [], _HUNG)[0]
+        if hung:
+            os.kill(child, signal.SIGKILL)
         answer = pipe.read()
     os.waitpid(child, 0)
+    if hung:
+        return f"it hung for {_HUNG} s", 0
     said, count = json.loads(answer) if answer else ("killed", 0)
     return said, count
 
