@@ -114,11 +114,11 @@ def write_gguf(shipment: Shipment, folder: Path, base: Path, gauge: Gauge | None
     coarse = [place for place in places.values() if not place.keeps]
     if not coarse:
         return []
-    kinds = " or ".join(sorted({place.kind for place in coarse}, reverse=True))
+    types = " or ".join(sorted({place.kind for place in coarse}, reverse=True))
     if len(coarse) == 1:
-        return [f"{coarse[0].name} of {base.name} rounds more coarsely than an edit changes, and is {kinds} now"]
+        return [f"{coarse[0].name} of {base.name} rounds more coarsely than an edit changes, and is {types} now"]
     return [
-        f"{len(coarse)} tensors of {base.name} round more coarsely than an edit changes, and are {kinds} now: {coarse[0].name}, …"
+        f"{len(coarse)} tensors of {base.name} round more coarsely than an edit changes, and are {types} now: {coarse[0].name}, …"
     ]
 
 
