@@ -270,6 +270,13 @@ def test_what_cannot_be_asked_of_an_adapter_is_told(run_of, tmp_path, asked, tol
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_a_run_without_facts_is_refused(run_of, tmp_path):
+    copy = shutil.copytree(run_of(), tmp_path / "run")
+    command("rollback", copy, "--to", 0)
+    with pytest.raises(SphereEditError, match="this run knows no facts now"):
+        command("export", copy, "--as", "lora", "--rank", 4, "-o", tmp_path / "out")
+
+
 def test_without_peft_the_command_says_what_to_install(run_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SphereEditError, match=r"pip install 'sphere-edit\[export\]'"):
@@ -552,7 +559,7 @@ FORMS = {
 def test_killed_at_any_write_an_export_is_whole_or_not_there_and_the_next_leaves_nothing_else(
     run_of, tmp_path, form, every
 ):
-    """The process is killed at events of the file system: a few, spread over the export, or in the slow checks each."""
+    """The process is killed at events of the file system that change something: a few of them, or in the slow checks each."""
     with opened(run_of(), Quiet(), only_to_read=True) as editor:
         session, run, work = editor.session, RunFolder.open(run_of()), FORMS[form]
         if form == "apply" and not (run.path.parent / "delta").exists():
@@ -562,14 +569,14 @@ def test_killed_at_any_write_an_export_is_whole_or_not_there_and_the_next_leaves
                 save_gguf(run.path.parent / "model", run.path.parent / file, kind)
         work(session, run, tmp_path / "first" / "out")
         wanted = contents(tmp_path / "first" / "out")
-        said, events = in_child(lambda: work(session, run, tmp_path / "second" / "out"))
+        said, events = in_child(lambda: work(session, run, tmp_path / "second" / "out"), changing=True)
         assert said == "well"
         assert contents(tmp_path / "second" / "out") == wanted, "the same export twice is the same bytes"
         assert events > 10
         killed = 0
         for event in range(1, events + 1, 1 if every else max(1, events // 6)):
             place = tmp_path / "killed" / str(event)
-            said, _ = in_child(lambda place=place: work(session, run, place / "out"), events=event)
+            said, _ = in_child(lambda place=place: work(session, run, place / "out"), None, event, True)
             killed += said == "killed"
             if (place / "out").exists():
                 assert contents(place / "out") == wanted, f"event {event} of {events}"

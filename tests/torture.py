@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import conftest  # noqa: F401  # one thread, no accelerator
 from conftest import fact_records
@@ -47,6 +49,10 @@ from sphere_edit.progress import Quiet
 from sphere_edit.runs.folder import RunFolder
 from sphere_edit.trials import Trial
 
+tqdm.monitor_interval = (
+    0  # its thread may hold the bars' lock while a child is forked, which then waits for it for ever
+)
+_HUNG = 900  # seconds after which a child is no more waited for
 _MEMORY = 24 << 30  # bytes of address space: what would take more ends in an error that is seen
 _TIMES = frozenset(
     {"seconds", "time", "peak_memory", "expected_memory", "created", "inputs"}
@@ -123,17 +129,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def in_child(work: Callable[[], object], delay: float | None = None, events: int | None = None) -> tuple[str, int]:
+def in_child(
+    work: Callable[[], object], delay: float | None = None, events: int | None = None, changing: bool = False
+) -> tuple[str, int]:
     """Do ``work`` in a process of its own, killed after ``delay`` seconds or at the ``events``-th event of the file system.
 
+    Args:
+        changing: only what changes a file or a folder counts, for a kill at a read leaves what one before the next change leaves.
+
     Returns:
-        how it ended (``well``, ``told``, ``killed``, or a traceback), and how many events there were.
+        how it ended (``well``, ``told``, ``killed``, or else a traceback or that it hung), and how many events there were.
     """
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reader)
         count = [0]
-        sys.addaudithook(lambda event, _: _tick(event, count, events))
+        sys.addaudithook(lambda event, args: None if changing and _reads(event, args) else _tick(event, count, events))
         with Path(os.devnull).open("w") as nothing:
             sys.stdout = sys.stderr = nothing
             said = _ended(work)
@@ -144,10 +155,19 @@ def in_child(work: Callable[[], object], delay: float | None = None, events: int
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     with os.fdopen(reader, "rb") as pipe:
+        hung = not select.select([pipe], [], [], _HUNG)[0]
+        if hung:
+            os.kill(child, signal.SIGKILL)
         answer = pipe.read()
     os.waitpid(child, 0)
+    if hung:
+        return f"it hung for {_HUNG} s", 0
     said, count = json.loads(answer) if answer else ("killed", 0)
     return said, count
+
+
+def _reads(event: str, args: tuple[Any, ...]) -> bool:
+    return event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
 def _tick(event: str, count: list[int], at: int | None) -> None:

@@ -83,7 +83,7 @@ def write_lora(
         what a user should know of it, in sentences.
 
     Raises:
-        SphereEditError: PEFT is not installed; the model has experts; a rank below 1 or beyond the matrices' own.
+        SphereEditError: PEFT is not installed; the model has experts; the run has no facts; a rank below 1 or beyond the matrices' own.
     """
     peft = _peft()
     adapter = _adapter(shipment, session, run)
@@ -120,7 +120,7 @@ def differing(folder: Path, manifest: Manifest, weights: RunWeights) -> Iterator
     for name in manifest.matrices:
         right, left = (tensors[f"{_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
         found = _distance(left, right, weights.deployed(name, manifest.state.batch) - weights.original(name))
-        if name not in written or abs(found - written[name]) > _SAME:
+        if name not in written or abs(found - written[name]) > _SAME * max(1.0, found):
             yield f"{name} in {folder} was not made of what the run changed"
 
 
@@ -143,10 +143,15 @@ def _peft() -> Any:
 def _adapter(shipment: Shipment, session: Session, run: RunFolder) -> Adapter:
     """The change of every matrix, those that add to one stream together, with the facts' keys and ordinary inputs."""
     weights, of_run = shipment.weights, RunWeights(run)
-    changes = {name: weights.deployed(name) - weights.original(name) for name in weights.names}
+    device = session.loaded.device  # of a model that is spread over several, matrices of one stream meet on one
+    changes = {name: (weights.deployed(name) - weights.original(name)).to(device) for name in weights.names}
     if any(change.dim() != 2 for change in changes.values()):
         raise SphereEditError("an adapter of experts is not written yet; export --as delta or hf")
-    keys = written_keys(session, retained(run), run.config.templates)
+    if not (facts := retained(run)):
+        raise SphereEditError(
+            "this run knows no facts now, so that an adapter of it would hold nothing; edit some first"
+        )
+    keys = written_keys(session, facts, run.config.templates)
     groups: dict[str, list[str]] = {}
     for name in weights.names:
         groups.setdefault(_stream(session.loaded.architecture, name), []).append(name)
@@ -212,7 +217,8 @@ def _merged(shipment: Shipment, factors: Mapping[str, Factors]) -> Iterator[None
     kept = {name: weights.deployed(name) for name in weights.names}
     try:
         for name, (left, right) in factors.items():
-            weights.deploy(name, torch.addmm(weights.original(name), left, right))
+            original = weights.original(name)
+            weights.deploy(name, torch.addmm(original, left.to(original.device), right.to(original.device)))
         yield
     finally:
         for name, weight in kept.items():

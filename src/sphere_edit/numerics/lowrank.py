@@ -17,7 +17,7 @@ from sphere_edit.numerics.linalg import factor_solve, spd_factor
 
 Factors = tuple[Tensor, Tensor]  # ``B [d_out, R]`` and ``A [R, d_in]``, float32
 _LEFT_OUT = 5.0  # what a direction that nobody holds costs, where one that a single matrix holds costs one
-_ROWS = 8.0  # of keys, as many as ordinary inputs weigh when a matrix takes something over
+_ORDINARY = 0.5  # λ: how much ordinary inputs weigh beside the facts' keys when a matrix takes something over
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Shared:
 
     def _system(self, name: str) -> Tensor:
         keys = self._keys(name)
-        return (keys.T * self._weights) @ keys + _ROWS / len(keys) * self._moment(name)
+        return (keys.T * self._weights) @ keys + _ORDINARY * self._moment(name)
 
     def _keys(self, name: str) -> Tensor:
         return self.keys[name].to(self.changes[name].device).double()
