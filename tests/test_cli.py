@@ -239,6 +239,12 @@ def test_corpus_from_files_and_its_heldout_part(model, tmp_path, facts, settings
         (["rollback", "{tmp}", "--to", "1"], "is not a run folder"),
         (["export", "{tmp}", "-o", "{tmp}/x"], "is not a run folder"),
         (["eval", "{model}", "{tmp}/none.csv"], "there is no file"),
+        (
+            ["inspect", 300 * "m"],
+            r"expected a model's hub id, folder or .gguf file, not 'm{60}…' \(File name too long\)",
+        ),
+        (["verify", 300 * "m"], "is neither a run folder nor an export"),
+        (["apply", 300 * "m", "{model}", "-o", "{tmp}/x"], "is no export"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence_before_any_work(model, tmp_path, facts, arguments, message):

@@ -298,7 +298,7 @@ def test_every_command_that_opens_a_model_takes_a_map(models, tmp_path, spread_y
             [str(part).replace("RUN", str(tmp_path / name)) for part in command] for name in ("whole", "parts")
         )
         first, second = told(*whole), told(*spread, *where)
-        assert second.replace(str(tmp_path / "parts"), "RUN") == first.replace(str(tmp_path / "whole"), "RUN")
+        assert second.replace("parts", "whole") == first
         assert lying[0] == 0 < lying[1], "the second was spread"
         lying.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os.path
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -81,7 +82,7 @@ def state_of(run: RunFolder, batch: int) -> State:
 
 def is_export(folder: str | Path) -> bool:
     """Whether a folder says that it is one."""
-    return (Path(folder) / Manifest.NAME).is_file()
+    return os.path.isfile(Path(folder) / Manifest.NAME)  # a name too long for a file is none
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
         SphereEditError: it says nothing, or what it says is damaged or of a newer version.
     """
     path = folder / Manifest.NAME
-    if not folder.is_dir() or not path.is_file():
+    if not is_export(folder):
         raise SphereEditError(
             f"{folder} is no export: it holds no {Manifest.NAME}, which every export of sphere-edit has"
         )

@@ -317,10 +317,20 @@ def whole_folder(source: str, code: bool = False) -> Path:
 
 
 def full_name(source: str | os.PathLike[str]) -> str:
-    """A source as it can be found again from anywhere: local paths absolute, names as they are."""
+    """A source as it can be found again from anywhere: local paths absolute, names as they are.
+
+    Raises:
+        SphereEditError: no file can have such a name.
+    """
     name = os.fspath(source)
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != EMBEDDED and path.exists() else name
+    try:
+        return str(path.resolve()) if name != EMBEDDED and path.exists() else name
+    except OSError as error:
+        said = f"{name[:60]}…" if len(name) > 60 else name
+        raise SphereEditError(
+            f"expected a model's hub id, folder or .gguf file, not '{said}' ({error.strerror})"
+        ) from None
 
 
 def prepare(model: Any, tokenizer: Any, source: str) -> LoadedModel:
