@@ -82,7 +82,7 @@ def state_of(run: RunFolder, batch: int) -> State:
 
 def is_export(folder: str | Path) -> bool:
     """Whether a folder says that it is one."""
-    return os.path.isfile(Path(folder) / Manifest.NAME)  # a name too long for a file is none
+    return os.path.isfile(Path(folder) / Manifest.NAME)  # noqa: PTH113  # a name too long for a file is none
 
 
 def read_manifest(folder: Path) -> Manifest:

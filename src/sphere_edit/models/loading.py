@@ -27,6 +27,7 @@ from sphere_edit.models.offload import Stored, hold_vectors, shared_maps
 from sphere_edit.models.placement import Place, Placement, main_of, spoken
 from sphere_edit.models.pretrained import first_lines, from_pretrained, skeleton, usable
 from sphere_edit.models.probe import architecture_of, check_head, with_replay
+from sphere_edit.models.products import keep_few_kernels
 from sphere_edit.models.soundness import (
     check_extent,
     check_folder,
@@ -142,6 +143,7 @@ def load_model(
     Raises:
         SphereEditError: the source does not exist, cannot be loaded, or is of an unsupported family.
     """
+    keep_few_kernels()
     target = _target(device, placement)
     known = _looked_up(source, dtype, trust_remote_code)
     source, before = known.source, held_now(target)

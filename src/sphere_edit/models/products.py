@@ -6,6 +6,7 @@ PyTorch takes MKL for them, whose kernels use half of what an AMD processor with
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,10 +14,15 @@ from threading import Lock
 
 import torch
 
-from sphere_edit.models.shapes import FewShapes
-
 _LEAST_WIDTH = 256
+_KERNELS = 64  # that oneDNN, and PyTorch in front of it, keep of those compiled: each shape of a product has one of 0.6 MB, and a stream thousands
 _EXACT = 1e-6  # relative error of a float32 product that is one; bfloat16's is 2e-3
+
+
+def keep_few_kernels() -> None:
+    """Limit what oneDNN keeps of the kernels it compiles, unless the environment says how many; both caches read that at their first product."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_KERNELS))
 
 
 class _Switch:
@@ -55,21 +61,16 @@ _SWITCH = _Switch()
 def quick_products(device: torch.device, width: int) -> Iterator[None]:
     """Inside, float32 products on a CPU are oneDNN's where that is quicker (`is_quicker`); they stay float32's.
 
-    What oneDNN does there, bfloat16 products too, is done in few shapes (`shapes`).
-
     Not for what is to have the bits of earlier versions: updates that are added to weights.
 
     Args:
         width: of the model's hidden states; small products gain nothing, for oneDNN compiles a kernel for each shape.
     """
-    if width < _LEAST_WIDTH or device.type != "cpu":
-        yield
-    elif is_quicker(device):
-        with _SWITCH.on(), FewShapes(torch.bfloat16, torch.float32):
+    if width >= _LEAST_WIDTH and is_quicker(device):
+        with _SWITCH.on():
             yield
     else:
-        with FewShapes(torch.bfloat16):
-            yield
+        yield
 
 
 def is_quicker(device: torch.device) -> bool:
@@ -82,7 +83,7 @@ def is_quicker(device: torch.device) -> bool:
 
 def precision(device: torch.device) -> str:
     """What float32 products are like there, for the name of a cached result."""
-    return "oneDNN, few shapes" if is_quicker(device) else _SWITCH.chosen()
+    return "oneDNN" if is_quicker(device) else _SWITCH.chosen()
 
 
 @cache
