@@ -15,14 +15,14 @@ from threading import Lock
 import torch
 
 _LEAST_WIDTH = 256
-_KERNELS = 64  # that oneDNN, and PyTorch in front of it, keep of those compiled: each shape of a product has one of 0.6 MB, and a stream thousands
+KERNELS = 64  # that oneDNN, and PyTorch in front of it, keep of those compiled: each shape of a product has one of 0.6 MB, and a stream thousands
 _EXACT = 1e-6  # relative error of a float32 product that is one; bfloat16's is 2e-3
 
 
 def keep_few_kernels() -> None:
     """Limit what oneDNN keeps of the kernels it compiles, unless the environment says how many; both caches read that at their first product."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_KERNELS))
+        os.environ.setdefault(name, str(KERNELS))
 
 
 class _Switch:

@@ -14,6 +14,7 @@ from sphere_edit.editing.repair import TEXT_TOKENS
 from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import head_rows
 from sphere_edit.models.placement import Place, place_of
+from sphere_edit.models.products import KERNELS
 from sphere_edit.models.sites import module_of
 from sphere_edit.models.stored import joins_experts
 from sphere_edit.runs.session import Session
@@ -189,7 +190,7 @@ class _Books:
         if not count or self.loaded.device.type != "cpu" or self._computing != 2:
             return 0
         settings = self.settings.targets
-        return 4 * _KERNEL * settings.tokens_on(self.loaded.device) * _chosen(self.model) / count
+        return _KERNEL * min(KERNELS, 4 * settings.tokens_on(self.loaded.device) * _chosen(self.model) / count)
 
     def _is_offloaded(self, layer: int) -> bool:
         places = getattr(self.model, "hf_device_map", None) or {}
