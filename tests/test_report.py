@@ -19,11 +19,14 @@ from families import save_tiny
 from sphere_edit import Sphere, SphereEditError
 from sphere_edit.editing.methods import METHODS as ALL_METHODS
 from sphere_edit.editor import Editor
+from sphere_edit.evaluation.scores import FactScores, PromptScore
+from sphere_edit.facts.readers import facts_from
 from sphere_edit.progress import Quiet
 from sphere_edit.reporting import plots, weight_plots
 from sphere_edit.reporting.colours import colour_of
 from sphere_edit.reporting.correlation import correlate, predictors
 from sphere_edit.reporting.lights import INTACT, TAKEN, lights
+from sphere_edit.reporting.neighbors import ChangedNeighbors
 from sphere_edit.reporting.report import write_report
 from sphere_edit.reporting.series import Series, labelled
 from sphere_edit.runs.folder import RunFolder
@@ -343,3 +346,15 @@ def test_the_last_update_is_told_as_solved_and_as_written(runs):
         assert float((rest - rest @ principal @ principal.T).norm()) < 1e-5
     figure = weight_plots.idea(weight, solved, written, "x")
     assert "‖ΔW U‖" in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize(("index", "count"), [(0, 0), (0, 2), (1, 1), (-1, 1)])
+def test_neighbours_in_damaged_results_are_told(index, count):
+    score = PromptScore(1.0, 2.0, 1.0)
+    scores = FactScores(score, (), (score,) * count).as_dict()
+    entry = {"index": index, "unedited": scores, "edited": scores}
+    facts = facts_from(
+        [{"subject": "Ada", "prompt": "{} is in", "target_new": "Rome", "neighbors": ["Bo is in"]}]
+    ).facts
+    with pytest.raises(SphereEditError, match=f"neighbours of fact {index} are not the run's"):
+        ChangedNeighbors.of([entry], facts)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.catalogue import STRICT
 from sphere_edit.evaluation.scores import FactScores
 from sphere_edit.facts.fact import Fact
@@ -35,13 +36,23 @@ class ChangedNeighbors:
 
     @classmethod
     def of(cls, per_fact: Sequence[Mapping[str, Any]], facts: Sequence[Fact]) -> ChangedNeighbors:
-        """From the facts of ``metrics.json``, and the run's own."""
-        rows = [row for entry in per_fact for row in _changed(entry, facts[entry["index"]])]
+        """From the facts of ``metrics.json``, and the run's own.
+
+        Raises:
+            SphereEditError: they do not fit one another.
+        """
+        rows = [row for entry in per_fact for row in _changed(entry, facts)]
         return cls(tuple(rows), sum(len(entry["edited"]["neighbors"]) for entry in per_fact))
 
 
-def _changed(entry: Mapping[str, Any], fact: Fact) -> Iterator[NeighborRow]:
+def _changed(entry: Mapping[str, Any], facts: Sequence[Fact]) -> Iterator[NeighborRow]:
+    index = entry["index"]
     before, after = (FactScores.from_dict(entry[side]).neighbors for side in ("unedited", "edited"))
-    for neighbor, old, new in zip(fact.neighbors, before, after, strict=True):
+    neighbors = facts[index].neighbors if 0 <= index < len(facts) else None
+    if neighbors is None or not len(neighbors) == len(before) == len(after):
+        raise SphereEditError(
+            f"metrics.json is damaged: the neighbours of fact {index} are not the run's; restore it from a backup"
+        )
+    for neighbor, old, new in zip(neighbors, before, after, strict=True):
         if STRICT.verdict(old) == 1 and STRICT.verdict(new) != 1:
-            yield NeighborRow(entry["index"], neighbor.prompt, old.said, new.said)
+            yield NeighborRow(index, str(neighbor.prompt), old.said, new.said)
