@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from conftest import fact_records
 from families import FAMILIES, save_tiny
@@ -32,13 +32,18 @@ tokens_per_batch: 512
 """
 
 
-def run(*args: object) -> str:
-    """Run a command; its output, or the error it ends in."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=True, env={"COLUMNS": "200"})
+def invoked(*args: object, typed: str | None = None) -> Result:
+    """Run a command, in one width; what it did, or the error it ends in."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], input=typed, env={"COLUMNS": "200"})
     if isinstance(result.exception, SphereEditError):
         raise result.exception
     assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
+    return result
+
+
+def run(*args: object) -> str:
+    """All that a command prints."""
+    return invoked(*args).output
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from conftest import fact_records
 from families import save_tiny
 from mixtures import save_mixture
 from sphere_edit import tuning
-from sphere_edit.cli import app
 from sphere_edit.editing.problem import Kept, Statistics
 from sphere_edit.editing.settings import make_settings, placed
 from sphere_edit.editing.statistics import load_statistics
@@ -27,6 +25,7 @@ from sphere_edit.models.placement import Placement, read_map, read_memory
 from sphere_edit.models.pretrained import skeleton
 from sphere_edit.progress import Quiet
 from sphere_edit.runs.session import Session
+from test_cli import invoked
 
 COMMON: dict[str, Any] = {
     "batch_size": 3,
@@ -252,12 +251,8 @@ def test_places_of_another_machine_are_told_before_anything_is_fetched(models):
 
 
 def told(*args: object) -> str:
-    """What a command prints, in one width."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args], input="Ada lives in\n", env={"COLUMNS": "200"})
-    if isinstance(result.exception, SphereEditError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
+    """What a command says on stdout, which a chat is asked one prompt of."""
+    return invoked(*args, typed="Ada lives in\n").stdout
 
 
 @pytest.fixture

@@ -366,10 +366,10 @@ def of_run(folder: str | Path, facts: int) -> Iterator[View]:
     if "ability" in content["edited"]:
         scores = {when: content[when].get("ability", {}) for when in ("unedited", "edited")}
         yield Abilities.of(scores, f"after batch {content['after']}")
-    changed = ChangedNeighbors.of(content["per_fact"], run.facts())
-    if facts and changed.rows:
-        yield changed
     if facts:
+        changed = ChangedNeighbors.of(content["per_fact"], run.facts())
+        if changed.rows:
+            yield changed
         yield Facts.of(content["per_fact"], history.standing, count=facts)
 
 
