@@ -336,7 +336,7 @@ def test_mistakes_about_a_cluster(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ray_does_what_one_process_does(config, tmp_path, monkeypatch):
     """Two workers, one of which dies in the middle of its run."""
-    pytest.importorskip("ray", reason="Ray is not installed (the extra 'cluster')")
+    pytest.importorskip("ray", reason="Ray is not installed (the extra 'bench')")
     small = {**config, "seeds": [0], "settings": {**config["settings"], "batch_size": 2}}
     serial = bench_of(small, tmp_path / "serial")
     serial.execute(Quiet())
