@@ -8,6 +8,7 @@
 # RUN    the run folder, which is kept from week to week
 # OUT    the folder to export to; it must not exist yet
 #
+# A run keeps its settings: OPTIONS may be given every week, as long as they say the same.
 # STRICT and PERPLEXITY set the limits: per cent of this week's facts, and the multiple of the unedited perplexity.
 set -euo pipefail
 model=$1 facts=$2 run=$3 out=$4
@@ -15,8 +16,8 @@ shift 4
 
 if [ -e "$run/journal.jsonl" ]; then
     before=$(python -c 'import json, sys; print(json.load(open(sys.argv[1] + "/metrics.json"))["after"])' "$run")
-    sphere-edit edit "$run" "$facts" --dry-run
-    sphere-edit edit "$run" "$facts"
+    sphere-edit edit "$run" "$facts" --dry-run "$@"
+    sphere-edit edit "$run" "$facts" "$@"
 else
     before=0
     sphere-edit edit "$model" "$facts" -o "$run" --dry-run "$@"

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,26 @@ def results(bench: Bench) -> tuple[str, list]:
     return (bench.folder / "table.csv").read_text(), entries
 
 
+class Heard(Quiet):
+    """What was said."""
+
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text, style=""):
+        self.said.append(text)
+
+
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory) -> Bench:
+def heard() -> Heard:
+    """By the whole bench."""
+    return Heard()
+
+
+@pytest.fixture(scope="module")
+def whole(config, heard, tmp_path_factory) -> Bench:
     bench = bench_of(config, tmp_path_factory.mktemp("whole"))
-    bench.execute(Quiet())
+    bench.execute(heard)
     return bench
 
 
@@ -91,6 +108,13 @@ def test_every_run_of_the_matrix_is_done_and_stands_in_the_table(whole):
     assert "paired by fact" in table
     assert "The best variant over the best plain method" in table
     assert (whole.folder / "table.tex").read_text().count(r"\\") == 6
+
+
+def test_what_runs_share_is_said_once(whole, heard):
+    counts = Counter(heard.said)
+    assert {count for text, count in counts.items() if text.startswith(("Facts read as", "Loading"))} == {1}
+    assert sum(text.startswith("Facts read as") for text in counts) == 2, "each seed has other facts"
+    assert counts["Preparing"] == len(whole.cells), "what a run does is its own"
 
 
 class _Killed(BaseException):
@@ -312,7 +336,7 @@ def test_mistakes_about_a_cluster(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ray_does_what_one_process_does(config, tmp_path, monkeypatch):
     """Two workers, one of which dies in the middle of its run."""
-    pytest.importorskip("ray", reason="Ray is not installed (the extra 'cluster')")
+    pytest.importorskip("ray", reason="Ray is not installed (the extra 'bench')")
     small = {**config, "seeds": [0], "settings": {**config["settings"], "batch_size": 2}}
     serial = bench_of(small, tmp_path / "serial")
     serial.execute(Quiet())

@@ -17,7 +17,7 @@ from old_runs import FOLDER as OLD_RUNS
 from sphere_edit import SphereEditError, __version__
 from sphere_edit.cli import app
 from sphere_edit.editing.methods import METHODS
-from sphere_edit.editor import opened
+from sphere_edit.editor import Editor, opened
 from sphere_edit.models.loading import prepare
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -30,6 +30,9 @@ moments: {sampled_tokens: 256}
 options: {l2: 0.1, null_space: quantile, null_space_threshold: 0.8}
 tokens_per_batch: 512
 """
+
+
+QUESTIONS = ("Did the edits take?", "Is the rest intact?", "Is it still near itself?")
 
 
 def invoked(*args: object, typed: str | None = None) -> Result:
@@ -114,6 +117,18 @@ def test_edit_export_load_and_evaluate(family, dtype, tmp_path, facts, settings)
             assert theirs["nll_other"] == pytest.approx(mine["nll_other"], abs=1e-3 if dtype == "float32" else 0.15)
 
 
+def test_the_demo_ends_as_an_edit_does(model, tmp_path, monkeypatch):
+    """With a tiny model in SmolLM2's place; test_smollm2_slow.py has the real one."""
+    load = Editor.from_pretrained
+    quick = {"targets": {"steps": 2}, "moments": {"sampled_tokens": 256}, "recheck": False, "repair": 0}
+    monkeypatch.setattr(Editor, "from_pretrained", lambda name, **given: load(model, **given, **quick))
+    out = run("demo", "-o", tmp_path / "demo", "--limit", 6)
+    order = ["What the model says", "All 6 facts, after batch 3", *QUESTIONS, "Run folder:", "studio"]
+    places = [out.index(text) for text in order]
+    assert places == sorted(places)
+    assert (tmp_path / "demo" / "report.html").is_file()
+
+
 def test_a_whole_week(model, tmp_path, facts, settings):
     folder = tmp_path / "run"
     settings.write_text(
@@ -141,8 +156,7 @@ def test_a_whole_week(model, tmp_path, facts, settings):
     assert "the same command without --dry-run edits" in plan.lower()
     assert "Text is sampled once for each model" in plan
     told = run("edit", model, facts, "-o", folder, *common, "--layers", "1-2")
-    for question in ("Did the edits take?", "Is the rest intact?", "Is it still near itself?"):
-        assert question in told
+    assert all(question in told for question in QUESTIONS)
     assert "of 8: target_true in 5, paraphrases in 8, neighbors in 8" in told
     assert "(strict efficacy " in told
     assert "(perplexity × " in told

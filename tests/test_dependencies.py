@@ -1,4 +1,4 @@
-"""What pyproject.toml asks of other packages, and the file that lets its lower ends be tested."""
+"""What pyproject.toml asks of other packages, its extras, and the file that lets its lower ends be tested."""
 
 from __future__ import annotations
 
@@ -20,6 +20,31 @@ def test_the_oldest_versions_are_those_that_pyproject_allows():
     assert pinned.keys() == lowest.keys()
     for name, version in pinned.items():
         assert _numbers(version) == _numbers(lowest[name]), name
+
+
+def test_every_extra_that_is_named_exists_and_readme_tells_of_all():
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[", project, re.DOTALL | re.MULTILINE).group(1)
+    extras = set(re.findall(r"^([a-z]+) = ", section, re.MULTILINE))
+    told = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml")]
+    told += [
+        path
+        for folder, names in (("docs", "*.md"), ("src", "*.py"), (".github", "*.yml"), ("examples", "*"))
+        for path in (ROOT / folder).rglob(names)
+        if path.is_file()
+    ]
+    named = {
+        name: path.name
+        for path in told
+        for listed in re.findall(r"(?:sphere-edit|(?<![\w.])\.)\[([a-z,]+)\]", path.read_text("utf-8"))
+        for name in listed.split(",")
+    }
+    assert {"ability", "bench", "export", "log", "studio"} <= named.keys(), "the errors name these"
+    assert named.keys() <= extras, {name: file for name, file in named.items() if name not in extras}
+    readme = re.findall(
+        r"`([a-z]+)`", re.search(r"\| extra \|(.*?)\n\n", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    )
+    assert set(readme) == extras
 
 
 def _numbers(version: str) -> list[int]:

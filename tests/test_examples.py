@@ -112,7 +112,7 @@ def test_the_weekly_patch_ships_or_goes_back(model, shell):
     options = ["--config", "settings.yaml", "--method", "memit"]
     assert "Shipped: out1" in run("weekly_patch.sh", model, "week1.jsonl", "patches", "out1", *options, **limits)
     assert (work / "out1" / "model.safetensors").is_file()
-    said = run("weekly_patch.sh", model, "week2.jsonl", "patches", "out2", status=4, STRICT="101")
+    said = run("weekly_patch.sh", model, "week2.jsonl", "patches", "out2", *options, status=4, STRICT="101")
     assert "the model goes back to batch 1" in said
     assert not (work / "out2").exists()
     journal = [json.loads(line) for line in (work / "patches" / "journal.jsonl").read_text().splitlines()]

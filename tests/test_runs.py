@@ -488,7 +488,7 @@ def test_an_append_that_fails_half_way_leaves_no_trace(model, tmp_path, monkeypa
     path = tmp_path / "run" / "journal.jsonl"
     content = path.read_bytes()
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        monkeypatch.setattr(folder_module.os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
         with pytest.raises((SphereEditError, KeyboardInterrupt)):
             editor.run.append(Finished(after=1))
         monkeypatch.undo()

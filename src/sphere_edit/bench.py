@@ -23,7 +23,7 @@ from sphere_edit.facts.corpus import read_passages
 from sphere_edit.facts.readers import FactSet, read_facts
 from sphere_edit.files import plain_errors, write_json, write_text
 from sphere_edit.models.loading import full_name
-from sphere_edit.progress import Reporter, duration
+from sphere_edit.progress import Once, Reporter, duration
 from sphere_edit.reporting.comparison import UNEDITED, Row, as_csv, latex, markdown, read_row
 from sphere_edit.reporting.report import write_report
 from sphere_edit.runs.folder import RunFolder
@@ -202,6 +202,7 @@ class Bench:
         todo = [cell for cell in asked if not self.finished(cell)]
         self.record([cell for cell in asked if cell not in todo])  # an earlier process may have died before it did
         spent: list[float] = []
+        reporter = Once(reporter)  # runs share their facts and models
         elsewhere: list[str] = []
         for cell in todo:
             with self._claimed(cell) as ours:

@@ -78,7 +78,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise SphereEditError("--executor ray needs Ray; install it with: pip install 'sphere-edit[cluster]'") from None
+        raise SphereEditError("--executor ray needs Ray; install it with: pip install 'sphere-edit[bench]'") from None
     return ray
 
 

@@ -40,6 +40,30 @@ class Quiet:
         yield lambda amount: None
 
 
+class Once:
+    """Passes everything on to another reporter, but no sentence twice.
+
+    A sentence is a line that is not indented and has no style: it tells of what was given, the facts and the model, which several runs may
+    share. What runs tell of themselves, headings, steps and warnings, is said each time.
+    """
+
+    def __init__(self, reporter: Reporter):
+        self._reporter = reporter
+        self._said: set[str] = set()
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, if it is not a sentence that was said before."""
+        sentence = not style and not text.startswith(" ")
+        if sentence and text in self._said:
+            return
+        self._said.add(text)
+        self._reporter.say(text, style)
+
+    def bar(self, title: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """The other's bar."""
+        return self._reporter.bar(title, total, unit)
+
+
 def duration(seconds: float) -> str:
     """How long something takes, in the unit one would say it in."""
     if seconds < 90:

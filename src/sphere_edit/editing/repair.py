@@ -151,7 +151,8 @@ class Repair:
                     descent.divergences.pop()
                     descent.losses.pop()
                     reporter.say(
-                        f"The repair ends after {counted(step, 'step')}: the model overflows in {self.loaded.dtype}"
+                        f"The repair ends after {counted(step, 'step')}: the model overflows in {self.loaded.dtype}",
+                        "yellow",
                     )
                     break
                 for name, gradient in gradients.items():

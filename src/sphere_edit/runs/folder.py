@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,19 +39,18 @@ from sphere_edit.files import (
     read_json,
     read_tensors,
     remove_stale_temporaries,
-    write_atomically,
     write_json,
     write_tensors,
     write_text,
 )
 from sphere_edit.numerics.update import PARTS, Update, update_from
-from sphere_edit.runs.history import History, Inconsistent
-from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config, parse_record
+from sphere_edit.runs.history import History
+from sphere_edit.runs.journal import Journal
+from sphere_edit.runs.records import FactsAccepted, Record, RunConfig, parse_config
 from sphere_edit.runs.summary import MetricsContent, parse_metrics
 from sphere_edit.text import visible
 
 METRICS = "metrics.json"
-_JOURNAL = "journal.jsonl"
 _NOT_STARTED = "nothing has been decided for this run yet"
 
 
@@ -72,7 +69,7 @@ class RunFolder:
         self._inputs: dict[str, str] = {}
         self.watchers: list[Watcher] = []
         self.writable = False  # whether the lock is held
-        self._lock = FileLock(str(path / ".lock"))
+        self._journal, self._lock = Journal(path), FileLock(str(path / ".lock"))
 
     @property
     def config(self) -> RunConfig:
@@ -88,11 +85,7 @@ class RunFolder:
     @classmethod
     def exists(cls, path: str | Path) -> bool:
         """Whether a run was started there: its journal has a line, the facts it accepted."""
-        try:
-            with (Path(path) / _JOURNAL).open("rb") as file:
-                return file.readline().endswith(b"\n")
-        except OSError:
-            return False
+        return Journal(Path(path)).begun
 
     @classmethod
     def refuse_taken(cls, path: Path) -> None:
@@ -105,7 +98,7 @@ class RunFolder:
             raise SphereEditError(
                 f"{path} holds a run already; add --resume to go on with it, or choose another folder"
             )
-        ours = {RunConfig.NAME, _JOURNAL, "statistics", "heldout.json", "passages.json", "facts"}
+        ours = {RunConfig.NAME, Journal.NAME, "statistics", "heldout.json", "passages.json", "facts"}
         with plain_errors(path, "read"):
             if path.exists() and (not path.is_dir() or {i.name for i in path.iterdir() if i.name[0] != "."} - ours):
                 raise SphereEditError(f"{path} exists and is not a run folder; choose another")
@@ -127,7 +120,7 @@ class RunFolder:
         cls.refuse_taken(path)
         with plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            (path / _JOURNAL).touch()
+            (path / Journal.NAME).touch()
 
     def decide(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
         """Write down everything that affects results, before the first batch, with the hashes of the files that do."""
@@ -175,9 +168,7 @@ class RunFolder:
         with plain_errors(path / RunConfig.NAME, "read"):
             content = json.loads((path / RunConfig.NAME).read_text("utf-8"))
         config = parse_config(content, str(path))
-        with plain_errors(path / _JOURNAL, "read"):
-            journal = (path / _JOURNAL).read_bytes()
-        run = cls(path, config, _parsed(journal, path))
+        run = cls(path, config, Journal(path).read())
         if run.inputs.get(RunConfig.NAME, config.digest) != config.digest:
             raise _not_as_started(path / RunConfig.NAME)
         return run
@@ -208,23 +199,11 @@ class RunFolder:
             with plain_errors(self.path):
                 raise error
         try:
-            return self._whole_records()
+            remove_stale_temporaries(self.path)
+            return self._journal.take_over()
         except BaseException:
             self.unlock()
             raise
-
-    def _whole_records(self) -> list[Record]:
-        """The journal as it stands now that nobody else writes; what an interrupted write left behind is removed."""
-        remove_stale_temporaries(self.path)
-        journal = self.path / _JOURNAL
-        with plain_errors(journal):
-            content = journal.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if journal.stat().st_nlink > 1:  # a copy by hard links: what is appended here must not stand there
-                write_atomically(journal, lambda file: file.write_bytes(content[:whole]))
-            elif whole < len(content):
-                os.truncate(journal, whole)
-        return _parsed(content, self.path)
 
     def unlock(self) -> None:
         """Let others in."""
@@ -238,31 +217,11 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """Commit one record, with the time: written and flushed to disk before this returns."""
-        record = ranks.once(partial(self._commit, record))
+        record = ranks.once(partial(self._journal.append, record))
         self.records.append(record)
         self._history.take(record)
         for watcher in self.watchers:
             watcher(self, record)
-
-    def _commit(self, record: Record) -> Record:
-        record = record.model_copy(update={"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-        line = (
-            json.dumps(record.as_entry(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
-            + b"\n"
-        )
-        journal = self.path / _JOURNAL
-        with plain_errors(journal):
-            size = journal.stat().st_size
-            try:
-                with journal.open("ab", buffering=0) as file:
-                    rest = memoryview(line)
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
-            except BaseException:  # all of the line or nothing, whatever stopped it
-                os.truncate(journal, size)
-                raise
-        return record
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
@@ -448,16 +407,3 @@ def read_metrics(folder: Path) -> MetricsContent:
 def _of(matrix: str | None) -> Callable[[str], bool] | None:
     """Which tensors of an update belong to a matrix."""
     return None if matrix is None else lambda name: name.rsplit("/", 1)[0] == matrix
-
-
-def _parsed(journal: bytes, path: Path) -> list[Record]:
-    """The records of a journal's whole lines, each of which must follow from those before it."""
-    history, records = History(), []
-    for number, line in enumerate(journal.split(b"\n")[:-1], 1):
-        where = f"{path / _JOURNAL}, line {number}"
-        records.append(parse_record(line, where))
-        try:
-            history.take(records[-1])
-        except Inconsistent as error:
-            raise SphereEditError(f"{where} is damaged ({error}); restore it from a backup") from None
-    return records

@@ -103,7 +103,8 @@ class Stream:
         peak, expected = peak_memory(device), account_of(self.session).peak[str(device)]
         if peak:
             self.reporter.say(
-                f"Memory: {peak / 1e9:.2f} GB at most on {device}; {expected / 1e9:.2f} GB were expected ({expected / peak - 1:+.0%})"
+                f"Memory: {peak / 1e9:.2f} GB at most on {device}; {expected / 1e9:.2f} GB were expected ({expected / peak - 1:+.0%})",
+                "dim",
             )
         self.run.append(Finished(after=self.run.history.head, peak_memory=peak, expected_memory=expected))
 
