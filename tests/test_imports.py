@@ -40,6 +40,7 @@ GROUND = [
     "progress",
     "ranks",
     "files",
+    "heap",
     "plugins",
 ]  # what every floor stands on
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.repair import TEXT_TOKENS
+from sphere_edit.heap import GROWN
 from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import head_rows
 from sphere_edit.models.placement import Place, place_of
@@ -103,7 +104,7 @@ class _Books:
         kept = sum(row.memory(shapes) + row.state(shapes) for row in rows) + 4 * sum(self.matrices)
         directions = sum(8 * _DIRECTIONS * min(out, inner) * inner for out, inner in shapes)
         copy = 2 * sum(parameter.numel() for parameter in self.model.parameters()) if self._copied else 0
-        return _sum(self.weights(), self._here(kept + directions + copy + self._kernels()))
+        return _sum(self.weights(), self._here(kept + directions + copy + self._kernels() + self._holes()))
 
     def reading(self) -> dict[str, int]:
         """Ordinary text before the first batch: second moments in two halves, and what a pass leaves for them."""
@@ -124,20 +125,17 @@ class _Books:
         """The upper layers' graph of a chunk of facts, and the logits that are read."""
         tokens = self.settings.targets.tokens_on(self.loaded.device)
         logits = self.vocabulary * tokens * (2 * self._computing * (_READ + _KL_ROWS) + 5 * 4 * _KL_ROWS)
-        return _sum(self.run(), self._here(self._targets_graph() + logits))
+        return _sum(self.run(), self._here(self._graph(*self._in_targets) + logits))
 
     def repair(self) -> dict[str, int]:
         """Change, momentum, gradients and values of every matrix, what its keys say, a graph, and logits of some positions."""
         held = 8 * 4 * sum(self.matrices) + sum(4 * shape.square for shape in self.shapes)
-        return _sum(self.run(), self._here(held + self._repair_graph() + 6 * 4 * 64 * self.vocabulary))
+        return _sum(self.run(), self._here(held + self._graph(*self._in_repair) + 6 * 4 * 64 * self.vocabulary))
 
     def evaluation(self) -> dict[str, int]:
-        """Passes over whole batches, with the logits of a block of positions; on a CPU, on top of what its heap keeps of earlier graphs."""
+        """Passes over whole batches, with the logits of a block of positions."""
         logits = 4 * 4 * head_rows(self.loaded) * self.vocabulary
-        graphs = [self._repair_graph()] if self.settings.repair else []
-        graphs += [self._targets_graph()] if self.session.method.needs.feed.at_subjects else []
-        kept = max(graphs, default=0) if self.loaded.device.type == "cpu" else 0
-        return _sum(self.run(), self._here(self._passing() + logits + kept))
+        return _sum(self.run(), self._here(self._passing() + logits))
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -149,17 +147,24 @@ class _Books:
         """What one layer has at one time, in a pass without gradients over a full batch."""
         return self.settings.tokens_per_batch * max(self.layer_widths.values()) * self.number
 
-    def _graph(self, tokens: int, first: int) -> float:
-        """What the layers from ``first`` on keep of so many tokens for the way back; and of them those that are offloaded."""
-        upper = {layer: width for layer, width in self.layer_widths.items() if layer >= first}
-        fetched = sum(self.layer_sizes[layer] for layer in upper if self._is_offloaded(layer))
-        return tokens * self._computing * sum(upper.values()) + fetched
+    def _kept(self, tokens: int, first: int) -> int:
+        """What the layers from ``first`` on keep of so many tokens for the way back."""
+        return tokens * self._computing * sum(width for layer, width in self.layer_widths.items() if layer >= first)
 
-    def _targets_graph(self) -> float:
-        return self._graph(self.settings.targets.tokens_on(self.loaded.device), self.highest + 1)
+    def _graph(self, tokens: int, first: int) -> int:
+        """That, and those of the layers that are offloaded."""
+        away = (size for layer, size in self.layer_sizes.items() if layer >= first and self._is_offloaded(layer))
+        return self._kept(tokens, first) + sum(away)
 
-    def _repair_graph(self) -> float:
-        return self._graph(2 * min(TEXT_TOKENS, self.settings.tokens_per_batch), self.lowest)
+    @property
+    def _in_targets(self) -> tuple[int, int]:
+        """Tokens whose way back is kept while targets are found, and the first layer of that way."""
+        return self.settings.targets.tokens_on(self.loaded.device), self.highest + 1
+
+    @property
+    def _in_repair(self) -> tuple[int, int]:
+        """The same of a repair."""
+        return 2 * min(TEXT_TOKENS, self.settings.tokens_per_batch), self.lowest
 
     @property
     def _copied(self) -> bool:
@@ -184,13 +189,17 @@ class _Books:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.dim() == 3)
 
     def _kernels(self) -> float:
-        """On a CPU, what is compiled for the products of experts in bfloat16: two there and two back, for each number of tokens one has."""
-        layers = self.loaded.architecture.running(self.model).values()
-        count = max((len(p) for layer in layers for p in layer.parameters() if p.dim() == 3), default=0)
-        if not count or self.loaded.device.type != "cpu" or self._computing != 2:
+        """On a CPU, what is compiled for products, in the model's own numbers and in those of a copy: a stream has more shapes than are kept."""
+        kinds = 2 if self._copied else 1
+        return _KERNEL * KERNELS * kinds if self.loaded.device.type == "cpu" else 0
+
+    def _holes(self) -> float:
+        """On a CPU, what parts of the work leave in the C library's heap before it is given back (`heap.Holes`): not more than one of them held."""
+        if self.loaded.device.type != "cpu":
             return 0
-        settings = self.settings.targets
-        return _KERNEL * min(KERNELS, 4 * settings.tokens_on(self.loaded.device) * _chosen(self.model) / count)
+        graphs = [self._kept(*self._in_repair)] if self.settings.repair else []
+        graphs += [self._kept(*self._in_targets)] if self.session.method.needs.feed.at_subjects else []
+        return min(GROWN, max([self._passing(), *graphs]))
 
     def _is_offloaded(self, layer: int) -> bool:
         places = getattr(self.model, "hf_device_map", None) or {}
