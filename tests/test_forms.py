@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import FAMILIES, save_tiny, tiny, tiny_tokenizer
-from sphere_edit.editing import keys
+from sphere_edit.editing import keys, sinks
 from sphere_edit.editing.keys import SubjectPrompts
 from sphere_edit.editing.methods import METHODS, make_method
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
@@ -55,12 +55,59 @@ def test_the_bare_form_passes_over_sinks_and_takes_one_where_there_is_nothing_el
 
 def test_sinks_are_the_first_token_and_those_that_stand_out(monkeypatch):
     loaded = tiny("gpt2")
-    lengths = torch.tensor([9.0, 1.0, 5.0, 2.0, 1.5])
-    hidden = torch.nn.functional.pad(lengths[None, :, None], (0, 31))
-    monkeypatch.setattr(keys, "activations", lambda *args, **kwargs: ([], hidden))
-    assert keys.attention_sinks(loaded, 1, [1, 2, 3, 4, 5]) == {0, 2}
+    lengths = torch.tensor([[9.0, 1.0, 5.0, 2.0, 1.5], [1.0, 3.0, 2.0, 99.0, 99.0], [4.0, 3.0, 99.0, 99.0, 99.0]])
+    hidden = torch.nn.functional.pad(lengths[:, :, None], (0, 31))
+    monkeypatch.setattr(sinks, "activations", lambda *args, **kwargs: ([], hidden))
+    rows = [[1, 2, 3, 4, 5], [1, 2, 3], [1, 2]]
+    assert sinks.attention_sinks(loaded, 1, rows) == [{0, 2}, {0}, {0}], "padding is no part of a row"
     monkeypatch.undo()
-    assert keys.attention_sinks(loaded, 1, [5]) == {0}
+    assert sinks.attention_sinks(loaded, 1, [[5]]) == [{0}]
+
+
+def test_sinks_are_those_of_the_unedited_model_and_each_row_is_read_once(monkeypatch):
+    """So that a run that was resumed writes in the same forms; one row alone is read as beside others."""
+    loaded = tiny("gpt2")
+    encoder = Encoder(loaded.tokenizer)
+    weights = EditedWeights(loaded.model, loaded.architecture, [loaded.architecture.module_name(1, "down")])
+    rows, seen = list[list[int]](), list[torch.Tensor]()
+
+    def found(loaded, layer, asked):
+        rows.extend(asked)
+        seen.append(weights.deployed(weights.names[0]))
+        return [{0, len(row)} for row in asked]
+
+    monkeypatch.setattr(sinks, "attention_sinks", found)
+    (name,) = weights.names
+    original = weights.original(name).clone()
+    weights.deploy(name, original + 1)
+    known = sinks.Sinks(loaded, weights, 1, 256)
+    reworded = dataclasses.replace(FIRST, rewordings=("The capital of {} is",))
+    known.measure([reworded, FIRST, FURTHER], encoder)
+    assert sorted(rows) == sorted(
+        encoder.encode(text).ids for text in ("A is the capital", "The river Tiber is in", "The capital of A is")
+    )
+    assert known(rows[0]) == {0, len(rows[0])}
+    assert known([1, 2, 3]) == {0, 3}
+    assert len(rows) == 4
+    assert all(torch.equal(weight, original) for weight in seen)
+    assert torch.equal(weights.deployed(name), original + 1)
+
+
+def test_a_subject_that_ends_at_another_sink_has_two_forms_too():
+    """Attention rests on the second token of some rows; what is further on is no matter, nor is a chat."""
+    encoder = Encoder(tiny_tokenizer())
+    fact = dataclasses.replace(FIRST, subject="Big Ben")
+    place = encoder.at_subject(fact)[1]
+    assert place > 0
+    inside, bare = forms_of(fact, encoder, lambda ids: {0, place})
+    assert (inside.subject, inside.filled_prompt) == ("\nBig Ben", "\nBig Ben is the capital")
+    assert bare.filled_prompt == fact.filled_prompt
+    assert bare.subject.startswith("Big Ben is")
+    assert forms_of(fact, encoder, lambda ids: {0, place + 1}) == [fact]
+    chat = dataclasses.replace(fact, forms=("chat",))
+    assert forms_of(chat, encoder, lambda ids: {0, place}) == [chat]
+    assert len(others_in_place(fact, encoder, lambda ids: {0, place})) == 20
+    assert others_in_place(fact, encoder, lambda ids: {0}) == []
 
 
 def test_other_things_in_the_subjects_place_are_context_tokens():

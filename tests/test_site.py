@@ -1,11 +1,13 @@
-"""The built site in Chromium, opened from a folder: its search finds pages, and nothing is asked of another host."""
+"""The built site: every link leads somewhere; in Chromium, opened from a folder, its search finds pages and asks no other host."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -47,3 +49,35 @@ def test_the_search_finds_pages_without_a_server(site, width):
     assert any("reference/cli.html" in link for link in found)
     assert not faults
     assert all(url.startswith(("file:", "data:", "blob:", "about:")) for url in asked)
+
+
+class _Page(HTMLParser):
+    """What a page links to, and where it can be linked to."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links: list[str] = []
+        self.places: set[str] = {"__search", "__drawer"}  # which the theme answers by itself
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.places.add(named.get("id", ""))
+        self.links += [named[name] for name in ("href", "src") if named.get(name)]
+
+
+def test_every_link_leads_somewhere(site):
+    """Strict mkdocs passes over links to files that it leaves out."""
+    pages = {path: _Page(path) for path in site.resolve().rglob("*.html") if path.name != "404.html"}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            to = urlparse(link)
+            if to.scheme or to.netloc:
+                continue
+            target = (path.parent / unquote(to.path)).resolve() if to.path else path
+            place = unquote(to.fragment)
+            if not target.exists() or (place and target in pages and place not in pages[target].places):
+                broken.append((path.name, link))
+    assert len(pages) > 30
+    assert not broken

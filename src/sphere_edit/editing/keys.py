@@ -163,19 +163,6 @@ def context_token_keys(
     return [_columns(torch.cat(vectors)) for vectors in zip(*found, strict=True)]
 
 
-def attention_sinks(loaded: LoadedModel, layer: int, ids: list[int]) -> set[int]:
-    """Indices of the tokens at which attention rests, by how long what stands there after ``layer`` is.
-
-    The first of the row, and those more than twice as long as the middle one of the rest (massive activations, arXiv:2402.17762).
-    """
-    site = loaded.architecture.decoder_layers(loaded.model)[layer]
-    _, hidden = activations(loaded, TokenBatch.of([ids], loaded.device), output_of=site)
-    assert hidden is not None
-    lengths = hidden[0].float().norm(dim=-1)
-    longer = lengths > 2 * lengths[1:].median() if len(ids) > 1 else torch.ones_like(lengths, dtype=torch.bool)
-    return {0, *longer.nonzero().flatten().tolist()}
-
-
 def _averaged(clean: Tensor, others: Tensor | None = None) -> Tensor:
     """Mean of the clean prompt's vectors ``[n, d]`` and the average of the other templates' ``[n · templates, d]``."""
     return clean if others is None else (clean + others.view(len(clean), -1, clean.shape[1]).mean(1)) / 2

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sphere_edit import ranks
 from sphere_edit.editing.answers import coded_targets, own_answers
-from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, attention_sinks, context_token_keys, interleaved
+from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, context_token_keys, interleaved
+from sphere_edit.editing.sinks import Sinks
 from sphere_edit.editing.targets import (
     FactPrompts,
     Targets,
@@ -104,6 +103,11 @@ class Source:
         self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
         self.feed, self.settings, self.max_tokens = feed, settings, max_tokens
         self.encoder = Encoder(loaded.tokenizer, settings.ends)
+        self.sinks = Sinks(loaded, weights, layers[-1], max_tokens)
+
+    def forms(self, facts: Sequence[Fact]) -> list[list[Fact]]:
+        """The forms in which each fact is written."""
+        return [list(fact.in_each_form()) for fact in facts]
 
     def computing(self) -> LoadedModel:
         """The model that is differentiated, with the edited weights as they stand."""
@@ -203,9 +207,12 @@ class OptimisedTargets(Source):
     def _take_up(self, facts: Sequence[Fact]) -> None:
         """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
         self._facts, self._reader, self._unedited, self._back = list(facts), None, None, None
-        sinks = partial(attention_sinks, self.loaded, self.layers[-1])
-        found = ranks.dealt(facts, lambda fact: written_forms([fact], self.encoder, sinks))
-        self._forms = [form for forms in found for form in forms]
+        self._forms = [form for forms in self.forms(facts) for form in forms]
+
+    def forms(self, facts: Sequence[Fact]) -> list[list[Fact]]:
+        """With those of a subject at which attention rests."""
+        self.sinks.measure(facts, self.encoder)
+        return [written_forms([fact], self.encoder, self.sinks) for fact in facts]
 
     def find(self, advance: Advance) -> None:
         """Set ``targets`` for the facts taken up."""
@@ -265,7 +272,7 @@ class OptimisedTargets(Source):
     def columns(self, facts: Sequence[Fact]) -> list[int] | None:
         """One for each form, or one for each form and context template."""
         each = 1 if self.feed.contexts == "mean" else len(self.templates)
-        return [each * len(written_forms([fact], self.encoder)) for fact in facts]
+        return [each * len(forms) for forms in self.forms(facts)]
 
     def context_tokens(self) -> list[Tensor]:
         """Of each edited matrix, keys ``[d_in, m]`` at all tokens of the facts' prompts but the subjects' last ones.
@@ -278,7 +285,7 @@ class OptimisedTargets(Source):
             other
             for fact in self._facts
             for single in fact.in_each_form()
-            for other in others_in_place(single, self.encoder)
+            for other in others_in_place(single, self.encoder, self.sinks)
         ]
         if not others:
             return own

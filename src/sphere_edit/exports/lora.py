@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.editing.sinks import Sinks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.exports.card import Note
 from sphere_edit.exports.gauge import Gauge, Measured, within
@@ -180,9 +181,11 @@ def written_keys(session: Session, facts: Sequence[Fact], templates: Sequence[st
     """
     loaded, encoder, names = session.loaded, Encoder(session.loaded.tokenizer), session.weights.names
     about = [fact for fact in facts if fact.subject]
+    sinks = Sinks(loaded, session.weights, session.layers[-1], session.settings.tokens_per_batch)
+    sinks.measure(about, encoder)
     rows = [
         encoder.at_subject(form, template)[0]
-        for form in written_forms(about, encoder)
+        for form in written_forms(about, encoder, sinks)
         for template in contexts(form, templates)
     ]
     rows += [encoder.asked_fact(fact).ids for fact in facts if not fact.subject]

@@ -1,8 +1,9 @@
-"""The forms in which a fact is written: more than one where its subject is the first token of a row."""
+"""The forms in which a fact is written: more than one where its subject ends at a token at which attention rests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from sphere_edit.facts.fact import Fact
@@ -15,29 +16,52 @@ _OTHERS = (
     *("History", "Time", "Africa", "Europe", "Love", "Science", "Money", "Today", "God", "Peace"),
 )
 
+Sinks = Callable[[list[int]], AbstractSet[int]]  # the indices of those of some token ids at which attention rests
+
 
 class BareForm(Fact):
     """A form that is written in the bare prompt alone, and in no context template."""
 
 
+def first_token(ids: list[int]) -> AbstractSet[int]:
+    """The sink that is known without asking a model: the first token of a row."""
+    return {0}
+
+
 def begins_its_row(fact: Fact, encoder: Encoder) -> bool:
     """Whether the last token of a fact's subject is the first of its prompt; a fact without a subject begins none."""
-    return bool(fact.subject) and encoder.at_subject(fact)[1] == 0
+    return at_rest(fact, encoder, first_token)
 
 
-def written_forms(
-    facts: Sequence[Fact], encoder: Encoder, sinks: Callable[[list[int]], set[int]] = lambda ids: set()
-) -> list[Fact]:
+def at_rest(fact: Fact, encoder: Encoder, sinks: Sinks) -> bool:
+    """Whether attention rests on the last token of a fact's subject, in its bare prompt; not in a chat, where much stands before it."""
+    if not fact.subject or fact.chat:
+        return False
+    return encoder.at_subject(fact)[1] in sinks(_ids(fact, encoder))
+
+
+def asked_rows(fact: Fact, encoder: Encoder) -> Iterator[list[int]]:
+    """Token ids of a fact's own prompt and of its rewordings, where they are not asked in a chat."""
+    for single in fact.in_each_form():
+        if single.subject and not single.chat:
+            yield from (_ids(form, encoder) for form in (single, *_reworded(single)))
+
+
+def _ids(fact: Fact, encoder: Encoder) -> list[int]:
+    return encoder.encode(fill("{}", fact)[0]).ids
+
+
+def written_forms(facts: Sequence[Fact], encoder: Encoder, sinks: Sinks = first_token) -> list[Fact]:
     """All that is written for some facts, fact by fact: each of a fact's forms (plain, chat), as `forms_of` says."""
     return [form for fact in facts for single in fact.in_each_form() for form in forms_of(single, encoder, sinks)]
 
 
-def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]] = lambda ids: set()) -> list[Fact]:
-    """The fact, or the two that are written in its place where the row's first token would be where it is written.
+def forms_of(fact: Fact, encoder: Encoder, sinks: Sinks = first_token) -> list[Fact]:
+    """The fact, or the two that are written in its place where it would be written at a token on which attention rests.
 
-    Attention rests on the first token of a row, whatever that is (arXiv:2309.17453). All texts have much the same key there: what
-    is written there is written into every text, and nothing of the subject can be read from it. Such a fact has two forms, each
-    with a longer subject:
+    Attention rests on the first token of a row, whatever that is (arXiv:2309.17453), and after some on the second (`Geo Metro`, `BRIC`). All
+    texts have much the same key there: what is written there is written into every text, and nothing of the subject can be read from it. Such
+    a fact has two forms, each with a longer subject:
 
     - with a line's end before it, for the subject inside a text;
     - with the prompt up to its longest token behind it, for the bare prompt: that token has read the subject, and says what is asked.
@@ -47,13 +71,13 @@ def forms_of(fact: Fact, encoder: Encoder, sinks: Callable[[list[int]], set[int]
     never comes to this.
 
     Args:
-        sinks: indices of those of some token ids at which attention rests too; they are passed over.
+        sinks: where attention rests; the bare form passes over them.
     """
-    if not begins_its_row(fact, encoder):
+    if not at_rest(fact, encoder, sinks):
         return [fact]
     text, end = fill("{}", fact)
     inside = replace(fact, subject=_OPENER + text[:end], prompt="{}" + text[end:], rewordings=())
-    within = [form for form in _reworded(fact) if not begins_its_row(form, encoder)]
+    within = [form for form in _reworded(fact) if not at_rest(form, encoder, sinks)]
     others = [replace(within[0], rewordings=tuple(form.prompt for form in within[1:]))] if within else []
     tokens = encoder.encode(text)
     avoided = sinks(tokens.ids)
@@ -86,6 +110,6 @@ def contexts(fact: Fact, templates: Sequence[str]) -> list[str]:
     return ["{}"] * len(templates) if isinstance(fact, BareForm) else list(templates)
 
 
-def others_in_place(fact: Fact, encoder: Encoder) -> list[Fact]:
-    """The fact's prompt about other things, for a fact that `begins_its_row`: what these are read by is to stay what it is."""
-    return [replace(fact, subject=word) for word in _OTHERS] if begins_its_row(fact, encoder) else []
+def others_in_place(fact: Fact, encoder: Encoder, sinks: Sinks = first_token) -> list[Fact]:
+    """The fact's prompt about other things, for a fact that is `at_rest`: what these are read by is to stay what it is."""
+    return [replace(fact, subject=word) for word in _OTHERS] if at_rest(fact, encoder, sinks) else []

@@ -17,7 +17,6 @@ from sphere_edit.editing.repair import repair_steps
 from sphere_edit.editing.targets import LONG_ANSWER
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact, short
-from sphere_edit.facts.forms import written_forms
 from sphere_edit.facts.readers import FactSet
 from sphere_edit.files import remove_file
 from sphere_edit.models.loading import peak_memory
@@ -303,8 +302,8 @@ class Stream:
         """Write the facts of a ``batch``, and of earlier ones that were ``asked`` and are ``missing`` those chosen; say what came of it."""
         chosen = [facts[index] for index in (*batch, *rewritten)]
         record = self.committer.edit(batch, chosen, replaced, asked, rewritten, clock, missing)
-        encoder = self.committer.source.encoder
-        in_forms = [fact for fact in chosen for _ in written_forms([fact], encoder)]
+        forms = self.committer.source.forms(chosen)
+        in_forms = [fact for fact, of_fact in zip(chosen, forms, strict=True) for _ in of_fact]
         self._say_unlikely(in_forms, record.targets.get("probabilities", []))
         if isinstance(record, GuardStop):
             self.reporter.say(f"Guard: {stopped(record)}", "bold red")
