@@ -74,7 +74,8 @@ def say_plan(editor: Editor, facts: FactSet, skip_bad: bool, skip_known: bool) -
         out.print(
             "Text is sampled once for each model, and kept; --corpus FILE takes text of yours in its place, which is quicker."
         )
-    out.print("Nothing was edited. The same command without --dry-run edits.")
+    where = "" if editor.run else ", in the folder that -o names"
+    out.print(f"Nothing was edited. The same command without --dry-run edits{where}.")
 
 
 def say_memory(model: str, settings: Settings, trust_remote_code: bool) -> None:

@@ -53,7 +53,7 @@ def admit(
 
     Args:
         model: a model, or the folder of a run that is to go on.
-        output: the folder of the run, where the model is not one itself.
+        output: the folder of the run, where the model is not one itself; one that only checks (``dry_run``) needs none.
         facts: the source of the facts to come; None where none are given.
         resume: whether an interrupted run is to go on with the facts it has.
         dry_run: whether everything is to be checked, and nothing edited.
@@ -66,8 +66,9 @@ def admit(
         if output is not None and output != Path(model):
             raise SphereEditError(f"{model} is a run, which continues in its own folder; leave out -o {output}")
         return _go_on(RunFolder.open(model), None, facts, resume, dry_run, settings)
-    if output is None:
+    if output is None and not dry_run:
         raise SphereEditError("where should the run go? Give a folder: -o runs/NAME")
+    output = output or Path("runs") / "NAME"  # nothing is written there
     if RunFolder.exists(output):
         if not resume:
             RunFolder.refuse_taken(output)
