@@ -23,7 +23,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from sphere_edit.errors import SphereEditError
-from sphere_edit.heap import HOLES
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -117,20 +116,18 @@ def count() -> int:
 def dealt(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
     """What ``work`` makes of each part, in their order, on every rank; part i is done by rank i mod N.
 
-    After a part, holes that it has left in the C library's heap are given back, where they are large (`heap.Holes`).
-
     Raises:
         Exception: what the first part that failed raised, on every rank.
     """
     team = _team.get()
     if team is None:
-        return [_done(work, part) for part in parts]
+        return [work(part) for part in parts]
     done: dict[int, Result] = {}
     failed: dict[int, Exception] = {}
     with _alone():
         for index in range(team.rank, len(parts), team.size):
             try:
-                done[index] = _done(work, parts[index])
+                done[index] = work(parts[index])
             except Exception as error:
                 failed[index] = _portable(error)
                 break
@@ -140,13 +137,6 @@ def dealt(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]
     if failed:
         raise failed[min(failed)]
     return [done[index] for index in range(len(parts))]
-
-
-def _done(work: Callable[[Part], Result], part: Part) -> Result:
-    """What ``work`` makes of a part, whose memory is free again."""
-    result = work(part)
-    HOLES.part_done()
-    return result
 
 
 def in_turn(parts: Sequence[Part], work: Callable[[Part], Result]) -> Iterator[Result]:

@@ -11,7 +11,6 @@ from torch import nn
 
 from sphere_edit.editing.ingredients import SecondMoment, Shape
 from sphere_edit.editing.repair import TEXT_TOKENS
-from sphere_edit.heap import GROWN
 from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import head_rows
 from sphere_edit.models.placement import Place, place_of
@@ -26,6 +25,7 @@ _KL_ROWS = 1 / 40  # and those that are compared with the unedited model's
 _DIAGNOSED = (
     12 * 8
 )  # bytes a number of the matrix whose energies are compared before and after: a dozen of its size in float64
+_HOLES = 128 << 20  # bytes that earlier work has left unused in the C library's heap, at most (docs/performance.md)
 _KERNEL = 600_000  # bytes of what oneDNN compiles for one shape of a product, and keeps (docs/performance.md)
 
 
@@ -194,12 +194,12 @@ class _Books:
         return _KERNEL * KERNELS * kinds if self.loaded.device.type == "cpu" else 0
 
     def _holes(self) -> float:
-        """On a CPU, what parts of the work leave in the C library's heap before it is given back (`heap.Holes`): not more than one of them held."""
+        """On a CPU, holes in the C library's heap, of parts of the work that are done: not more than one of them held."""
         if self.loaded.device.type != "cpu":
             return 0
         graphs = [self._kept(*self._in_repair)] if self.settings.repair else []
         graphs += [self._kept(*self._in_targets)] if self.session.method.needs.feed.at_subjects else []
-        return min(GROWN, max([self._passing(), *graphs]))
+        return min(_HOLES, max([self._passing(), *graphs]))
 
     def _is_offloaded(self, layer: int) -> bool:
         places = getattr(self.model, "hf_device_map", None) or {}
