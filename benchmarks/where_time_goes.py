@@ -37,7 +37,6 @@ STAGES = {
     "sphere_edit.runs.measuring:Evaluator._energies": "energies and bounds",
     "sphere_edit.runs.folder:RunFolder.write_update": "storing",
     "sphere_edit.runs.folder:RunFolder.write_checkpoint": "storing",
-    "sphere_edit.cli.demo:write_report": "the page",
     "sphere_edit.cli.edit:write_report": "the page",
 }
 BARS = {
