@@ -40,7 +40,6 @@ GROUND = [
     "progress",
     "ranks",
     "files",
-    "heap",
     "plugins",
 ]  # what every floor stands on
 

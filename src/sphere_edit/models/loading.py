@@ -16,7 +16,6 @@ from torch import nn
 
 from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
-from sphere_edit.heap import resident
 from sphere_edit.models.architecture import row_of
 from sphere_edit.models.attention import use_plain_attention
 from sphere_edit.models.configuration import CAUSAL, loader_of
@@ -93,7 +92,9 @@ def held_now(device: torch.device | None) -> int:
     """Bytes held at present, as `peak_memory` counts them; None stands for the CPU."""
     if device is not None and device.type != "cpu":
         return _told(device, "memory_allocated") or 0
-    return resident() or peak_memory(torch.device("cpu")) or 0
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(torch.device("cpu")) or 0  # not Linux
 
 
 def peak_memory(device: torch.device) -> int | None:

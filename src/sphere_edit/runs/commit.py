@@ -20,7 +20,7 @@ from sphere_edit.editing.problem import Kept, Seen, State
 from sphere_edit.editing.sources import Report
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact
-from sphere_edit.heap import give_back
+from sphere_edit.models.heap import give_back
 from sphere_edit.models.loading import peak_memory
 from sphere_edit.numerics.update import DenseUpdate, LowRankUpdate, Update
 from sphere_edit.runs.folder import RunFolder

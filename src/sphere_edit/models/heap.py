@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 
@@ -20,13 +17,6 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
-
-
-def resident() -> int | None:
-    """Bytes of memory that this process holds at present; None where the system does not tell."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 @cache
