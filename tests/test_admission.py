@@ -45,6 +45,7 @@ def test_a_new_folder_starts_a_run(folder):
     assert admit("owner/model", folder, "facts.json") == Decision(Act.START, folder)
     assert admit("owner/model", folder, "facts.json", dry_run=True).act is Act.START
     assert admit("owner/model", None, "facts.json", dry_run=True).act is Act.START, "nothing is written"
+    assert not admit("owner/model", None, "facts.json", dry_run=True).folder.exists()
     with pytest.raises(SphereEditError, match="where should the run go"):
         admit("owner/model", None, "facts.json")
     assert not folder.exists()

@@ -14,6 +14,7 @@ from sphere_edit.errors import SphereEditError
 from sphere_edit.files import require_utf8
 from sphere_edit.models.loading import full_name
 from sphere_edit.runs.folder import RunFolder
+from sphere_edit.runs.preparing import default_folder
 from sphere_edit.text import visible
 
 
@@ -68,15 +69,15 @@ def admit(
         return _go_on(RunFolder.open(model), None, facts, resume, dry_run, settings)
     if output is None and not dry_run:
         raise SphereEditError("where should the run go? Give a folder: -o runs/NAME")
-    output = output or Path("runs") / "NAME"  # nothing is written there
-    if RunFolder.exists(output):
+    if output is not None and RunFolder.exists(output):
         if not resume:
             RunFolder.refuse_taken(output)
         return _go_on(RunFolder.open(output), model, facts, resume, dry_run, settings)
     if facts is None:
         raise SphereEditError("which facts? Give a file, a data set, or 'demo'")
-    make_settings(*settings)  # impossible ones are told here
+    method = make_settings(*settings).method  # impossible settings are told here
     require_utf8(full_name(model), "a model")
+    output = output or default_folder(model, method)
     require_utf8(output, "a run")
     RunFolder.refuse_taken(output)
     return Decision(Act.START, output)
