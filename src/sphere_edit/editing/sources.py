@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -103,7 +104,6 @@ class Source:
         self.loaded, self.weights, self.layers, self.templates = loaded, weights, layers, templates
         self.feed, self.settings, self.max_tokens = feed, settings, max_tokens
         self.encoder = Encoder(loaded.tokenizer, settings.ends)
-        self.sinks = Sinks(loaded, weights, layers[-1], max_tokens)
 
     def forms(self, facts: Sequence[Fact]) -> list[list[Fact]]:
         """The forms in which each fact is written."""
@@ -208,6 +208,11 @@ class OptimisedTargets(Source):
         """Remember the facts, and the forms in which they are written, fact by fact: all that is found is found of these."""
         self._facts, self._reader, self._unedited, self._back = list(facts), None, None, None
         self._forms = [form for forms in self.forms(facts) for form in forms]
+
+    @cached_property
+    def sinks(self) -> Sinks:
+        """Where attention rests in the facts' prompts."""
+        return Sinks(self.loaded, self.weights, self.layers[-1], self.max_tokens)
 
     def forms(self, facts: Sequence[Fact]) -> list[list[Fact]]:
         """With those of a subject at which attention rests."""
