@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import gguf as library
 import pytest
@@ -22,7 +23,9 @@ from sphere_edit.facts.readers import facts_from
 from sphere_edit.models import forward, gguf
 from sphere_edit.models.forward import head_rows, last_hidden
 from sphere_edit.models.generation import generate, pads_on_the_left
-from sphere_edit.models.prefix import SharedPrefix, common_length
+from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.prefix import Leads, SharedPrefix, common_length
+from sphere_edit.models.replay import UpperLayers
 from sphere_edit.models.tokens import TokenBatch
 from sphere_edit.numerics.energy import hyperspherical_energy
 from sphere_edit.progress import Quiet
@@ -73,6 +76,68 @@ def test_a_prefix_that_is_kept_otherwise_is_noticed():
         assert SharedPrefix(loaded, rows, 16).length == 0
     whole = replace(loaded, architecture=replace(loaded.architecture, whole_rows=True))
     assert SharedPrefix(whole, rows, 16).length == 0
+
+
+def rows_behind_leads() -> tuple[list[list[int]], list[int]]:
+    """Rows of which most begin with one of three leads, and a pivot in each, behind its lead."""
+    leads = [[], list(range(40, 52)), list(range(60, 67)), list(range(70, 81))]
+    rests = [[1, 5, 9, 30 + number, 7] for number in range(8)] + [[1, 6, 80 - number] for number in range(8)]
+    rows = [[*lead, *rest] for rest in rests for lead in leads]
+    return rows, [len(lead) + 2 for _ in rests for lead in leads]
+
+
+def test_rows_begin_with_the_longest_that_others_have():
+    rows, pivots = rows_behind_leads()
+    found = Leads.found(rows, pivots)
+    assert found.length == 14, "twelve tokens, and the two that half of the rests begin with"
+    assert [[*found.distinct[lead], *rest] for lead, rest in zip(found.of, found.rest(rows), strict=True)] == rows
+    for lead, row, pivot in zip(found.of, rows, pivots, strict=True):
+        alike = sorted((common_length([row, other]) for other in rows), reverse=True)[3]
+        assert len(found.distinct[lead]) == min(pivot, alike)
+    assert Leads.found(rows[:12], pivots[:12]).length == 0, "too little to be worth it"
+    assert Leads.found(rows, [0] * len(rows)).length == 0, "nothing stands before the pivots"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replay_behind_leads_is_that_of_whole_rows(family, monkeypatch):
+    loaded = tiny(family, torch.float64)
+    if loaded.architecture.whole_rows:
+        return
+    rows, pivots = rows_behind_leads()
+    ours = UpperLayers(loaded, rows, pivots, 1)
+    monkeypatch.setattr(Leads, "found", lambda rows, most: Leads.none(len(rows)))
+    plain = UpperLayers(loaded, rows, pivots, 1)
+    assert bool(plain.value.isfinite().all()) == (family != "gemma2")
+    kept = torch.arange(1, len(rows), 3)
+    for _ in range(2):
+        delta = torch.randn(plain.value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        torch.testing.assert_close(ours.value, plain.value, atol=1e-6, rtol=1e-6, equal_nan=True)  # Gemma 2's padding
+        torch.testing.assert_close(
+            ours.hidden(delta)[ours._real], plain.hidden(delta)[plain._real], atol=1e-5, rtol=1e-5, equal_nan=True
+        )
+        ours.keep(kept)
+        plain.keep(kept)
+        kept = torch.arange(4)
+
+
+def test_leads_that_are_kept_otherwise_are_noticed(monkeypatch):
+    """Keys of the leads are changed: the row that is run both ways tells, and rows are run whole."""
+    loaded = tiny("llama")
+    rows, pivots = rows_behind_leads()
+    run = Leads.run
+
+    def changed(self: Leads, loaded: LoadedModel) -> Any:
+        cache, mask = run(self, loaded)
+        for layer in cache.layers:
+            layer.keys = layer.keys * 1.1
+        return cache, mask
+
+    monkeypatch.setattr(Leads, "run", changed)
+    found = UpperLayers(loaded, rows, pivots, 1)
+    assert len(found._calls) == 2, "those of the first try are forgotten"
+    monkeypatch.setattr(Leads, "found", lambda rows, most: Leads.none(len(rows)))
+    plain = UpperLayers(loaded, rows, pivots, 1)
+    torch.testing.assert_close(found._clean, plain._clean, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -15,6 +15,7 @@ from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import last_hidden, with_cache
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
+from sphere_edit.models.prefix import Leads
 from sphere_edit.models.tokens import TokenBatch
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -179,29 +180,49 @@ class UpperLayers(Replay):
     Rows are padded on the left too, so that all pivots share a column; column 0 of a replay is the pivot.
     """
 
-    @torch.no_grad()
     def _record(self, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
-        from transformers import DynamicCache
+        leads = Leads.found(rows, pivots)
+        if not leads.length or not self._recorded_behind(leads, rows, pivots):
+            self._calls.clear()
+            self._record_behind(Leads.none(len(rows)), rows, pivots)
 
-        # lay the rows out so that all pivots stand in one column
-        ids, mask = (part.to(self._loaded.device) for part in _aligned(rows, pivots))
-        column, width = max(pivots) + 1, ids.shape[1]
+    def _recorded_behind(self, leads: Leads, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> bool:
+        """Record what follows the leads, and say whether a row comes out as it does whole: that with the most padding behind its lead."""
+        try:
+            self._record_behind(leads, rows, pivots)
+            places = {index: pivots[index] - len(leads.distinct[lead]) for index, lead in enumerate(leads.of) if lead}
+            index = min(places, key=places.__getitem__)
+            whole = last_hidden(self._loaded, TokenBatch.of([rows[index]], self._loaded.device))[
+                0, pivots[index] :
+            ].float()
+            found = self._clean[index, : len(whole)].float()
+            return float((found - whole).norm() / whole.norm()) <= _TOLERANCES.get(self._clean.dtype, 5e-2)
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError):
+            return False  # what this model keeps of a prefix is something else
+
+    @torch.no_grad()
+    def _record_behind(self, leads: Leads, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
+        # lay the rows out so that all pivots stand in one column, behind what they begin with
+        lengths = [len(leads.distinct[lead]) for lead in leads.of]
+        places = [pivot - length for pivot, length in zip(pivots, lengths, strict=True)]
+        ids, mask = (part.to(self._loaded.device) for part in _aligned(leads.rest(rows), places))
+        column, width = max(places) + 1, ids.shape[1]
 
         # one clean pass: with a cache, for it is the cache that receives every layer's keys and values; each row counts its
         # positions from its own first token, as it would without the padding on the left
-        cache: Any = DynamicCache()
+        cache, before = leads.run(self._loaded)
+        seen = torch.cat([before, mask], dim=1)
         values, clean = self._run_clean(
             len(ids),
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp_min(0)[:, leads.length :],
             **with_cache(self._loaded.model, cache),
         )
 
         # before the pivot, keys and values are all that a replay needs: they take the cache's place in every call
-        self._keys_values = _Prefix(
-            [(layer.keys[:, :, :column], layer.values[:, :, :column]) for layer in cache.layers]
-        )
+        end = leads.length + column
+        self._keys_values = _Prefix([(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in cache.layers])
 
         def suffix(item: Any) -> Any:
             """What a call needs of one argument for the columns from the pivot on."""
