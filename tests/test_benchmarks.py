@@ -44,7 +44,11 @@ def script(monkeypatch, tmp_path, capsys):
     ("command", "found"),
     [
         (["gpu.py", "--shape", "tiny", "--batch-size", "4", "--steps", "2"], "| tiny | "),
-        (["scaling.py", "--batches", "3", "--batch-size", "4"], "Batch 3 against batch 2: time × "),
+        pytest.param(  # 20 seconds: its shapes are those that a user measures
+            ["scaling.py", "--batches", "3", "--batch-size", "4"],
+            "Batch 3 against batch 2: time × ",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(  # it draws a page
             ["long_stream.py", "--facts", "32", "--batch-size", "8"], "| rollback to batch 1 | ", marks=pytest.mark.slow
         ),

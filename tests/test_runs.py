@@ -420,7 +420,7 @@ def _work(model: str, run: str) -> None:
         start(Path(model), Path(run), evaluation={"every": 2}).edit(fact_records(6))
 
 
-@pytest.mark.parametrize("wanted", [8, pytest.param(40, marks=pytest.mark.slow)])  # minutes; what 8 miss is rare
+@pytest.mark.parametrize("wanted", [4, pytest.param(40, marks=pytest.mark.slow)])  # minutes; what 4 miss is rare
 def test_killed_at_random_instants_and_resumed(model, tmp_path, wanted, monkeypatch):
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join(sys.path)

@@ -19,6 +19,7 @@ from sphere_edit.text import label as plain
 
 _BEFORE, _AFTER = "#56B4E9", "#D55E00"
 _NEURONS_SHOWN = 200
+_STEPS = 500  # of t-SNE, after which these maps are told from those of 1,000 by no eye
 _NEURONS_EMBEDDED = 400
 _ARROWS = 30
 
@@ -174,7 +175,8 @@ def neighbourhoods(before: Tensor, after: Tensor, title: str, seed: int = 0) -> 
     shown = torch.linspace(0, len(before) - 1, min(_NEURONS_EMBEDDED, len(before))).round().long()
     rows = torch.cat([unit_rows(before[shown]), unit_rows(after[shown])]).float()
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    placed = torch.from_numpy(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows.numpy()))
+    map_of = TSNE(perplexity=perplexity, init="pca", max_iter=_STEPS, random_state=seed)
+    placed = torch.from_numpy(map_of.fit_transform(rows.numpy()))
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5))
     axis = figure.add_subplot(grid[1, 0])
