@@ -912,6 +912,26 @@ def test_a_fact_that_is_hard_to_find_is_given_time_and_others_are_not(patience):
     assert any(len(losses) > 4 for losses in found.losses) == (patience > 1)
 
 
+def test_a_target_is_optimised_in_some_of_the_contexts_which_its_own_words_choose():
+    templates = ["{}", *(f"{word} {{}}" for word in ("One.", "Two.", "Three.", "Four.", "Five."))]
+    chosen = facts(12)
+    settings = TargetSettings(rule="normalised", lr=0.1, steps=3, contexts=3)
+    used = [settings.templates_of(fact, templates) for fact in chosen]
+    assert all(some[0] == "{}" and len({*some}) == 3 and {*some} <= {*templates} for some in used)
+    assert {template for some in used for template in some} == {*templates}, "by turns, all of them"
+    for contexts in (None, 6, 9):
+        assert settings.model_copy(update={"contexts": contexts}).templates_of(chosen[0], templates) == templates
+    assert settings.model_copy(update={"contexts": 1}).templates_of(chosen[0], templates) == ["{}"]
+    assert settings.templates_of(chosen[0], ["{}"]) == ["{}"], "a run without sampled templates"
+    loaded = tiny("llama")
+    together = optimise_targets(loaded, chosen[:3], templates, LAYER, settings)
+    for number, fact in enumerate(chosen[:3]):
+        alone = optimise_targets(
+            loaded, [fact], used[number], LAYER, TargetSettings(rule="normalised", lr=0.1, steps=3)
+        )
+        torch.testing.assert_close(together.deltas[:, number], alone.deltas[:, 0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("contexts", ["mean", "each"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
 def test_carried_values_are_those_of_the_models_own_pass_with_the_target_below(family, contexts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
 
 import pytest
 import torch
@@ -170,13 +171,15 @@ def test_a_run_without_any_checkpoint_says_so(model, tmp_path):
         RunWeights(RunFolder.open(tmp_path / "run")).original(name)
 
 
-def test_a_run_begun_before_targets_had_patience_opens_and_is_hashed_as_it_was_begun(model, tmp_path):
-    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "method": "memit"})
+@pytest.mark.parametrize("without", [{"patience": 1, "contexts": None}, {"contexts": None}])
+def test_a_run_begun_before_some_settings_of_targets_opens_and_is_hashed_as_it_was_begun(model, tmp_path, without):
+    editor = Editor.from_pretrained(model, tmp_path / "run", reporter=Quiet(), **{**QUICK, "method": "frugal"})
     editor.edit(fact_records(2))
     editor.close()
     file, journal = tmp_path / "run" / "config.json", tmp_path / "run" / "journal.jsonl"
     content, digest = json.loads(file.read_text()), editor.run.config.digest
-    del content["settings"]["targets"]["patience"]
+    for name in without:
+        del content["settings"]["targets"][name]
     file.write_text(json.dumps(content))
     with pytest.raises(SphereEditError, match="is not what this run was started with"):
         RunFolder.open(tmp_path / "run")
@@ -185,5 +188,7 @@ def test_a_run_begun_before_targets_had_patience_opens_and_is_hashed_as_it_was_b
     older = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     journal.write_text(journal.read_text().replace(digest, older))
     config = RunFolder.open(tmp_path / "run").config
-    assert config.settings["targets"]["patience"] == 1
+    assert {name: config.settings["targets"][name] for name in without} == without
     assert (config.digest, config.as_content()) == (older, content)
+    with closing(Editor.open(tmp_path / "run", Quiet())) as again:
+        assert {name: vars(again.settings.targets)[name] for name in without} == without

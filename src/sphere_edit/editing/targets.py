@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+from zlib import crc32
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,6 +65,12 @@ class TargetSettings(BaseModel):
     weight_decay: float = Field(1e-3, ge=0, description="weight of ‖δ‖ / ‖h‖² (v_weight_decay)")
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL divergence on '{subject} is a'")
     clamp_norm_factor: float = Field(4.0, gt=0, description="largest ‖δ‖ in units of ‖h‖")
+    contexts: int | None = Field(
+        None,
+        ge=1,
+        description="context templates in which each fact's target is optimised: its bare prompt, and so many less one of the others, "
+        "by turns from fact to fact; all of them unless given",
+    )
     stop_loss: float = Field(0.05, ge=0, description="a fact is finished once its loss is below")
     most_probable: int | None = Field(
         None,
@@ -121,6 +128,14 @@ class TargetSettings(BaseModel):
         }
         return self.model_copy(update=update)
 
+    def templates_of(self, fact: Fact, templates: Sequence[str]) -> list[str]:
+        """Those of a run's ``templates`` in which a fact's target is optimised: which, its own words say, whatever else is in its batch."""
+        bare, *others = templates
+        if self.contexts is None or self.contexts > len(others):
+            return list(templates)
+        first = crc32(fact.filled_prompt.encode())
+        return [bare, *(others[(first + number) % len(others)] for number in range(self.contexts - 1))]
+
     def step_rule(self) -> StepRule:
         """A fresh one, for the facts that are optimised together."""
         kind = RULES[self.rule]
@@ -167,7 +182,7 @@ def optimise_targets(
         SphereEditError: a loss is not finite.
     """
     encoder = Encoder(loaded.tokenizer, settings.ends)
-    prompts = prompts or [FactPrompts.of(fact, templates, encoder) for fact in facts]
+    prompts = prompts or [FactPrompts.of(fact, settings.templates_of(fact, templates), encoder) for fact in facts]
 
     def descend(chunk: list[FactPrompts]) -> list[_Found]:
         return _Descent(loaded, chunk, layer, settings, inside, role).run(tell)

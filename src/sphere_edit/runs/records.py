@@ -31,6 +31,7 @@ from sphere_edit.runs.layout import Layout
 
 SCHEMA = 3
 _MATRIX = re.compile(r"\w[\w.]*")  # files are named after matrices
+_SINCE = {"patience": 1, "contexts": None}  # settings of targets that earlier code had not, as what it did
 
 Kind = Literal["edit", "rewrite", "repair", "removal"]
 
@@ -346,18 +347,18 @@ class RunConfig(BaseModel):
     threads: int
     layout: Layout | None = None  # runs begun before it was kept lack it
 
-    _had_no_patience: bool = PrivateAttr(False)
+    _begun_without: tuple[str, ...] = PrivateAttr(())  # settings of targets that there were not yet
 
     @model_validator(mode="wrap")
     @classmethod
     def _as_it_was_begun(cls, content: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
-        """Targets of runs that do not say otherwise had no patience yet (`TargetSettings`)."""
+        """Settings of targets that a run does not have came after it: what they were then, whatever a method's are by now."""
         settings = content.get("settings") if isinstance(content, dict) else None
         targets = settings.get("targets") if isinstance(settings, dict) else None
-        if settings is None or not isinstance(targets, dict) or "patience" in targets:
+        if settings is None or not isinstance(targets, dict) or targets.keys() >= _SINCE.keys():
             return read(content)
-        config = read({**content, "settings": {**settings, "targets": {**targets, "patience": 1}}})
-        config._had_no_patience = True
+        config = read({**content, "settings": {**settings, "targets": {**_SINCE, **targets}}})
+        config._begun_without = tuple(_SINCE.keys() - targets.keys())
         return config
 
     @property
@@ -368,8 +369,8 @@ class RunConfig(BaseModel):
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the file."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"layout"} if self.layout is None else None)
-        if self._had_no_patience:  # what was begun without is hashed without
-            del content["settings"]["targets"]["patience"]
+        for name in self._begun_without:  # and is hashed without
+            del content["settings"]["targets"][name]
         return content
 
     @property

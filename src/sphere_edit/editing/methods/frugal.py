@@ -35,7 +35,7 @@ class Frugal(MemitSeq):
     repair: ClassVar[int] = 100
     one_fact_a_subject: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
-    targets: ClassVar[dict[str, Any]] = {"rule": "normalised"}
+    targets: ClassVar[dict[str, Any]] = {"rule": "normalised", "contexts": 3}
 
     second_moment_weight: float = Field(
         0.5, gt=0, description="λ / d_in, how much ordinary keys count against the batch's"
