@@ -20,7 +20,8 @@ from sphere_edit.evaluation.heldout import score_heldout
 from sphere_edit.evaluation.scores import complete_answers, questions, score_facts
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
-from sphere_edit.models import forward, gguf
+from sphere_edit.models import attention, forward, gguf
+from sphere_edit.models.attention import use_quicker_attention
 from sphere_edit.models.forward import head_rows, last_hidden
 from sphere_edit.models.generation import generate, pads_on_the_left
 from sphere_edit.models.loaded import LoadedModel
@@ -263,3 +264,47 @@ def test_heldout_text_at_every_second_place(monkeypatch):
     assert head_rows(loaded) == 2
     again = score_heldout(loaded, passages, 64, Quiet(), unedited=first.hidden, positions=5)
     assert again.divergence == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_rows_in_plain_products_say_what_fused_attention_says(family, monkeypatch):
+    """With and without padding, behind a prefix and while generating; rows of more keys than are short go the fused way."""
+    monkeypatch.setattr(attention, "_WIDE", 1)
+    loaded = tiny(family, torch.float64)
+    model, rows = loaded.model, [[1, *row] for row in ROWS]
+    whole = TokenBatch.of(rows, loaded.device)
+    equal = TokenBatch.of([[1, 5, 9, 30], [1, 7, 7, 7]], loaded.device)
+    prefix = [1, 30, 31, 32, 33, 34, 35, 36]
+
+    def said() -> list[Any]:
+        shared = SharedPrefix(loaded, [[*prefix, *row] for row in rows], 8)
+        behind = shared.last_hidden([[*prefix, *row] for row in rows])
+        return [last_hidden(loaded, whole)[whole.mask.bool()], last_hidden(loaded, equal), behind[whole.mask.bool()]]
+
+    fused = model.config._attn_implementation == "sdpa"
+    before, generated = said(), generate(loaded, rows[:1], 5)
+    assert use_quicker_attention(model) == fused
+    for short in (attention._SHORT, 5):
+        monkeypatch.setattr(attention, "_SHORT", short)
+        for ours, theirs in zip(said(), before, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, equal_nan=True)
+        assert generate(loaded, rows[:1], 5) == generated
+
+
+def test_attention_that_comes_out_otherwise_stays_fused(monkeypatch):
+    loaded = tiny("llama")
+    assert not use_quicker_attention(loaded.model), "too narrow to gain"
+    monkeypatch.setattr(attention, "_WIDE", 1)
+    plain = attention.grouped_attention
+
+    def off(*args: Any, **others: Any) -> Any:
+        output, weights = plain(*args, **others)
+        return output * 1.1, weights
+
+    for wrong in (off, lambda *args, **others: {}["what this family has not"]):
+        monkeypatch.setattr(attention, "grouped_attention", wrong)
+        assert not use_quicker_attention(loaded.model)
+        assert loaded.model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(attention, "grouped_attention", plain)
+    assert use_quicker_attention(loaded.model)
+    assert not use_quicker_attention(loaded.model), "once is enough"

@@ -17,7 +17,7 @@ from torch import nn
 from sphere_edit import ranks
 from sphere_edit.errors import SphereEditError
 from sphere_edit.models.architecture import row_of
-from sphere_edit.models.attention import use_plain_attention
+from sphere_edit.models.attention import use_plain_attention, use_quicker_attention
 from sphere_edit.models.configuration import CAUSAL, loader_of
 from sphere_edit.models.gguf import converted, embedded_model_file
 from sphere_edit.models.identity import fingerprint
@@ -167,6 +167,8 @@ def load_model(
         (reporter or Quiet()).say(f"'{source}' is spread: {spoken(places)}")
     else:
         _move(model, target, source)
+        if target is not None and target.type == "cpu":
+            use_quicker_attention(model)
     return replace(prepare(model, tokenizer, source), placement=placement, before=before)
 
 
