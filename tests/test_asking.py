@@ -121,6 +121,20 @@ def test_a_replay_behind_leads_is_that_of_whole_rows(family, monkeypatch):
         kept = torch.arange(4)
 
 
+def test_a_lead_that_all_rows_have_is_run_once(monkeypatch):
+    """As in a chat: no row is without."""
+    loaded = tiny("llama", torch.float64)
+    rows = [[*range(40, 60), 5 + number, 9, 7] for number in range(32)]
+    assert Leads.found(rows, [21] * 32).distinct == [tuple(range(40, 60))]
+    ours = UpperLayers(loaded, rows, [21] * 32, 1)
+    assert len(ours._calls) == 2
+    assert ours._calls[0][0][0].shape[1] == 2, "the pivot and what follows"
+    read = []
+    monkeypatch.setattr(Leads, "none", lambda rows: read.append(rows))
+    UpperLayers(loaded, rows, [21] * 32, 1)
+    assert read == [], "it holds, so nothing is run whole"
+
+
 def test_leads_that_are_kept_otherwise_are_noticed(monkeypatch):
     """Keys of the leads are changed: the row that is run both ways tells, and rows are run whole."""
     loaded = tiny("llama")

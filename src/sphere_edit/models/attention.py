@@ -86,9 +86,8 @@ def short_attention(
     rows, columns = query.shape[2], key.shape[2]
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    unseen = (
-        attention_mask is None and causal and rows not in (1, columns)
-    )  # which keys they see is the kernel's to say
+    # behind a prefix and without a mask, which keys a query sees is the fused kernel's to say
+    unseen = attention_mask is None and causal and rows not in (1, columns)
     changed = any(others.get(name) is not None for name in (*_CHANGING, "softcap", "cache"))
     if columns > _SHORT or unseen or changed or others.get("dropout"):
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)

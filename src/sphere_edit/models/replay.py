@@ -187,18 +187,30 @@ class UpperLayers(Replay):
             self._record_behind(Leads.none(len(rows)), rows, pivots)
 
     def _recorded_behind(self, leads: Leads, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> bool:
-        """Record what follows the leads, and say whether a row comes out as it does whole: that with the most padding behind its lead."""
+        """Record what follows the leads, and say whether a row of each comes out as it does whole: that with the most padding behind its lead.
+
+        A window that counts columns, and not positions, is noticed there first.
+        """
+        nearest: dict[int, int] = {}
+        for index in sorted(range(len(rows)), key=pivots.__getitem__):
+            if leads.distinct[leads.of[index]]:
+                nearest.setdefault(leads.of[index], index)
         try:
             self._record_behind(leads, rows, pivots)
-            places = {index: pivots[index] - len(leads.distinct[lead]) for index, lead in enumerate(leads.of) if lead}
-            index = min(places, key=places.__getitem__)
-            whole = last_hidden(self._loaded, TokenBatch.of([rows[index]], self._loaded.device))[
-                0, pivots[index] :
-            ].float()
-            found = self._clean[index, : len(whole)].float()
-            return float((found - whole).norm() / whole.norm()) <= _TOLERANCES.get(self._clean.dtype, 5e-2)
+            whole = last_hidden(
+                self._loaded, TokenBatch.of([rows[index] for index in nearest.values()], self._loaded.device)
+            )
+            return all(
+                self._agrees(index, behind[pivots[index] : len(rows[index])].float())
+                for index, behind in zip(nearest.values(), whole, strict=True)
+            )
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError):
             return False  # what this model keeps of a prefix is something else
+
+    def _agrees(self, row: int, expected: Tensor) -> bool:
+        """Whether the clean pass gave a row this, from its pivot on."""
+        found = self._clean[row, : len(expected)].float()
+        return float((found - expected).norm() / expected.norm()) <= _TOLERANCES.get(self._clean.dtype, 5e-2)
 
     @torch.no_grad()
     def _record_behind(self, leads: Leads, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:
