@@ -51,10 +51,7 @@ class SharedPrefix:
     def _fits(self, row: Sequence[int]) -> bool:
         """Whether one row goes on from the prefix to what the whole row gives."""
         batch = TokenBatch.of([row], self._loaded.device)
-        whole = last_hidden(self._loaded, batch)[:, self.length :].float()
-        found = self.last_hidden([row]).float()
-        tolerance = _TOLERANCES.get(self._loaded.dtype, 5e-2)
-        return found.shape == whole.shape and float((found - whole).norm() / whole.norm()) <= tolerance
+        return agree(self.last_hidden([row]), last_hidden(self._loaded, batch)[:, self.length :])
 
     @torch.no_grad()
     def last_hidden(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -70,6 +67,13 @@ class SharedPrefix:
         before = torch.ones(len(rows), self.length, dtype=batch.mask.dtype, device=batch.mask.device)
         seen = TokenBatch(batch.ids, torch.cat([before, batch.mask], dim=1))
         return until_last(self._loaded, seen, **with_cache(self._loaded.model, cache))
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of running the same rows give the same hidden states, but for rounding in their numbers."""
+    tolerance = _TOLERANCES.get(expected.dtype, 5e-2)
+    found, expected = found.float(), expected.float()
+    return found.shape == expected.shape and float((found - expected).norm() / expected.norm()) <= tolerance
 
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:

@@ -15,7 +15,7 @@ from sphere_edit.models.configuration import text_config
 from sphere_edit.models.forward import last_hidden, with_cache
 from sphere_edit.models.hooks import Call, Stop, first_output, folded, hidden_first
 from sphere_edit.models.loaded import LoadedModel
-from sphere_edit.models.prefix import Leads
+from sphere_edit.models.prefix import Leads, agree
 from sphere_edit.models.tokens import TokenBatch
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -201,16 +201,11 @@ class UpperLayers(Replay):
                 self._loaded, TokenBatch.of([rows[index] for index in nearest.values()], self._loaded.device)
             )
             return all(
-                self._agrees(index, behind[pivots[index] : len(rows[index])].float())
+                agree(self._clean[index, : len(rows[index]) - pivots[index]], behind[pivots[index] : len(rows[index])])
                 for index, behind in zip(nearest.values(), whole, strict=True)
             )
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError):
             return False  # what this model keeps of a prefix is something else
-
-    def _agrees(self, row: int, expected: Tensor) -> bool:
-        """Whether the clean pass gave a row this, from its pivot on."""
-        found = self._clean[row, : len(expected)].float()
-        return float((found - expected).norm() / expected.norm()) <= _TOLERANCES.get(self._clean.dtype, 5e-2)
 
     @torch.no_grad()
     def _record_behind(self, leads: Leads, rows: Sequence[Sequence[int]], pivots: Sequence[int]) -> None:

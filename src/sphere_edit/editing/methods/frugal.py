@@ -12,7 +12,7 @@ from sphere_edit.editing.memory import recalled, with_keys
 from sphere_edit.editing.methods.base import LayerProblem, Seen, State, Statistics
 from sphere_edit.editing.methods.memit import MemitSeq
 from sphere_edit.editing.sources import FromTargets
-from sphere_edit.numerics.linalg import factor_solve, grown_solution
+from sphere_edit.numerics.linalg import grown_solution
 from sphere_edit.numerics.projection import Sphere
 from sphere_edit.numerics.update import LowRankUpdate
 
@@ -64,17 +64,13 @@ class Frugal(MemitSeq):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + ρ Bp Bpᵀ + Kp Kpᵀ + ρ B Bᵀ + K Kᵀ)⁻¹``, in float64."""
         columns = self._columns(problem.keys, problem.given.get("context_tokens"))
-        solved = recalled(state, columns) if state else self._ordinary(problem.statistics, columns)
+        solved = recalled(state, columns) if state else self._by_ordinary(problem.statistics, columns)
         solution = grown_solution(solved, columns)[:, : problem.keys.shape[1]]
         return LowRankUpdate(problem.residual.double(), solution.T)
 
     def after_batch(self, state: State, seen: Seen, statistics: Statistics) -> State:
         """Add the batch's keys and context tokens to those that later batches must leave alone."""
         return with_keys(state or self.start(statistics), self._columns(seen["keys"], seen.get("bystanders")))
-
-    def _ordinary(self, statistics: Statistics, columns: Tensor) -> Tensor:
-        """``(λ C0)⁻¹`` times ``columns``, for a first batch, without the inverse that the memory has from then on."""
-        return factor_solve(statistics.factor, columns) / self.penalty(statistics.width)
 
     def _columns(self, keys: Tensor, context_tokens: Tensor | None) -> Tensor:
         """All that the system grows by, ``[K, √ρ B]``, float64."""

@@ -39,8 +39,12 @@ class Memit(LayerwiseMethod):
     def solve(self, problem: LayerProblem, state: State) -> LowRankUpdate:
         """ΔW as ``R`` times ``Kᵀ (λ C0 + K Kᵀ)⁻¹``, in float64; C0 is factored once for all batches."""
         keys = problem.keys.double()
-        solved = factor_solve(problem.statistics.factor, keys) / self.penalty(len(keys))
+        solved = self._by_ordinary(problem.statistics, keys)
         return LowRankUpdate(problem.residual.double(), grown_solution(solved, keys).T)
+
+    def _by_ordinary(self, statistics: Statistics, columns: Tensor) -> Tensor:
+        """``(λ C0)⁻¹ columns``, by the factor of C0; no inverse is made."""
+        return factor_solve(statistics.factor, columns) / self.penalty(statistics.width)
 
     def penalty(self, width: int) -> float:
         """λ for a matrix of ``width`` inputs."""
