@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit import Editor, read_facts
-from sphere_edit.editing.targets import FactPrompts
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.progress import Quiet

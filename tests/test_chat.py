@@ -16,9 +16,9 @@ import torch
 from conftest import fact_records
 from families import save_tiny, tiny, tiny_tokenizer
 from sphere_edit.editing.answers import in_each_form
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.editing.keys import SubjectPrompts, context_token_keys
 from sphere_edit.editing.methods import METHODS
-from sphere_edit.editing.targets import FactPrompts
 from sphere_edit.editor import Editor
 from sphere_edit.errors import SphereEditError
 from sphere_edit.evaluation.generation import with_answers

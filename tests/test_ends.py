@@ -10,8 +10,9 @@ from conftest import fact_records
 from families import tiny
 from sphere_edit import SphereEditError
 from sphere_edit.editing.answers import coded_targets
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.editing.settings import make_settings
-from sphere_edit.editing.targets import FactPrompts, TargetSettings, optimise_targets
+from sphere_edit.editing.targets import TargetSettings, optimise_targets
 from sphere_edit.facts.prompts import Encoder
 from sphere_edit.facts.readers import facts_from
 

@@ -10,10 +10,11 @@ import torch
 
 from families import FAMILIES, save_tiny, tiny, tiny_tokenizer
 from sphere_edit.editing import keys, sinks
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.editing.keys import SubjectPrompts
 from sphere_edit.editing.methods import METHODS, make_method
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
-from sphere_edit.editing.targets import FactPrompts, TargetSettings
+from sphere_edit.editing.targets import TargetSettings
 from sphere_edit.editor import Editor, opened
 from sphere_edit.errors import SphereEditError
 from sphere_edit.facts.fact import Fact

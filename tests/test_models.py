@@ -17,6 +17,7 @@ from families import DEPTH, FAMILIES, INNER, WIDTH, save_tiny, tiny, tiny_tokeni
 from plain import averaged_values, clean_values, subject_keys
 from sphere_edit import SphereEditError
 from sphere_edit.editing.answers import target_rows
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, _columns, context_token_keys
 from sphere_edit.editing.losses import FromGradients, TargetGradients, TargetLoss
 from sphere_edit.editing.methods.alphaedit import AlphaEdit
@@ -25,7 +26,7 @@ from sphere_edit.editing.methods.emmet import Emmet
 from sphere_edit.editing.methods.memit import Memit
 from sphere_edit.editing.moments import sample_text
 from sphere_edit.editing.sources import FromTargets, OptimisedTargets
-from sphere_edit.editing.targets import FactPrompts, TargetSettings, _Descent, optimise_targets
+from sphere_edit.editing.targets import TargetSettings, _Descent, optimise_targets
 from sphere_edit.evaluation.scores import Answer, _answer_scores, _hosts, score_facts
 from sphere_edit.facts import prompts
 from sphere_edit.facts.prompts import KL_PROMPT, Encoder, context_templates, fill, sample_context_templates

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import fact_records
 from families import tiny, tiny_tokenizer
-from sphere_edit.editing.targets import FactPrompts
+from sphere_edit.editing.fact_prompts import FactPrompts
 from sphere_edit.evaluation.generation import with_answers
 from sphere_edit.evaluation.scores import complete_answers, questions, score_facts
 from sphere_edit.facts.fact import Fact

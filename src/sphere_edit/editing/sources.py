@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from sphere_edit.editing.answers import coded_targets, own_answers
+from sphere_edit.editing.fact_prompts import FactPrompts, in_contexts
 from sphere_edit.editing.keys import SubjectPrompts, SubjectReader, context_token_keys, interleaved
 from sphere_edit.editing.sinks import Sinks
-from sphere_edit.editing.targets import (
-    FactPrompts,
-    Targets,
-    TargetSettings,
-    anchored,
-    in_contexts,
-    optimise_targets,
-    typical_length,
-)
+from sphere_edit.editing.targets import Targets, TargetSettings, anchored, optimise_targets, typical_length
 from sphere_edit.facts.fact import Fact
 from sphere_edit.facts.forms import others_in_place, written_forms
 from sphere_edit.facts.prompts import Encoder
